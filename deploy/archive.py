@@ -1,0 +1,134 @@
+"""Weights + handler + configuration -> what TorchServe loads.
+
+    python -m deploy.archive smollm2-135m                      # a directory, the default
+    python -m deploy.archive smollm2-135m --format zip-store   # one .mar file
+
+`torch-model-archiver` does the work. The archive is self-contained: the handler's package, the
+app's completed YAML as `model-config.yaml`, and the weights.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+import handler
+from deploy.hub import link_or_copy
+from deploy.paths import BUILD, MODEL_STORE, UserError, shown
+from deploy.weights import get_weights, source_of, weight_files
+from handler.config import ConfigError, app_yaml, parse_app
+from handler.request import RequestError, default_parameters
+
+FORMATS = ("no-archive", "zip-store", "default")
+"""torch-model-archiver's: a directory, an uncompressed zip, a compressed zip (both `.mar`)."""
+
+HANDLER = Path(handler.__file__).parent
+ENTRY = "llm_handler.py"
+
+
+def build_archive(
+    name: str, weights: Path, *, archive_format: str = "no-archive", store: Path = MODEL_STORE
+) -> Path:
+    """Make the archive and return its path; one that stood there before is replaced.
+
+    Args:
+        name: the APP, and the model's name in the URL.
+        weights: a complete folder, as `get_weights` returns it.
+        archive_format: one of `FORMATS`.
+        store: TorchServe's model store.
+
+    Raises:
+        UserError: the app's YAML is wrong, or torch-model-archiver refuses; says why.
+    """
+    if archive_format not in FORMATS:
+        raise UserError(f"format {archive_format!r}: use one of {', '.join(FORMATS)}")
+    config = model_config(name, weights)
+    store.mkdir(parents=True, exist_ok=True)
+    as_directory = archive_format == "no-archive"
+    target = store / (name if as_directory else f"{name}.mar")
+    BUILD.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        stage, out = Path(temporary, "stage"), Path(temporary, "out")
+        for folder in (stage, out, Path(temporary, "tmp")):
+            folder.mkdir()
+        _stage_handler(stage / "handler")
+        if not as_directory:
+            _stage_weights(weights, stage / "weights")
+        Path(temporary, "model-config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        _run_archiver(name, archive_format, stage, out, Path(temporary))
+        made = out / target.name
+        if as_directory:  # the archiver would copy gigabytes that hard links give for nothing
+            _stage_weights(weights, made / "weights")
+        _replace(made, target)
+    return target
+
+
+def model_config(name: str, weights: Path) -> dict:
+    """The app's completed and checked YAML, which becomes the archive's `model-config.yaml`."""
+    config = app_yaml(name, local=True)
+    if source_of(weights).get("source") == "random weights":
+        config["app"]["random_weights"] = True
+    try:
+        default_parameters(parse_app(config, f"handler/apps/{name}.yaml"))
+    except RequestError as error:
+        raise UserError(f"handler/apps/{name}.yaml: {error}") from error
+    return config
+
+
+def _stage_handler(target: Path) -> None:
+    """The package without its entry file, which TorchServe wants at the archive's top level."""
+    shutil.copytree(HANDLER, target, ignore=shutil.ignore_patterns("__pycache__", ENTRY))
+
+
+def _stage_weights(weights: Path, target: Path) -> None:
+    for path in weight_files(weights):
+        link_or_copy(path.resolve(), target / path.name)
+
+
+def _run_archiver(name: str, archive_format: str, stage: Path, out: Path, temporary: Path) -> None:
+    command = [Path(sys.executable).with_name("torch-model-archiver")]
+    command += ["--model-name", name, "--version", "1.0", "--archive-format", archive_format]
+    command += ["--handler", HANDLER / ENTRY, "--config-file", temporary / "model-config.yaml"]
+    command += ["--extra-files", stage, "--export-path", out]
+    # The archiver begins by deleting $TMPDIR/<model name>: give it a folder of its own.
+    environment = os.environ | {"TMPDIR": str(temporary / "tmp")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode != 0:
+        last = (run.stderr.strip() or "no message").splitlines()[-1]
+        raise UserError(f"torch-model-archiver: {last}")
+
+
+def _replace(made: Path, target: Path) -> None:
+    """Put the new archive where the old one was, so that a failed build leaves the old one."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    made.replace(target)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="deploy.archive", description="make a model archive")
+    parser.add_argument("app")
+    parser.add_argument("--format", default="no-archive", choices=FORMATS)
+    parser.add_argument("--model-dir", type=Path, help="weights to use instead of the app's own")
+    parser.add_argument("--shape-only", action="store_true", help="random weights, true size")
+    options = parser.parse_args(arguments)
+    try:
+        weights = get_weights(
+            options.app, model_dir=options.model_dir, shape_only=options.shape_only
+        )
+        archive = build_archive(options.app, weights, archive_format=options.format)
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.app}: archived as {shown(archive)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

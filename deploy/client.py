@@ -1,0 +1,35 @@
+"""Ask a server, as the notebooks, the tests and `make quickstart` do. Plain HTTP, nothing hidden."""
+
+import json
+from collections.abc import Iterator
+
+import httpx
+
+from deploy.paths import UserError
+
+
+def predict(url: str, body: dict, timeout: float = 600.0) -> dict:
+    """POST a request in Vertex AI's shape and return the JSON reply.
+
+    Raises:
+        UserError: the server answered with an error; the message is its own.
+    """
+    reply = httpx.post(url, json=body, timeout=timeout)
+    if reply.status_code != 200:
+        raise UserError(f"{reply.status_code} from {url}: {reply.text.strip()}")
+    return reply.json()
+
+
+def stream(url: str, body: dict, timeout: float = 600.0) -> Iterator[dict]:
+    """POST the request with `stream` on and yield the server-sent events as they arrive.
+
+    Raises:
+        UserError: the server answered with an error instead of a stream.
+    """
+    parameters = body.get("parameters", {}) | {"stream": True}
+    with httpx.stream("POST", url, json=body | {"parameters": parameters}, timeout=timeout) as reply:
+        if reply.status_code != 200:
+            raise UserError(f"{reply.status_code} from {url}: {reply.read().decode().strip()}")
+        for line in reply.iter_lines():
+            if line.startswith("data: "):
+                yield json.loads(line.removeprefix("data: "))

@@ -1,0 +1,17 @@
+"""Where things that are made, not written, are kept. All of it is ignored by git."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "models"
+MODEL_STORE = ROOT / "model_store"
+BUILD = ROOT / "build"
+
+
+class UserError(Exception):
+    """Something the reader can mend. Shown as one line, without a traceback."""
+
+
+def shown(path: Path) -> str:
+    """The path as the reader would type it: relative to the repository where possible."""
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)

@@ -1,0 +1,296 @@
+"""Start TorchServe, wait until a worker is ready, stop all of it again.
+
+    python -m deploy.server smollm2-135m                 # serve until Ctrl-C
+    python -m deploy.server smollm2-135m --quickstart    # one request, then stop
+
+Java is started directly, not through the `torchserve` command: that wrapper, when stopped, leaves
+Java running, and does not tell when Java has died.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+import httpx
+import psutil
+import ts
+
+from deploy.client import predict
+from deploy.java import find_java
+from deploy.paths import BUILD, MODEL_STORE, UserError, shown
+from handler.config import ConfigError
+
+PORT = 7080
+OMELETTE = {"instances": ["How to prepare a spanish omelette:"]}
+"""The original project's request."""
+
+_LOG4J = Path(__file__).with_name("log4j2.xml")
+_LOAD_FAILED = ("Failed to load model", "Backend worker process died", "Load model failed")
+
+
+class ServerError(UserError):
+    """TorchServe did not start, or died; the message ends with what it last wrote."""
+
+
+class Server:
+    """One TorchServe process tree serving one archive.
+
+    Use it in a `with` block, or call `start()` and `stop()`. Ports: inference on `port`,
+    management, metrics and gRPC on the four after it, workers' sockets in a private folder, so
+    servers on ports that are ten apart do not meet.
+
+    Args:
+        archive: what `deploy.archive.build_archive` returned.
+        port: the inference port; only this one may be reached from other machines.
+        host: the address to listen on; the default is this machine alone.
+        settings: further lines for config.properties, which win over ours.
+        environment: further environment variables for Java and the workers.
+    """
+
+    def __init__(
+        self,
+        archive: Path,
+        *,
+        port: int = PORT,
+        host: str = "127.0.0.1",
+        settings: dict[str, str] | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        self.archive = Path(archive)
+        self.name = self.archive.name.removesuffix(".mar")
+        self.port, self.host = port, host
+        self.settings = settings or {}
+        self.environment = environment or {}
+        self.process: subprocess.Popen | None = None
+        self.log = BUILD / f"server-{port}.log"
+        self._temporary: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """Where predictions are asked for."""
+        return f"http://127.0.0.1:{self.port}/predictions/{self.name}"
+
+    @property
+    def management(self) -> str:
+        return f"http://127.0.0.1:{self.port + 1}"
+
+    @property
+    def metrics(self) -> str:
+        return f"http://127.0.0.1:{self.port + 2}/metrics"
+
+    @property
+    def ports(self) -> range:
+        return range(self.port, self.port + 5)
+
+    def start(self, deadline: float = 1200.0) -> "Server":
+        """Start and return when a worker is READY.
+
+        Args:
+            deadline: seconds to wait; loading the model is most of it.
+
+        Raises:
+            ServerError: a port is taken, the model cannot be loaded, or time is up.
+        """
+        for port in self.ports:
+            if holder := port_holder(port):
+                raise ServerError(f"port {port} is taken by {holder}; stop that, or use PORT=")
+        if not self.archive.exists():
+            raise ServerError(f"{shown(self.archive)}: there is no such archive; run `make archive`")
+        BUILD.mkdir(exist_ok=True)
+        # Short, because the path of a worker's socket may have 107 characters at most.
+        self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._command(),
+                env=self._environment(),
+                cwd=self._temporary,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us; we stop Java and its workers in order
+            )
+        try:
+            self._wait_until_ready(time.monotonic() + deadline)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def ready(self) -> bool:
+        """Whether a worker has loaded the model.
+
+        `/ping` cannot tell: it answers 200 as soon as the port is open.
+        """
+        return any(worker["status"] == "READY" for worker in self.workers())
+
+    def workers(self) -> list[dict]:
+        """The model's workers as the management API lists them; empty if it does not answer."""
+        try:
+            reply = httpx.get(f"{self.management}/models/{self.name}", timeout=5)
+            return reply.json()[0].get("workers", [])
+        except (httpx.HTTPError, ValueError, LookupError):
+            return []
+
+    def stop(self, grace: float = 5.0) -> None:
+        """Stop Java and every worker. Safe to call twice.
+
+        Args:
+            grace: seconds for a clean exit before the rest is killed.
+        """
+        if self.process is None:
+            return
+        tree: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            java = psutil.Process(self.process.pid)
+            tree = [java, *java.children(recursive=True)]
+        self.process.terminate()
+        _, alive = psutil.wait_procs(tree, timeout=grace)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=grace)
+        self.process.wait()
+        self.process = None
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines the server wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def __enter__(self) -> "Server":
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _command(self) -> list[str | Path]:
+        home = Path(ts.__file__).parent.parent
+        config = self._temporary / "config.properties"
+        lines = [f"{key}={value}" for key, value in (self._properties() | self.settings).items()]
+        config.write_text("\n".join(lines) + "\n")
+        return [
+            *(find_java(), "-Xmx512m", f"-Dmodel_server_home={home}"),
+            *(f"-Djava.io.tmpdir={self._temporary}", f"-Dlog4j.configurationFile={_LOG4J}"),
+            *("-cp", home / "ts" / "frontend" / "*", "org.pytorch.serve.ModelServer"),
+            *("--python", sys.executable, "-f", config, "-ncs"),
+            *("-s", self.archive.parent.resolve(), "-m", f"{self.name}={self.archive.name}"),
+        ]
+
+    def _properties(self) -> dict[str, str]:
+        """config.properties. What it closes: see docs of TorchServe 0.12, "security"."""
+        port = self.port
+        return {
+            "inference_address": f"http://{self.host}:{port}",
+            "management_address": f"http://127.0.0.1:{port + 1}",
+            "metrics_address": f"http://127.0.0.1:{port + 2}",
+            "grpc_inference_address": "127.0.0.1",
+            "grpc_inference_port": str(port + 3),
+            "grpc_management_address": "127.0.0.1",
+            "grpc_management_port": str(port + 4),
+            "disable_token_authorization": "true",  # it would guard /ping too
+            "enable_model_api": "false",
+            "install_py_dep_per_model": "false",
+            "allowed_urls": "file:///nowhere/.*",  # models come from the model store alone
+            "decode_input_request": "false",  # the handler reads the bytes itself
+            "max_request_size": str(10 * 2**20),
+            "max_response_size": str(64 * 2**20),
+            "metrics_mode": "prometheus",
+            "model_metrics_auto_detect": "true",  # else the handler's own metrics are dropped
+            "disable_system_metrics": "true",
+        }
+
+    def _environment(self) -> dict[str, str]:
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        return os.environ | offline | {"PYTHONUNBUFFERED": "1"} | self.environment
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        while not self.ready():
+            text = self.log.read_text(errors="replace")
+            if self.process.poll() is not None:
+                raise ServerError(f"TorchServe ended while starting. {self._last_words()}")
+            if any(sign in text for sign in _LOAD_FAILED):
+                time.sleep(0.5)  # let the traceback arrive
+                raise ServerError(f"the worker could not load the model. {self._last_words()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"no worker was ready in time. {self._last_words()}")
+            time.sleep(0.2)
+
+    def _last_words(self) -> str:
+        return f"The end of {shown(self.log)}:\n{self.log_tail()}"
+
+
+def port_holder(port: int) -> str | None:
+    """Who listens on a local port, as "name (pid 1)"; None if nobody does."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            pass
+        else:
+            return None
+    with suppress(psutil.AccessDenied):
+        for connection in psutil.net_connections("tcp"):
+            listening = connection.status == psutil.CONN_LISTEN
+            if listening and connection.laddr.port == port and connection.pid:
+                with suppress(psutil.NoSuchProcess):
+                    return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+    return "a process of another user"
+
+
+def _serve(server: Server) -> None:
+    """Serve until Ctrl-C or SIGTERM, or until the server dies."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `with` block's end
+    print(f"starting; the log is {shown(server.log)}", flush=True)
+    with suppress(KeyboardInterrupt), server:
+        print(f"ready: POST {server.url}   (make test APP={server.name}; Ctrl-C stops)", flush=True)
+        code = server.process.wait()
+        raise ServerError(f"TorchServe ended with code {code}. {server._last_words()}")
+    print("stopped")
+
+
+def _quickstart(server: Server) -> None:
+    print("starting TorchServe ...", flush=True)
+    began = time.monotonic()
+    with server:
+        print(f"ready after {time.monotonic() - began:.1f} s; asking {server.url}", flush=True)
+        reply = predict(server.url, OMELETTE)
+    print(json.dumps(OMELETTE))
+    print(json.dumps(reply, indent=2, ensure_ascii=False))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="deploy.server", description="serve an archive")
+    parser.add_argument("app")
+    parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument("--mar", action="store_true", help="serve the .mar, not the directory")
+    parser.add_argument("--quickstart", action="store_true", help="one request, then stop")
+    options = parser.parse_args(arguments)
+    archive = MODEL_STORE / (f"{options.app}.mar" if options.mar else options.app)
+    try:
+        server = Server(archive, port=options.port)
+        (_quickstart if options.quickstart else _serve)(server)
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

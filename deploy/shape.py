@@ -1,0 +1,90 @@
+"""Checkpoints of a true architecture and size with random weights.
+
+For machines that cannot reach the Hub: memory, speed and every code path are those of the real
+model; the text is noise, and whatever such a checkpoint produces says "random weights".
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+SHARD_BYTES = 500_000_000
+"""Each shard is made, written and forgotten before the next: this is about the memory it takes."""
+
+
+def write_random_checkpoint(folder: Path, architecture: dict, special_tokens: list[str]) -> None:
+    """Write config, tokenizer and bfloat16 shards.
+
+    Args:
+        folder: an existing folder.
+        architecture: `model_type` and whatever its configuration class takes.
+        special_tokens: texts that must be single tokens, as they are in the real vocabulary.
+    """
+    values = dict(architecture)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config.dtype = torch.bfloat16
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    _write_shards(model, folder)
+    byte_tokenizer(special_tokens).save_pretrained(folder)
+
+
+def byte_tokenizer(special_tokens: list[str]) -> PreTrainedTokenizerFast:
+    """One token a byte: reads any text, and its ids fit any vocabulary of 257 or more."""
+    end = "<|endoftext|>"
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([end, *alphabet])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=end,
+        eos_token=end,
+        pad_token=end,
+        additional_special_tokens=special_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _write_shards(model: torch.nn.Module, folder: Path) -> None:
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    shapes = {n: t.shape for n, t in model.state_dict().items() if n not in tied}
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        bytes_needed = 2 * shape.numel()
+        if shards[-1] and size + bytes_needed > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_needed
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for i, names in enumerate(tqdm(shards, desc="random weights", unit="shard"), start=1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(
+            {name: _tensor(name, shapes[name], generator) for name in names},
+            folder / file,
+            metadata={"format": "pt"},
+        )
+        (folder / file).chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(2 * shape.numel() for shape in shapes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _tensor(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """What initialization would give: norms at one, biases at zero, the rest normal(0, 0.02)."""
+    if len(shape) <= 1:
+        fill = torch.zeros if name.endswith("bias") else torch.ones
+        return fill(shape, dtype=torch.bfloat16)
+    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)

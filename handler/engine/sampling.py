@@ -1,0 +1,53 @@
+"""Choosing the next token of one sequence. The filters are transformers' own."""
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from handler.engine import Sampling
+
+
+def logits_processors(sampling: Sampling) -> LogitsProcessorList:
+    """The chain `generate` would build for these settings, in its order."""
+    chain = LogitsProcessorList()
+    if sampling.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature > 0:
+        if sampling.temperature != 1.0:
+            chain.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k > 0:
+            chain.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            chain.append(TopPLogitsWarper(sampling.top_p))
+    return chain
+
+
+class Sampler:
+    """Draws tokens for one sequence from its own random state.
+
+    The state belongs to the sequence, not to the batch: the same seed gives the same completion
+    whatever else runs beside it.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self.greedy = sampling.temperature == 0
+        self.plain = self.greedy and sampling.repetition_penalty == 1.0
+        """True if the choice is the largest logit and nothing else."""
+        self._chain = logits_processors(sampling)
+        self._generator = torch.Generator()
+        if sampling.seed is not None:
+            self._generator.manual_seed(sampling.seed)
+        else:
+            self._generator.seed()
+
+    def choose(self, ids: list[int], logits: torch.Tensor) -> int:
+        """Return the next token id, given all ids so far and the logits [vocabulary]."""
+        scores = self._chain(torch.tensor([ids]), logits.float().cpu()[None])
+        if self.greedy:
+            return int(scores.argmax())
+        return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
