@@ -5,6 +5,7 @@ PORT      ?= 7080
 FORMAT    ?= no-archive
 MODEL_DIR ?=
 SHAPE_ONLY ?=
+TORCH     ?= cpu
 VENV      ?= .venv
 PYTHON    ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 

@@ -1,1 +1,1 @@
-"""From weights to a running endpoint: every step is a function here and a target in the Makefile."""
+"""From weights to a running endpoint: each step a function here and a target in the Makefile."""

@@ -1,4 +1,4 @@
-"""Ask a server, as the notebooks, the tests and `make quickstart` do. Plain HTTP, nothing hidden."""
+"""Ask a server, as the notebooks, the tests and `make quickstart` do. Plain HTTP."""
 
 import json
 from collections.abc import Iterator
@@ -27,7 +27,9 @@ def stream(url: str, body: dict, timeout: float = 600.0) -> Iterator[dict]:
         UserError: the server answered with an error instead of a stream.
     """
     parameters = body.get("parameters", {}) | {"stream": True}
-    with httpx.stream("POST", url, json=body | {"parameters": parameters}, timeout=timeout) as reply:
+    with httpx.stream(
+        "POST", url, json=body | {"parameters": parameters}, timeout=timeout
+    ) as reply:
         if reply.status_code != 200:
             raise UserError(f"{reply.status_code} from {url}: {reply.read().decode().strip()}")
         for line in reply.iter_lines():

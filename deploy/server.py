@@ -105,7 +105,9 @@ class Server:
             if holder := port_holder(port):
                 raise ServerError(f"port {port} is taken by {holder}; stop that, or use PORT=")
         if not self.archive.exists():
-            raise ServerError(f"{shown(self.archive)}: there is no such archive; run `make archive`")
+            raise ServerError(
+                f"{shown(self.archive)}: there is no such archive; run `make archive`"
+            )
         BUILD.mkdir(exist_ok=True)
         # Short, because the path of a worker's socket may have 107 characters at most.
         self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))

@@ -3,9 +3,11 @@
     python3.11 deploy/setup_env.py                 # CPU build of torch
     TORCH=cuda python3.11 deploy/setup_env.py      # PyPI's build, with CUDA
 
-A second run with nothing changed returns at once. Inside an active conda environment that is
-made from environment.yml, use that environment as it is: `make setup PYTHON=python VENV=$CONDA_PREFIX`.
+A second run with nothing changed returns at once. To use a conda environment made from
+environment.yml as it is: `make setup PYTHON=python VENV=$CONDA_PREFIX`.
 """
+
+from __future__ import annotations  # so that an old Python gets as far as the message below
 
 import hashlib
 import os
@@ -26,10 +28,10 @@ def main() -> int:
     """Set up; return the exit status."""
     if sys.version_info[:2] != TESTED:
         print(
-            "error: this is Python %d.%d; the course is tested, and its dependencies are locked, on "
-            "Python %d.%d. Install that one (apt-get install python3.11, brew install python@3.11, "
-            "pyenv install 3.11, or conda env create -f environment.yml) and repeat with "
-            "make setup PYTHON=python3.11" % (*sys.version_info[:2], *TESTED),
+            f"error: this is Python {platform.python_version()}; the course is tested, and its "
+            "dependencies are locked, on Python 3.11. Install that one (apt-get install "
+            "python3.11, brew install python@3.11, pyenv install 3.11, or conda as environment.yml "
+            "says) and repeat with: make setup PYTHON=python3.11",
             file=sys.stderr,
         )
         return 1
@@ -75,7 +77,7 @@ def install(venv: Path, flavour: str) -> None:
     options, origin = torch_source(python, flavour, torch)
     print(f"installing torch from {origin}")
     if flavour == "cuda":  # its CUDA libraries are not in the lock
-        _pip(python, "install", torch.split()[0], total=30)
+        _pip(python, "install", torch.split("+cpu")[0], total=30)
     else:
         _pip_locked(python, [torch], *options)
     print(f"installing {len(blocks)} locked packages")
@@ -101,7 +103,7 @@ def locked_blocks(text: str) -> dict[str, str]:
 
 
 def torch_source(python: Path, flavour: str, block: str) -> tuple[list[str], str]:
-    """pip options that select the build of torch, and where it comes from, in words."""
+    """Pip options that select the build of torch, and where it comes from, in words."""
     if flavour == "cuda":
         return [], "PyPI (with CUDA)"
     if sys.platform == "darwin":
@@ -137,7 +139,7 @@ def _pip(python: Path, *arguments: str, total: int) -> None:
     seen = 0
     for line in process.stdout:
         lines.append(line)
-        if line.startswith("Collecting "):
+        if line.startswith(("Collecting ", "Processing ", "Obtaining ")):
             seen += 1
             if sys.stdout.isatty():
                 print(f"\r  {seen}/{total} packages", end="", flush=True)

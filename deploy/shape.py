@@ -75,7 +75,8 @@ def _write_shards(model: torch.nn.Module, folder: Path) -> None:
             folder / file,
             metadata={"format": "pt"},
         )
-        (folder / file).chmod(0o644)  # safetensors writes 0600, which a container's user cannot read
+        # safetensors writes 0600, which a container's user cannot read
+        (folder / file).chmod(0o644)
         weight_map |= dict.fromkeys(names, file)
     total = sum(2 * shape.numel() for shape in shapes.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

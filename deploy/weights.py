@@ -98,7 +98,9 @@ def check_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"MODEL_DIR={folder}: there is no such folder")
     if not (folder / "config.json").is_file():
-        raise UserError(f"{shown(folder)}: has no config.json; is it a folder in Hugging Face layout?")
+        raise UserError(
+            f"{shown(folder)}: has no config.json; is it a folder in Hugging Face layout?"
+        )
     files = weight_files(folder)
     tensors = [p for p in files if p.suffix in {".safetensors", ".bin"}]
     if not tensors:

@@ -80,9 +80,9 @@ class App(_Strict):
     """Everything under `app:`."""
 
     title: str
-    weights: Annotated[
-        WheelWeights | HubWeights | LocalWeights, Field(discriminator="source")
-    ] = LocalWeights()
+    weights: Annotated[WheelWeights | HubWeights | LocalWeights, Field(discriminator="source")] = (
+        LocalWeights()
+    )
     architecture: dict[str, Any] | None = None
     random_weights: bool = False
     engine: EngineConfig = EngineConfig()
@@ -116,8 +116,8 @@ def app_yaml(name: str, *, local: bool = False) -> dict[str, Any]:
             f"APP={name}: there is no handler/apps/{name}.yaml. Known: {', '.join(app_names())}. "
             "Add that file, or name a local model folder with MODEL_DIR=path"
         )
-    config = _read(DEFAULTS)
-    return _merge(config, _read(path)) if path.is_file() else _merge(config, {"app": {"title": name}})
+    own = _read(path) if path.is_file() else {"app": {"title": name}}
+    return _merge(_read(DEFAULTS), own)
 
 
 def parse_app(config: dict[str, Any], where: str) -> App:

@@ -154,13 +154,14 @@ def parse_request(row: dict[str, Any], app: App) -> Request:
     """
     raw = _json(_payload(row), app.limits.max_body_bytes)
     if not isinstance(raw, dict):
-        raise RequestError(400, f'the body should be an object, {{"instances": [...]}}, not {_show(raw)}')
+        what = _show(raw)
+        raise RequestError(400, f'the body should be {{"instances": [...]}}, not {what}')
     instances = raw.get("instances")
     if isinstance(instances, list) and len(instances) > app.limits.max_instances:
         raise RequestError(
             400,
-            f"{len(instances)} instances were given; at most {app.limits.max_instances} are allowed "
-            "in one request",
+            f"instances: {len(instances)} were given; one request may hold at most "
+            f"{app.limits.max_instances}",
             "instances",
         )
     body = _validate(Body, raw)

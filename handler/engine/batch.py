@@ -19,7 +19,8 @@ from transformers.cache_utils import DynamicLayer
 @dataclass
 class Batch:
     """`rows[i]` is whatever the engine keeps for sequence i; `last` [B] holds the newest token
-    ids, not yet in the cache; `mask` [B, T] is 1 where the cache holds a real token."""
+    ids, not yet in the cache; `mask` [B, T] is 1 where the cache holds a real token.
+    """
 
     rows: list = field(default_factory=list)
     last: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))

@@ -181,9 +181,7 @@ class TransformersEngine:
         self._failures = 0
 
     @torch.inference_mode()
-    def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache
-    ) -> torch.Tensor:
+    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """Logits [B, vocabulary] after the last of `ids` [B, n], given `mask` [B, T + n]."""
         device = self.model.device
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

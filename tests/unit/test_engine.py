@@ -1,0 +1,215 @@
+"""The transformers engine on tiny models of several architectures, without a server."""
+
+from pathlib import Path
+
+import pytest
+
+from handler.config import EngineConfig
+from handler.engine import PromptError, Sampling, create_engine
+from tests import tiny
+
+PROMPTS = ["a", "The quick brown fox jumps over the lazy dog", "Hello, world", "x" * 100]
+
+
+def run(engine, prompts, sampling=None, stream=False):
+    """Submit all prompts at once; return text and finish reason of each."""
+    samplings = sampling if isinstance(sampling, list) else [sampling or Sampling()] * len(prompts)
+    for i, prompt in enumerate(prompts):
+        engine.submit(i, prompt, samplings[i], stream=stream)
+    texts, reasons = dict.fromkeys(range(len(prompts)), ""), {}
+    while len(reasons) < len(prompts):
+        for progress in engine.advance(0.05):
+            if progress.key in texts:
+                texts[progress.key] += progress.text
+                if progress.finish_reason:
+                    reasons[progress.key] = progress.finish_reason
+    return list(texts.values()), [reasons[i] for i in range(len(prompts))]
+
+
+@pytest.fixture(scope="module", params=["LLAMA", "GPT2", "DOLLY", "MISTRAL"])
+def engine(request, tmp_path_factory):
+    folder = tiny.random_model(
+        tmp_path_factory.mktemp("m") / request.param, getattr(tiny, request.param)
+    )
+    engine = create_engine(folder, EngineConfig(max_batch=8))
+    engine._eos = set()  # random weights must not end a text by chance
+    return engine
+
+
+def test_batched_greedy_equals_alone(engine):
+    together, reasons = run(engine, PROMPTS)
+    alone = [run(engine, [prompt])[0][0] for prompt in PROMPTS]
+    assert together == alone
+    assert reasons == ["length"] * len(PROMPTS)
+    assert len(set(together)) == len(PROMPTS)
+
+
+def test_greedy_equals_generate(engine):
+    ids = engine.tokenizer(PROMPTS[1], return_tensors="pt")
+    out = engine.model.generate(
+        **ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0
+    )
+    expected = engine.tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+    assert run(engine, [PROMPTS[1]], Sampling(max_new_tokens=20))[0][0] == expected
+
+
+def test_joining_late_changes_nothing(engine):
+    expected = run(engine, [PROMPTS[1]])[0][0]
+    engine.submit("late-partner", PROMPTS[3], Sampling(max_new_tokens=60), stream=False)
+    for _ in range(3):
+        engine.advance(0)
+    assert run(engine, [PROMPTS[1]], stream=True)[0][0] == expected
+    engine.cancel("late-partner")
+    assert engine.running == 0
+
+
+def test_each_sequence_has_its_own_settings(engine):
+    settings = [
+        Sampling(max_new_tokens=3),
+        Sampling(max_new_tokens=30, temperature=1.0, seed=1),
+        Sampling(max_new_tokens=30, temperature=1.0, seed=2),
+        Sampling(max_new_tokens=30, temperature=1.0, seed=1),
+        Sampling(max_new_tokens=30, repetition_penalty=2.0),
+    ]
+    texts, _ = run(engine, [PROMPTS[1]] * 5, settings)
+    short, one, two, again, penalized = texts
+    greedy = run(engine, [PROMPTS[1]], Sampling(max_new_tokens=30))[0][0]
+    assert greedy.startswith(short) and len(short) < len(greedy)
+    assert one == again
+    assert len({one, two, penalized, greedy}) == 4
+    assert run(engine, [PROMPTS[1]], settings[1])[0][0] == one
+
+
+def test_top_k_1_is_greedy(engine):
+    sampled = run(engine, [PROMPTS[0]], Sampling(temperature=1.5, top_k=1, seed=3))[0]
+    assert sampled == run(engine, [PROMPTS[0]])[0]
+
+
+def test_short_one_does_not_wait_for_a_long_one(engine):
+    if engine._max_batch == 1:
+        pytest.skip("sliding-window cache: one sequence at a time, by design")
+    engine.submit("long", PROMPTS[0], Sampling(max_new_tokens=200), stream=False)
+    engine.advance(0)
+    engine.submit("short", PROMPTS[1], Sampling(max_new_tokens=2), stream=False)
+    finished = [p.key for _ in range(20) for p in engine.advance(0) if p.finish_reason]
+    assert finished == ["short"]
+    engine.cancel("long")
+
+
+def test_stop_string(engine):
+    text = run(engine, [PROMPTS[1]])[0][0]
+    stop = text[10:13]
+    stopped, reasons = run(engine, [PROMPTS[1]], Sampling(stop=(stop,)))
+    assert stopped[0] == text[: text.index(stop)]
+    assert reasons == ["stop"]
+
+
+def test_end_token(engine):
+    text = run(engine, [PROMPTS[0]], Sampling(max_new_tokens=8))[0][0]
+    end = engine.tokenizer(text)["input_ids"][-1]
+    engine._eos = {end}
+    try:
+        shorter, reasons = run(engine, [PROMPTS[0]], Sampling(max_new_tokens=8))
+    finally:
+        engine._eos = set()
+    assert reasons == ["stop"] and len(shorter[0]) < len(text)
+
+
+def test_cancel_frees_the_place_and_leaves_others_alone(engine):
+    expected = run(engine, [PROMPTS[1]], Sampling(max_new_tokens=40))[0][0]
+    engine.submit("stay", PROMPTS[1], Sampling(max_new_tokens=40), stream=False)
+    for key in ("go", "never started"):
+        engine.submit(key, PROMPTS[3], Sampling(max_new_tokens=100), stream=False)
+        engine.advance(0)
+    engine.cancel("go")
+    engine.cancel("never started")
+    engine.cancel("unknown")
+    done = []
+    while not done:
+        done = [p for p in engine.advance(0.05) if p.finish_reason]
+    assert [(p.key, p.text) for p in done] == [("stay", done[0].text)]
+    assert expected.endswith(done[0].text)
+    assert engine.running == 0 and engine.advance(0) == []
+
+
+def test_context_ends_the_text(engine):
+    room = engine.max_context - 250
+    engine.submit("k", "y" * 250, Sampling(max_new_tokens=500), stream=False)
+    done = []
+    while not done:
+        done = [p for p in engine.advance(0.05) if p.finish_reason]
+    assert (done[0].finish_reason, done[0].completion_tokens) == ("length", min(500, room))
+
+
+def test_prompts_that_do_not_fit(engine):
+    limit = engine.max_context
+    with pytest.raises(PromptError, match=rf"has {limit} tokens; at most {limit - 1} fit"):
+        engine.submit("k", "z" * limit, Sampling(), stream=False)
+    with pytest.raises(PromptError, match="empty"):
+        engine.submit("k", "", Sampling(), stream=False)
+    assert engine.advance(0) == []
+
+
+def test_a_failing_prefill_loses_nothing_else(engine, monkeypatch):
+    if engine._max_batch == 1:
+        pytest.skip("sliding-window cache: one sequence at a time, by design")
+    expected = run(engine, [PROMPTS[1]], Sampling(max_new_tokens=30))[0][0]
+    engine.submit("good", PROMPTS[1], Sampling(max_new_tokens=30), stream=False)
+    engine.advance(0)
+    forward = engine._forward
+
+    def fail_on_prompts(ids, mask, cache):
+        if ids.shape[1] > 1:
+            raise RuntimeError("out of memory")
+        return forward(ids, mask, cache)
+
+    monkeypatch.setattr(engine, "_forward", fail_on_prompts)
+    engine.submit("bad", PROMPTS[2], Sampling(max_new_tokens=30), stream=False)
+    done = {}
+    while len(done) < 2:
+        done |= {p.key: p for p in engine.advance(0.05) if p.finish_reason}
+    assert done["bad"].finish_reason == "error"
+    assert expected.endswith(done["good"].text) and engine.alive()
+
+
+def test_dead_after_repeated_failures(tiny_llama, monkeypatch):
+    engine = create_engine(tiny_llama, EngineConfig())
+    monkeypatch.setattr(engine, "_forward", lambda *_: 1 / 0)
+    for key in range(3):
+        assert engine.alive()
+        engine.submit(key, "a", Sampling(), stream=False)
+        assert [p.finish_reason for p in engine.advance(0)] == ["error"]
+    assert not engine.alive()
+
+
+def test_more_sequences_than_places(tiny_llama):
+    engine = create_engine(tiny_llama, EngineConfig(max_batch=3, max_prefill_tokens=64))
+    engine._eos = set()
+    prompts = [f"{i} " * (i + 1) for i in range(10)]
+    together, reasons = run(engine, prompts, Sampling(max_new_tokens=12))
+    assert reasons == ["length"] * 10
+    assert together == [run(engine, [p], Sampling(max_new_tokens=12))[0][0] for p in prompts]
+
+
+def test_offload_to_disk_gives_the_same_text(tiny_llama, tmp_path):
+    """`max_memory` leaves no room in RAM: accelerate reads the layers from disk at every step."""
+    plain = create_engine(tiny_llama, EngineConfig())
+    config = EngineConfig(max_memory={"cpu": 300_000}, offload_folder=str(tmp_path / "offload"))
+    offloaded = create_engine(tiny_llama, config)
+    assert "disk" in offloaded.description, offloaded.description
+    assert run(offloaded, PROMPTS) == run(plain, PROMPTS)
+
+
+def test_stop_tokens_must_be_tokens(tiny_llama):
+    with pytest.raises(ValueError, match="'### End' is 7 tokens"):
+        create_engine(tiny_llama, EngineConfig(stop_tokens=["### End"]))
+
+
+def test_real_model(smollm2: Path):
+    """SmolLM2 in float32: three requests of unequal length, alone and together."""
+    engine = create_engine(smollm2, EngineConfig(max_context=2048))
+    prompts = ["How to prepare a spanish omelette:", "Paris", "One, two, three, four, five, six,"]
+    together, _ = run(engine, prompts, Sampling(max_new_tokens=24))
+    alone = [run(engine, [p], Sampling(max_new_tokens=24))[0][0] for p in prompts]
+    assert together == alone
+    assert "seven" in together[2]
