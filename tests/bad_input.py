@@ -1,0 +1,175 @@
+"""Requests a server must refuse, and the odd ones it must not. Used in-process and over HTTP.
+
+Each case: name, body, status, a part of the message, the field named. Bodies that are not bytes
+are sent as JSON. Limits are those of handler/apps/defaults.yaml; contexts are the tiny model's.
+"""
+
+import json
+
+OK = {"instances": ["good"], "parameters": {"max_new_tokens": 2}}
+
+
+def _with(**parameters) -> dict:
+    return {"instances": ["a"], "parameters": parameters}
+
+
+def _own(**parameters) -> dict:
+    return {"instances": ["fine", {"prompt": "a", "parameters": parameters}]}
+
+
+def _nested(depth: int) -> bytes:
+    return b'{"instances": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+BAD = [
+    ("not JSON", b"How to prepare a spanish omelette:", 400, "not valid JSON", None),
+    ("half a JSON", b'{"instances": ["a"', 400, "not valid JSON", None),
+    ("single quotes", b"{'instances': ['a']}", 400, "not valid JSON", None),
+    ("trailing comma", b'{"instances": ["a",]}', 400, "not valid JSON", None),
+    ("two documents", b'{"instances": ["a"]}{"instances": ["a"]}', 400, "not valid JSON", None),
+    ("empty body", b"", 400, "body is empty", None),
+    ("white space", b" \n\t ", 400, "body is empty", None),
+    ("a null", b"null", 400, "not null", None),
+    ("a list", b'["a"]', 400, 'should be {"instances": [...]}', None),
+    ("a string", b'"a"', 400, 'not "a"', None),
+    ("a number", b"17", 400, "not 17", None),
+    ("NUL bytes", b"\x00" * 10, 400, "not valid JSON", None),
+    ("invalid UTF-8", b'{"instances": ["\xff\xfe"]}', 400, "not valid JSON", None),
+    ("cut UTF-8", b'{"instances": ["\xe2\x82"]}', 400, "not valid JSON", None),
+    ("lone surrogate", b'{"instances": ["\\ud800"]}', 400, "not valid JSON", None),
+    ("raw control character", b'{"instances": ["a\x01"]}', 400, "not valid JSON", None),
+    ("UTF-16", '{"instances": ["a"]}'.encode("utf-16"), 400, "not valid JSON", None),
+    ("nested 100,000 deep", _nested(100_000), 400, "not valid JSON", None),
+    ("nested 150 deep", _nested(150), 400, "should be a string", "instances[0]"),
+    ("number of 10,000 digits", b'{"instances": [' + b"9" * 10_000 + b"]}", 400, "", None),
+    ("NaN instance", b'{"instances": [NaN]}', 400, "not valid JSON", None),
+    ("instances missing", {}, 400, "instances: is missing", "instances"),
+    ("only parameters", {"parameters": {}}, 400, "instances: is missing", "instances"),
+    ("instances null", {"instances": None}, 400, "not null", "instances"),
+    ("instances empty", {"instances": []}, 400, "at least 1 item", "instances"),
+    ("instances a string", {"instances": "a"}, 400, "valid list", "instances"),
+    ("instances an object", {"instances": {"prompt": "a"}}, 400, "valid list", "instances"),
+    ("instances a number", {"instances": 3}, 400, "valid list", "instances"),
+    ("a number in it", {"instances": ["a", 7]}, 400, "should be a string", "instances[1]"),
+    ("a null in it", {"instances": [None]}, 400, "should be a string", "instances[0]"),
+    ("true in it", {"instances": [True]}, 400, "should be a string", "instances[0]"),
+    ("a list in it", {"instances": [["a"]]}, 400, "should be a string", "instances[0]"),
+    ("empty object in it", {"instances": [{}]}, 400, 'needs either "prompt"', "instances[0]"),
+    ("empty prompt", {"instances": ["ok", ""]}, 400, "prompt is empty", "instances[1]"),
+    ("prompt null", {"instances": [{"prompt": None}]}, 400, "string", "instances[0].prompt"),
+    ("prompt a list", {"instances": [{"prompt": []}]}, 400, "string", "instances[0].prompt"),
+    (
+        "prompt and messages",
+        {"instances": [{"prompt": "a", "messages": []}]},
+        *(400, 'needs either "prompt" or "messages"', "instances[0]"),
+    ),
+    ("messages empty", {"instances": [{"messages": []}]}, 400, "", "instances[0].messages"),
+    ("messages a string", {"instances": [{"messages": "hi"}]}, 400, "", "instances[0].messages"),
+    (
+        "unknown role",
+        {"instances": [{"messages": [{"role": "robot", "content": "a"}]}]},
+        *(400, "'system', 'user' or 'assistant'", "instances[0].messages[0].role"),
+    ),
+    (
+        "content missing",
+        {"instances": [{"messages": [{"role": "user"}]}]},
+        *(400, "is missing", "instances[0].messages[0].content"),
+    ),
+    (
+        "content a number",
+        {"instances": [{"messages": [{"role": "user", "content": 5}]}]},
+        *(400, "valid string", "instances[0].messages[0].content"),
+    ),
+    ("unknown top level", {"instances": ["a"], "n": 1}, 400, "allowed are instances", "n"),
+    ("unknown in instance", {"instances": [{"prompt": "a", "b": 1}]}, 400, "", "instances[0].b"),
+    ("unknown parameter", _with(temprature=1), 400, "temperature", "parameters.temprature"),
+    ("OpenAI's name", _with(max_tokens=5), 400, "max_new_tokens", "parameters.max_tokens"),
+    ("parameters a list", {"instances": ["a"], "parameters": []}, 400, "", "parameters"),
+    ("parameters null", {"instances": ["a"], "parameters": None}, 400, "", "parameters"),
+    ("temperature a string", _with(temperature="1"), 400, 'not "1"', "parameters.temperature"),
+    ("temperature true", _with(temperature=True), 400, "number", "parameters.temperature"),
+    ("temperature null", _with(temperature=None), 400, "number", "parameters.temperature"),
+    ("temperature negative", _with(temperature=-0.1), 400, "-0.1", "parameters.temperature"),
+    ("temperature huge", _with(temperature=1e9), 400, "1000000000", "parameters.temperature"),
+    (
+        "temperature NaN",
+        b'{"instances": ["a"], "parameters": {"temperature": NaN}}',
+        *(400, "not valid JSON", None),
+    ),
+    (
+        "temperature Infinity",
+        b'{"instances": ["a"], "parameters": {"temperature": -Infinity}}',
+        *(400, "not valid JSON", None),
+    ),
+    (
+        "temperature overflows",
+        b'{"instances": ["a"], "parameters": {"temperature": 1e999}}',
+        *(400, "", "parameters.temperature"),
+    ),
+    ("top_p 0", _with(top_p=0), 400, "greater than 0", "parameters.top_p"),
+    ("top_p over 1", _with(top_p=1.01), 400, "less than or equal to 1", "parameters.top_p"),
+    ("top_k negative", _with(top_k=-1), 400, "-1", "parameters.top_k"),
+    ("top_k a float", _with(top_k=1.5), 400, "integer", "parameters.top_k"),
+    ("top_k huge", _with(top_k=10**12), 400, "1000000", "parameters.top_k"),
+    ("repetition_penalty 0", _with(repetition_penalty=0), 400, "0.1", None),
+    ("max_new_tokens 0", _with(max_new_tokens=0), 400, "", "parameters.max_new_tokens"),
+    ("max_new_tokens -1", _with(max_new_tokens=-1), 400, "-1", "parameters.max_new_tokens"),
+    ("max_new_tokens 2.0", _with(max_new_tokens=2.0), 400, "", "parameters.max_new_tokens"),
+    ("max_new_tokens too many", _with(max_new_tokens=1025), 400, "at most 1024, not 1025", None),
+    ("max_new_tokens huge", _with(max_new_tokens=10**30), 400, "", "parameters.max_new_tokens"),
+    ("stop a number", _with(stop=3), 400, "", "parameters.stop"),
+    ("stop with a number", _with(stop=["a", 3]), 400, "", "parameters.stop[1]"),
+    ("stop empty string", _with(stop=[""]), 400, "at least 1", "parameters.stop[0]"),
+    ("stop too many", _with(stop=["a"] * 9), 400, "8", "parameters.stop"),
+    ("seed negative", _with(seed=-1), 400, "", "parameters.seed"),
+    ("seed too large", _with(seed=2**63), 400, "", "parameters.seed"),
+    ("seed a string", _with(seed="1"), 400, "", "parameters.seed"),
+    ("stream a string", _with(stream="yes"), 400, "", "parameters.stream"),
+    ("full text a number", _with(return_full_text=1), 400, "", "parameters.return_full_text"),
+    (
+        "own parameter wrong",
+        _own(temperature=3),
+        *(400, "less than or equal to 2, not 3", "instances[1].parameters.temperature"),
+    ),
+    ("own unknown", _own(foo=1), 400, "", "instances[1].parameters.foo"),
+    ("own stream", _own(stream=True), 400, "", "instances[1].parameters.stream"),
+    (
+        "own too long",
+        _own(max_new_tokens=9999),
+        400,
+        "1024",
+        "instances[1].parameters.max_new_tokens",
+    ),
+    ("1,000 instances", {"instances": ["a"] * 1000}, 400, "1000 were given", "instances"),
+    (
+        "prompt longer than the context",
+        {"instances": ["short", "long " * 100]},
+        *(400, "has 500 tokens; at most 255 fit into the context of 256", "instances[1]"),
+    ),
+    (
+        "body over the limit",
+        json.dumps({"instances": ["x" * 1_500_000]}).encode(),
+        *(413, "at most 1500000", None),
+    ),
+]
+
+GOOD = [
+    ("plain", OK),
+    ("a prompt object", {"instances": [{"prompt": "a"}]}),
+    ("control characters, escaped", {"instances": ["a\u0000\u0007\u001b[31m\n\t\r b"]}),
+    ("emoji", {"instances": ["🍳 tortilla 👩‍🍳 española"]}),
+    ("scripts", {"instances": ["日本語 עברית العربية हिन्दी"]}),
+    ("other planes", {"instances": ["𝕬𝖇𝖈 \U0001f9ff a"]}),
+    (
+        "lines that TorchServe obeys",
+        {"instances": ["x\n[METRICS]a.b:1|#c:d\n[PID]1\nTorch worker started.\n"]},
+    ),
+    ("white space only", {"instances": ["   "]}),
+    ("integer temperature", _with(temperature=1, seed=1)),
+    ("stop as a string", _with(stop="z")),
+    ("empty parameters", {"instances": ["a"], "parameters": {}}),
+    ("duplicate keys", b'{"instances": [1], "instances": ["a"]}'),
+    ("leading white space", b' \n {"instances": ["a"]} \n'),
+    ("escaped slash", b'{"instances": ["a\\/b \\u00e9"]}'),
+    ("template characters", {"instances": ["{prompt} {{ 7*7 }} %s {0}"]}),
+]

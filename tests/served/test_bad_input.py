@@ -1,0 +1,174 @@
+"""Bad requests among good ones: each gets its error, and nobody else notices.
+
+On a tiny model, so that thousands of requests take seconds.
+"""
+
+import asyncio
+import json
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.bad_input import BAD, GOOD, OK
+
+pytestmark = pytest.mark.served
+
+
+def payload(body) -> bytes:
+    return body if isinstance(body, bytes) else json.dumps(body).encode()
+
+
+async def send(client: httpx.AsyncClient, url: str, body) -> httpx.Response:
+    headers = {"content-type": "application/json"}
+    return await client.post(url, content=payload(body), headers=headers)
+
+
+async def together(url: str, bodies: list) -> list[httpx.Response]:
+    limits = httpx.Limits(max_connections=64)
+    async with httpx.AsyncClient(timeout=60, limits=limits) as client:
+        return await asyncio.gather(*(send(client, url, body) for body in bodies))
+
+
+@pytest.fixture(scope="module")
+def worker_pid(tiny_server):
+    return tiny_server.workers()[0]["pid"]
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_server):
+    """Every bad body between two good ones, all in flight at once."""
+    good = httpx.post(tiny_server.url, json=OK).json()
+    bodies = [item for _, body, *_ in BAD for item in (OK, body)] + [OK]
+    replies = asyncio.run(together(tiny_server.url, bodies))
+    return good, replies[0::2], replies[1::2]
+
+
+def test_no_good_request_suffers(mixed, tiny_server, worker_pid):
+    good, good_replies, _ = mixed
+    assert len(good_replies) == len(BAD) + 1
+    assert [reply.status_code for reply in good_replies] == [200] * len(good_replies)
+    assert all(reply.json() == good for reply in good_replies)
+    assert tiny_server.workers()[0]["pid"] == worker_pid, "the worker was replaced"
+
+
+@pytest.mark.parametrize("index", range(len(BAD)), ids=[case[0] for case in BAD])
+def test_bad(mixed, index):
+    _, _, status, part, field = BAD[index]
+    reply = mixed[2][index]
+    assert reply.status_code == status, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    error = reply.json()["error"]
+    assert error["code"] == status and error["status"] == "INVALID_ARGUMENT"
+    assert part in error["message"]
+    assert field is None or error["field"] == field
+
+
+@pytest.mark.parametrize("body", [body for _, body in GOOD], ids=[name for name, _ in GOOD])
+def test_odd_but_right(tiny_server, worker_pid, body):
+    reply = httpx.post(
+        tiny_server.url, content=payload(body), headers={"content-type": "application/json"}
+    )
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["predictions"]
+    assert tiny_server.workers()[0]["pid"] == worker_pid
+
+
+def test_control_characters_and_emoji_come_back_unchanged(smollm2_server):
+    prompt = "a\u0000\u0007\u001b[31m\r\n🍳 👩‍🍳 日本語 𝕬"
+    body = {"instances": [prompt], "parameters": {"max_new_tokens": 1}}
+    reply = httpx.post(smollm2_server.url, json=body, timeout=60)
+    assert reply.json()["predictions"][0].startswith(prompt)
+
+
+def test_a_form_names_the_header_to_send(tiny_server):
+    """What curl -d sends when one forgets -H."""
+    reply = httpx.post(tiny_server.url, data={'{"instances": ["a"]}': ""})
+    assert reply.status_code == 400
+    assert "Content-Type: application/json" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD"])
+def test_other_methods(tiny_server, worker_pid, method):
+    """TorchServe passes every method to the handler and does not tell it which."""
+    reply = httpx.request(method, tiny_server.url)
+    assert reply.status_code in (400, 405), reply.text
+    assert tiny_server.workers()[0]["pid"] == worker_pid
+
+
+def test_unknown_model_and_route(tiny_server):
+    base = tiny_server.url.rsplit("/", 1)[0]
+    assert httpx.post(f"{base}/other", json=OK).status_code == 404
+    assert httpx.post(f"{base}/tiny/9.9", json=OK).status_code == 404
+    assert httpx.get(f"{base}/../nothing").status_code in (404, 405)
+
+
+def test_a_body_over_the_frontends_limit(tiny_server, worker_pid):
+    """10 MiB is where the frontend itself refuses, before the handler sees the request."""
+    body = {"instances": ["x" * (11 * 2**20)]}
+    reply = httpx.post(tiny_server.url, json=body, timeout=60)
+    assert reply.status_code == 413
+    assert httpx.post(tiny_server.url, json=OK).status_code == 200
+
+
+def test_odd_headers(tiny_server, worker_pid):
+    headers = {"x-odd": "caf\xe9".encode("latin-1"), "x-empty": "", "cookie": "a=b" * 500}
+    assert httpx.post(tiny_server.url, json=OK, headers=headers).status_code == 200
+    assert tiny_server.workers()[0]["pid"] == worker_pid
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+names = st.sampled_from(
+    ["max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed"]
+    + ["return_full_text", "stream", "nonsense"]
+)
+parameters = st.dictionaries(names, st.sampled_from([0, 1, 0.5, 2, "a", ["b"], True]) | values)
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "x"])})
+    | st.fixed_dictionaries({"role": st.just("user"), "content": st.text(max_size=50)}),
+    max_size=3,
+)
+instances = st.lists(
+    st.text(max_size=60)
+    | st.fixed_dictionaries({"prompt": st.text(max_size=60)}, optional={"parameters": parameters})
+    | st.fixed_dictionaries({"messages": messages})
+    | values,
+    max_size=4,
+)
+bodies = (
+    st.fixed_dictionaries({"instances": instances}, optional={"parameters": parameters}).map(
+        payload
+    )
+    | values.map(payload)
+    | st.binary(max_size=100)
+)
+
+
+@settings(
+    max_examples=500,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(body=bodies)
+def test_any_500_requests(tiny_server, worker_pid, body):
+    """Whatever is sent: an answer within 20 s, never a 5xx, and the worker lives."""
+    headers = {"content-type": "application/json"}
+    reply = httpx.post(tiny_server.url, content=body, headers=headers, timeout=20)
+    assert reply.status_code in (200, 400), reply.text
+    if reply.status_code == 400:
+        assert reply.json()["error"]["message"]
+
+
+def test_the_worker_survived_all_of_it(tiny_server, worker_pid):
+    (worker,) = tiny_server.workers()
+    assert worker["pid"] == worker_pid and worker["status"] == "READY"
+    assert "Traceback" not in tiny_server.log.read_text()
