@@ -223,10 +223,12 @@ class Server:
     def _wait_until_ready(self, deadline: float) -> None:
         while not self.ready():
             text = self.log.read_text(errors="replace")
+            failed = any(sign in text for sign in _LOAD_FAILED)
+            if failed:
+                time.sleep(1)  # let the rest of the traceback arrive, and Java end if it will
             if self.process.poll() is not None:
                 raise ServerError(f"TorchServe ended while starting. {self._last_words()}")
-            if any(sign in text for sign in _LOAD_FAILED):
-                time.sleep(0.5)  # let the traceback arrive
+            if failed:
                 raise ServerError(f"the worker could not load the model. {self._last_words()}")
             if time.monotonic() > deadline:
                 raise ServerError(f"no worker was ready in time. {self._last_words()}")

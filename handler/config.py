@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 APPS = Path(__file__).parent / "apps"
 DEFAULTS = APPS / "defaults.yaml"
@@ -66,6 +66,12 @@ class PromptConfig(_Strict):
 
     style: Literal["plain", "instruct", "chat"] = "plain"
     template: str | None = None
+
+    @model_validator(mode="after")
+    def _instructions_need_a_template(self) -> "PromptConfig":
+        if self.style == "instruct" and "{prompt}" not in (self.template or ""):
+            raise ValueError("style instruct needs a template with {prompt} in it")
+        return self
 
 
 class Limits(_Strict):

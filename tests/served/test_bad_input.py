@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from handler.request import Parameters
 from tests.bad_input import BAD, GOOD, OK
 
 pytestmark = pytest.mark.served
@@ -126,10 +127,7 @@ values = st.recursive(
     ),
     max_leaves=12,
 )
-names = st.sampled_from(
-    ["max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed"]
-    + ["return_full_text", "stream", "nonsense"]
-)
+names = st.sampled_from([*Parameters.model_fields, "stream", "nonsense"])
 parameters = st.dictionaries(names, st.sampled_from([0, 1, 0.5, 2, "a", ["b"], True]) | values)
 messages = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "assistant", "x"])})

@@ -1,0 +1,114 @@
+"""A worker that is killed, more requests than fit, and what the clients see of it."""
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+import handler.config
+from deploy.archive import build_archive
+from deploy.server import Server
+
+pytestmark = pytest.mark.served
+
+LONG = {"instances": ["Once upon a time"], "parameters": {"max_new_tokens": 400}}
+SHORT = {"instances": ["Paris"], "parameters": {"max_new_tokens": 2}}
+
+
+def test_a_killed_worker(smollm2_server):
+    """SIGKILL under 8 requests: each client hears of it within 15 s, and 30 s later all is well."""
+    url = smollm2_server.url
+
+    async def scenario():
+        async with httpx.AsyncClient(timeout=60) as client:
+            requests = [asyncio.create_task(client.post(url, json=LONG)) for _ in range(8)]
+            await asyncio.sleep(2.0)
+            assert not any(request.done() for request in requests)
+            (worker,) = smollm2_server.workers()
+            os.kill(worker["pid"], signal.SIGKILL)
+            killed = time.monotonic()
+            replies = await asyncio.gather(*requests)
+            heard = time.monotonic() - killed
+            while (await client.post(url, json=SHORT)).status_code != 200:
+                assert time.monotonic() - killed < 30, "no answer 30 s after the worker was killed"
+                await asyncio.sleep(0.25)
+            return worker["pid"], replies, heard
+
+    pid, replies, heard = asyncio.run(scenario())
+    assert heard < 15, f"the last client heard after {heard:.1f} s"
+    for reply in replies:
+        assert reply.status_code in (500, 503, 507), reply.text
+        assert "Worker died" in reply.json()["message"]
+    assert smollm2_server.workers()[0]["pid"] != pid
+
+
+@pytest.fixture
+def small_server(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A server with room for 4 running and 4 waiting sequences."""
+    apps = tmp_path / "apps"
+    apps.mkdir()
+    app = {
+        "app": {"title": "small", "engine": {"max_batch": 4, "max_queue": 4, "max_context": 256}}
+    }
+    (apps / "small.yaml").write_text(yaml.safe_dump(app))
+    monkeypatch.setattr(handler.config, "APPS", apps)
+    archive = build_archive("small", tiny_llama, store=tmp_path / "store")
+    with Server(archive, port=7200) as server:
+        yield server
+
+
+def test_overload(small_server):
+    """4 times the queue at once: refusals within 1 s, everything accepted is answered."""
+    body = {"instances": ["a"], "parameters": {"max_new_tokens": 200, "temperature": 1, "seed": 1}}
+
+    async def one(client: httpx.AsyncClient) -> tuple[httpx.Response, float]:
+        began = time.monotonic()
+        reply = await client.post(small_server.url, json=body)
+        return reply, time.monotonic() - began
+
+    async def scenario():
+        limits = httpx.Limits(max_connections=64)
+        async with httpx.AsyncClient(timeout=60, limits=limits) as client:
+            return await asyncio.gather(*(one(client) for _ in range(32)))
+
+    results = asyncio.run(scenario())
+    accepted = [reply for reply, _ in results if reply.status_code == 200]
+    refused = [(reply, seconds) for reply, seconds in results if reply.status_code != 200]
+    assert len(accepted) >= 8
+    assert len(refused) >= 16
+    assert len({reply.text for reply in accepted}) == 1
+    for reply, seconds in refused:
+        assert reply.status_code == 429 and seconds < 1.0, (reply.text, seconds)
+        assert int(reply.headers["retry-after"]) >= 1
+        assert reply.json()["error"]["status"] == "RESOURCE_EXHAUSTED"
+    assert httpx.post(small_server.url, json=body, timeout=60).text == accepted[0].text
+
+
+def test_an_engine_that_fails_is_replaced(tiny_llama: Path, tmp_path: Path):
+    """Weights that load but cannot compute: 500 for each request, then a new worker."""
+    archive = build_archive("broken", tiny_llama, store=tmp_path)
+    engine = archive / "handler" / "engine" / "transformers_engine.py"
+    text = engine.read_text()
+    assert text.count("    def _prefill(self)") == 1
+    sabotage = (
+        "        if self._waiting and self._waiting[0].prompt_tokens == 3:\n            1 / 0\n"
+    )
+    at = text.index('"""Run waiting prompts')
+    end = text.index("\n", at) + 1
+    engine.write_text(text[:end] + sabotage + text[end:])
+    with Server(archive, port=7200) as server:
+        good = {"instances": ["ab"], "parameters": {"max_new_tokens": 2}}
+        assert httpx.post(server.url, json=good).status_code == 200
+        (before,) = server.workers()
+        reply = httpx.post(server.url, json={"instances": ["abc"]}, timeout=30)
+        assert reply.status_code in (500, 507), reply.text
+        deadline = time.monotonic() + 30
+        while httpx.post(server.url, json=good, timeout=30).status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.25)
+        assert server.workers()[0]["pid"] != before["pid"]

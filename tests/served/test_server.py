@@ -1,0 +1,126 @@
+"""Starting and stopping the process tree, and what goes wrong on the way."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from deploy.archive import FORMATS, build_archive
+from deploy.paths import ROOT
+from deploy.server import Server, ServerError, port_holder
+from tests.bad_input import OK
+
+pytestmark = pytest.mark.served
+
+
+def closed(server: Server) -> bool:
+    return not any(port_holder(port) for port in server.ports)
+
+
+def test_two_side_by_side_and_each_stops_alone(tiny_server, tiny_llama: Path, tmp_path: Path):
+    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    other = Server(archive, port=7200)
+    with other:
+        expected = httpx.post(tiny_server.url, json=OK).json()
+        assert httpx.post(other.url, json=OK).json() == expected
+        assert other.workers()[0]["pid"] != tiny_server.workers()[0]["pid"]
+    assert closed(other)
+    assert httpx.post(tiny_server.url, json=OK).json() == expected
+    other.stop()  # a second time does nothing
+
+
+@pytest.mark.parametrize("archive_format", FORMATS[1:])
+def test_a_mar_answers_as_the_directory_does(
+    tiny_server, tiny_llama: Path, tmp_path: Path, archive_format: str
+):
+    archive = build_archive("tiny", tiny_llama, archive_format=archive_format, store=tmp_path)
+    assert archive.suffix == ".mar"
+    with Server(archive, port=7200) as server:
+        expected = httpx.post(tiny_server.url, json=OK).json()
+        assert httpx.post(server.url, json=OK).json() == expected
+
+
+def test_a_busy_port_is_refused_with_the_name_of_its_holder(tiny_llama: Path, tmp_path: Path):
+    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    with socket.create_server(("127.0.0.1", 7201)):
+        with pytest.raises(ServerError, match=rf"port 7201 is taken by .*\(pid {os.getpid()}\)"):
+            Server(archive, port=7200).start()
+
+
+def test_no_archive(tmp_path: Path):
+    with pytest.raises(ServerError, match="there is no such archive; run `make archive`"):
+        Server(tmp_path / "nothing", port=7200).start()
+
+
+def test_a_model_that_cannot_be_loaded(tiny_llama: Path, tmp_path: Path):
+    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    (archive / "weights" / "config.json").unlink()
+    server = Server(archive, port=7200)
+    began = time.monotonic()
+    with pytest.raises(ServerError, match=r"(?s)could not load the model.*config\.json"):
+        server.start()
+    assert time.monotonic() - began < 40
+    assert closed(server)
+
+
+def test_a_deadline(smollm2: Path, tmp_path: Path):
+    server = Server(build_archive("smollm2-135m", smollm2, store=tmp_path), port=7200)
+    with pytest.raises(ServerError, match="no worker was ready in time"):
+        server.start(deadline=1.0)
+    assert closed(server)
+
+
+def test_java_that_dies_is_noticed(tiny_llama: Path, tmp_path: Path):
+    server = Server(build_archive("tiny", tiny_llama, store=tmp_path), port=7200)
+    server.settings["inference_address"] = "http://192.0.2.1:7200"  # not an address of this machine
+    with pytest.raises(ServerError, match="TorchServe ended while starting"):
+        server.start()
+    assert closed(server)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_stops_java_and_workers_within_10_s(
+    stop: signal.Signals, tiny_llama: Path, tmp_path: Path
+):
+    """What Ctrl-C in `make serve` does, with a request in flight."""
+    build_archive("tiny", tiny_llama, store=tmp_path)
+    code = (
+        "import sys, deploy.server as s; from pathlib import Path;"
+        f"s.MODEL_STORE = Path({str(tmp_path)!r}); sys.exit(s.main(['tiny', '--port', '7200']))"
+    )
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert command.stdout.readline().startswith("starting")
+    assert "ready: POST" in command.stdout.readline()
+    tree = psutil.Process(command.pid).children(recursive=True)
+    assert {p.name() for p in tree} >= {"java"} and len(tree) >= 2
+    began = time.monotonic()
+    command.send_signal(stop)
+    command.wait(timeout=20)
+    took = time.monotonic() - began
+    assert took < 10, f"{took:.1f} s"
+    assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in tree)
+    assert not any(port_holder(port) for port in range(7200, 7205))
+
+
+def test_only_the_inference_port_could_be_opened_to_others(tiny_llama: Path, tmp_path: Path):
+    """`host` moves the inference port alone; management, metrics and gRPC stay on loopback."""
+    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    with Server(archive, port=7200, host="0.0.0.0") as server:
+        java = psutil.Process(server.process.pid)
+        listening = {
+            connection.laddr.port: connection.laddr.ip.removeprefix("::ffff:")
+            for connection in java.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+    assert set(listening) >= set(server.ports)
+    open_to_all = {port for port, ip in listening.items() if ip not in ("127.0.0.1", "::1")}
+    assert open_to_all == {server.port}, listening

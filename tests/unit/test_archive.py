@@ -1,0 +1,93 @@
+"""What is in an archive, and what is refused before anything is archived."""
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+import handler.config
+from deploy.archive import HANDLER, build_archive
+from deploy.paths import UserError
+from handler.config import ConfigError, app_names, app_yaml, load_app, parse_app
+
+EXPECTED = {"llm_handler.py", "handler", "weights", "model-config.yaml", "MAR-INF"}
+
+
+def test_a_directory(tiny_llama: Path, tmp_path: Path):
+    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    assert {p.name for p in archive.iterdir()} == EXPECTED
+    manifest = json.loads((archive / "MAR-INF" / "MANIFEST.json").read_text())
+    assert manifest["model"]["handler"] == "llm_handler.py"
+    assert manifest["model"]["configFile"] == "model-config.yaml"
+    sources = {p.relative_to(HANDLER) for p in HANDLER.rglob("*.py")}
+    copied = {p.relative_to(archive / "handler") for p in (archive / "handler").rglob("*.py")}
+    assert copied == sources - {Path("llm_handler.py")}
+    assert not list(archive.rglob("__pycache__"))
+    weights = next((archive / "weights").glob("*.safetensors"))
+    assert weights.samefile(tiny_llama / weights.name), "a hard link, not a copy"
+
+
+@pytest.mark.parametrize("archive_format", ["zip-store", "default"])
+def test_a_mar(tiny_llama: Path, tmp_path: Path, archive_format: str):
+    archive = build_archive("tiny", tiny_llama, archive_format=archive_format, store=tmp_path)
+    with zipfile.ZipFile(archive) as mar:
+        assert {name.split("/")[0] for name in mar.namelist()} == EXPECTED
+        compressed = mar.getinfo("weights/tokenizer.json").compress_type
+    assert compressed == (zipfile.ZIP_STORED if archive_format == "zip-store" else 8)
+
+
+def test_a_second_build_replaces_the_first(tiny_llama: Path, tmp_path: Path):
+    first = build_archive("tiny", tiny_llama, store=tmp_path)
+    (first / "leftover").write_text("")
+    assert not (build_archive("tiny", tiny_llama, store=tmp_path) / "leftover").exists()
+
+
+def test_the_apps_yaml_travels_complete(smollm2: Path, tmp_path: Path):
+    archive = build_archive("smollm2-135m", smollm2, store=tmp_path)
+    config = yaml.safe_load((archive / "model-config.yaml").read_text())
+    assert config == app_yaml("smollm2-135m")
+    assert config["continuousBatching"] is True and config["minWorkers"] == 1
+    assert parse_app(config, "").engine.max_context == 2048
+
+
+def test_random_weights_are_marked(tiny_llama: Path, tmp_path: Path):
+    (folder := tmp_path / "random").mkdir()
+    for path in tiny_llama.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "SOURCE.json").write_text('{"source": "random weights"}')
+    archive = build_archive("tiny", folder, store=tmp_path / "store")
+    config = yaml.safe_load((archive / "model-config.yaml").read_text())
+    assert config["app"]["random_weights"] is True
+
+
+def test_every_app_is_valid():
+    assert app_names() == ["dolly-v2-3b", "gpt2", "smollm2-135m"]
+    for name in app_names():
+        assert load_app(name).title
+
+
+@pytest.mark.parametrize(
+    ("yaml_text", "message"),
+    [
+        ("app: {title: x, engine: {dtype: float8}}", r"mine\.yaml: app\.engine\.dtype: .*float8"),
+        ("app: {title: x, engin: {}}", r"app\.engin: Extra inputs are not permitted"),
+        ("app: {title: x, limits: {max_instances: 0}}", r"app\.limits\.max_instances: .*not 0"),
+        ("app: {engine: {}}", r"app\.title: Field required"),
+        ("app: {title: x, parameters: {top_p: 2}}", r"app\.parameters\.top_p: .*not 2"),
+        ("app: {title: x, prompt: {style: instruct}}", r"app\.prompt: .*template with \{prompt\}"),
+        ("app: [", r"mine\.yaml: not YAML"),
+    ],
+)
+def test_a_wrong_yaml_is_named(yaml_text, message, tiny_llama, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(yaml_text)
+    monkeypatch.setattr(handler.config, "APPS", tmp_path)
+    with pytest.raises((ConfigError, UserError), match=message):
+        build_archive("mine", tiny_llama, store=tmp_path / "store")
+    assert not (tmp_path / "store" / "mine").exists()
+
+
+def test_an_app_name_torchserve_would_refuse(tiny_llama: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="Model name contains special characters|allowed"):
+        build_archive("my model", tiny_llama, store=tmp_path)

@@ -1,0 +1,69 @@
+"""Incremental text: whatever arrives in pieces adds up to the whole."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deploy.shape import byte_tokenizer
+from handler.engine.text import TextStream
+
+TOKENIZER = byte_tokenizer(["### End"])
+
+
+def decode(ids):
+    return TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def run(text: str, stop=(), prompt: str = "prompt ") -> tuple[list[str], bool]:
+    stream = TextStream(decode, TOKENIZER(prompt)["input_ids"], stop)
+    pieces = []
+    for token in TOKENIZER(text)["input_ids"]:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            return pieces, True
+    return [*pieces, stream.finish()], stream.stopped
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=40), prompt=st.text(max_size=10))
+def test_pieces_join_to_the_whole(text, prompt):
+    """One byte a token: every character beyond ASCII is cut in pieces."""
+    pieces, _ = run(text, prompt=prompt)
+    assert "".join(pieces) == text
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text(alphabet="ab\n", max_size=30),
+    stop=st.text(alphabet="ab\n", min_size=1, max_size=4),
+)
+def test_a_stop_string_cuts_exactly(text, stop):
+    pieces, stopped = run(text, [stop])
+    assert "".join(pieces) == text.split(stop)[0]
+    assert stopped == (stop in text)
+
+
+def test_nothing_of_a_stop_string_is_shown_early():
+    pieces, stopped = run("tortilla ###", ["### End"])
+    assert not stopped
+    assert "".join(pieces[:-1]) == "tortilla " and pieces[-1] == "###"
+
+
+def test_the_first_of_several_stop_strings_counts():
+    assert "".join(run("one two three", ["three", "two"])[0]) == "one "
+
+
+def test_half_a_character_at_the_end_is_shown_in_the_end():
+    stream = TextStream(decode, [], [])
+    half = TOKENIZER("é")["input_ids"][:1]
+    assert stream.push(half[0]) == ""
+    assert stream.finish() == "\ufffd"
+
+
+def test_special_tokens_are_not_shown():
+    assert "".join(run("a### End")[0]) == "a"
+
+
+@pytest.mark.parametrize("stop", [[], [""], ["never"]])
+def test_no_stop(stop):
+    assert run("abc", stop) == (["a", "b", "c", ""], False) or stop == ["never"]
