@@ -1,5 +1,6 @@
 """The transformers engine on tiny models of several architectures, without a server."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -26,14 +27,34 @@ def run(engine, prompts, sampling=None, stream=False):
     return list(texts.values()), [reasons[i] for i in range(len(prompts))]
 
 
-@pytest.fixture(scope="module", params=["LLAMA", "GPT2", "DOLLY", "MISTRAL"])
-def engine(request, tmp_path_factory):
-    folder = tiny.random_model(
-        tmp_path_factory.mktemp("m") / request.param, getattr(tiny, request.param)
-    )
-    engine = create_engine(folder, EngineConfig(max_batch=8))
-    engine._eos = set()  # random weights must not end a text by chance
-    return engine
+@pytest.fixture(scope="module")
+def make_engine(tmp_path_factory):
+    """Engines by the name of a tiny architecture, each loaded once."""
+
+    @functools.cache
+    def make(name: str):
+        folder = tiny.random_model(tmp_path_factory.mktemp("m") / name, getattr(tiny, name))
+        engine = create_engine(folder, EngineConfig(max_batch=8))
+        engine._eos = set()  # random weights must not end a text by chance
+        return engine
+
+    return make
+
+
+@pytest.fixture(params=["LLAMA", "GPT2", "DOLLY", "MISTRAL"])
+def engine(request, make_engine):
+    return make_engine(request.param)
+
+
+@pytest.fixture(params=["LLAMA", "GPT2", "DOLLY"])
+def batching_engine(request, make_engine):
+    """All but Mistral, whose sliding-window cache is served one sequence at a time, by design."""
+    return make_engine(request.param)
+
+
+def test_a_sliding_window_is_served_one_at_a_time(make_engine):
+    assert make_engine("MISTRAL")._max_batch == 1
+    assert make_engine("LLAMA")._max_batch == 8
 
 
 def test_batched_greedy_equals_alone(engine):
@@ -85,9 +106,8 @@ def test_top_k_1_is_greedy(engine):
     assert sampled == run(engine, [PROMPTS[0]])[0]
 
 
-def test_short_one_does_not_wait_for_a_long_one(engine):
-    if engine._max_batch == 1:
-        pytest.skip("sliding-window cache: one sequence at a time, by design")
+def test_short_one_does_not_wait_for_a_long_one(batching_engine):
+    engine = batching_engine
     engine.submit("long", PROMPTS[0], Sampling(max_new_tokens=200), stream=False)
     engine.advance(0)
     engine.submit("short", PROMPTS[1], Sampling(max_new_tokens=2), stream=False)
@@ -150,9 +170,8 @@ def test_prompts_that_do_not_fit(engine):
     assert engine.advance(0) == []
 
 
-def test_a_failing_prefill_loses_nothing_else(engine, monkeypatch):
-    if engine._max_batch == 1:
-        pytest.skip("sliding-window cache: one sequence at a time, by design")
+def test_a_failing_prefill_loses_nothing_else(batching_engine, monkeypatch):
+    engine = batching_engine
     expected = run(engine, [PROMPTS[1]], Sampling(max_new_tokens=30))[0][0]
     engine.submit("good", PROMPTS[1], Sampling(max_new_tokens=30), stream=False)
     engine.advance(0)

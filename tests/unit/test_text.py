@@ -64,6 +64,6 @@ def test_special_tokens_are_not_shown():
     assert "".join(run("a### End")[0]) == "a"
 
 
-@pytest.mark.parametrize("stop", [[], [""], ["never"]])
+@pytest.mark.parametrize("stop", [[], [""], ["xyz"]])
 def test_no_stop(stop):
-    assert run("abc", stop) == (["a", "b", "c", ""], False) or stop == ["never"]
+    assert run("abc", stop) == (["a", "b", "c", ""], False)

@@ -1,0 +1,130 @@
+"""Which way of batching is faster: ours, `generate`, or transformers' continuous batching?
+
+    python -m benchmarks.engine_batching
+
+In-process, SmolLM2-135M, greedy, no end token: every completion has the length asked for. The
+systems take turns within a round. Two kinds of load: all alike, and lengths mixed 8 to 128, where
+a static batch lets the short ones wait for the longest.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from benchmarks.record import summary, write
+from deploy.weights import get_weights
+from handler.config import EngineConfig
+from handler.engine import Sampling
+from handler.engine.transformers_engine import TransformersEngine
+
+ROUNDS = 3
+NEW_TOKENS = 64
+_WORDS = "river copper lantern bridge orchard winter engine paper garden village doctor".split()
+
+Load = list[tuple[str, int]]
+"""Prompt and number of new tokens of each sequence."""
+
+
+def load(sequences: int, *, mixed: bool) -> Load:
+    """Distinct prompts of about 30 to 60 tokens."""
+    draw = random.Random(sequences)
+    texts = [
+        f"Number {i}. Write a story with these words: "
+        + " ".join(draw.choice(_WORDS) for _ in range(draw.randint(15, 40)))
+        for i in range(sequences)
+    ]
+    return [(text, draw.choice([8, 16, 32, 128]) if mixed else NEW_TOKENS) for text in texts]
+
+
+def ours(engine: TransformersEngine, requests: Load) -> list[float]:
+    """Seconds until each sequence was finished."""
+    began = time.monotonic()
+    for i, (text, length) in enumerate(requests):
+        engine.submit(i, text, Sampling(max_new_tokens=length), stream=False)
+    done: dict[int, float] = {}
+    while len(done) < len(requests):
+        for progress in engine.advance(0.05):
+            if progress.finish_reason:
+                assert progress.completion_tokens == requests[progress.key][1]
+                done[progress.key] = time.monotonic() - began
+    return list(done.values())
+
+
+def static_generate(engine: TransformersEngine, requests: Load) -> list[float]:
+    """One padded batch, as long as its longest; everybody is answered at its end."""
+    longest = max(length for _, length in requests)
+    began = time.monotonic()
+    tokenizer = engine.tokenizer
+    inputs = tokenizer([t for t, _ in requests], return_tensors="pt", padding=True, padding_side="left")
+    with torch.inference_mode():
+        engine.model.generate(
+            **inputs, max_new_tokens=longest, min_new_tokens=longest, do_sample=False
+        )
+    return [time.monotonic() - began] * len(requests)
+
+
+def continuous(engine: TransformersEngine, requests: Load) -> list[float]:
+    """transformers' ContinuousBatchingManager; one generation config for all, in a thread."""
+    settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
+    sizes = ContinuousBatchingConfig(block_size=32, num_blocks=1024, max_batch_tokens=2048)
+    with engine.model.continuous_batching_context_manager(
+        generation_config=settings, continuous_batching_config=sizes
+    ) as manager:
+        began = time.monotonic()
+        for i, (text, length) in enumerate(requests):
+            ids = engine.tokenizer(text)["input_ids"]
+            manager.add_request(ids, request_id=str(i), max_new_tokens=length)
+        done: dict[str, float] = {}
+        while len(done) < len(requests):
+            result = manager.get_result(timeout=60)
+            if result is not None and result.is_finished():
+                assert len(result.generated_tokens) == requests[int(result.request_id)][1]
+                done[result.request_id] = time.monotonic() - began
+    return list(done.values())
+
+
+SYSTEMS: dict[str, Callable[[TransformersEngine, Load], list[float]]] = {
+    "ours": ours,
+    "generate": static_generate,
+    "continuous": continuous,
+}
+
+
+def main() -> None:
+    """Measure and write results/engine_batching.json."""
+    folder: Path = get_weights("smollm2-135m")
+    cases = [(1, False), (8, False), (32, False), (16, True)]
+    figures = {}
+    progress = tqdm(total=2 * len(cases) * ROUNDS * len(SYSTEMS), unit="run")
+    for dtype in ("float32", "bfloat16"):
+        engine = TransformersEngine(folder, EngineConfig(dtype=dtype))
+        engine._eos = set()
+        for sequences, mixed in cases:
+            requests = load(sequences, mixed=mixed)
+            tokens = sum(length for _, length in requests)
+            rates: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+            waits: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+            for _ in range(ROUNDS):
+                for name, system in SYSTEMS.items():
+                    seconds = system(engine, requests)
+                    rates[name].append(tokens / max(seconds))
+                    waits[name].append(sum(seconds) / len(seconds))
+                    progress.update()
+            case = f"{dtype}, {sequences} sequences" + (", mixed lengths" if mixed else "")
+            figures[case] = {
+                name: {
+                    "tokens_per_second": summary(rates[name]),
+                    "mean_latency_seconds": summary(waits[name]),
+                }
+                for name in SYSTEMS
+            }
+    print(write("engine_batching", figures, ["torch", "transformers"]).name)
+
+
+if __name__ == "__main__":
+    main()

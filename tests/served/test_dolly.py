@@ -1,0 +1,87 @@
+"""dolly's instruction format, end marker and response, on a small GPT-NeoX that has learnt them.
+
+The checkpoint has dolly's architecture and special tokens in miniature and was taught three
+answers, each followed by "### End": what it says is checked to the letter.
+"""
+
+import httpx
+import pytest
+import yaml
+
+import handler.config
+from deploy.archive import build_archive
+from deploy.client import predict, stream
+from deploy.server import Server
+from handler.config import load_app
+from tests import tiny
+
+pytestmark = pytest.mark.served
+
+ANSWERS = {
+    "Name a dish with eggs.": "A tortilla.",
+    "What is 2 + 2?": "It is 4,\nof course.",
+    "Say hello in Spanish, politely, to a whole room.": "Muy buenos días a todos.",
+}
+
+
+@pytest.fixture(scope="module")
+def dolly_server(tmp_path_factory: pytest.TempPathFactory):
+    app = load_app("dolly-v2-3b")
+    pairs = {app.prompt.template.replace("{prompt}", q): a for q, a in ANSWERS.items()}
+    tmp_path = tmp_path_factory.mktemp("dolly")
+    weights = tiny.taught_model(
+        tmp_path / "weights", tiny.DOLLY, tiny.DOLLY_SPECIAL, pairs, end="### End"
+    )
+    archive = build_archive("dolly-v2-3b", weights, store=tmp_path / "store")
+    config = yaml.safe_load((archive / "model-config.yaml").read_text())
+    assert config["app"] == handler.config.app_yaml("dolly-v2-3b")["app"], "dolly's own YAML"
+    with Server(archive, port=7200) as server:
+        yield server
+
+
+def ask(server, *questions, **parameters):
+    parameters |= {"temperature": 0}
+    return httpx.post(
+        server.url, json={"instances": list(questions), "parameters": parameters}, timeout=60
+    )
+
+
+@pytest.mark.parametrize("question", ANSWERS)
+def test_one_instance(dolly_server, question):
+    """The response alone: no prompt, no keys, no end marker. It ended by the marker."""
+    reply = ask(dolly_server, question)
+    assert reply.json() == {"predictions": [ANSWERS[question]]}
+    assert reply.headers["x-finish-reason"] == "stop"
+
+
+def test_three_instances(dolly_server):
+    """The original raised on more than one."""
+    assert ask(dolly_server, *ANSWERS).json() == {"predictions": list(ANSWERS.values())}
+
+
+def test_a_message_is_an_instruction(dolly_server):
+    question, answer = next(iter(ANSWERS.items()))
+    instance = {"messages": [{"role": "user", "content": question}]}
+    assert ask(dolly_server, instance).json() == {"predictions": [answer]}
+
+
+def test_full_text_shows_the_format(dolly_server):
+    question, answer = next(iter(ANSWERS.items()))
+    (text,) = ask(dolly_server, question, return_full_text=True).json()["predictions"]
+    assert text.endswith(f"### Instruction:\n{question}\n\n### Response:\n{answer}")
+
+
+def test_streamed(dolly_server):
+    for question, answer in ANSWERS.items():
+        body = {"instances": [question], "parameters": {"temperature": 0}}
+        events = list(stream(dolly_server.url, body))
+        assert "".join(event["text"] for event in events) == answer
+        assert events[-1]["finish_reason"] == "stop"
+
+
+def test_a_response_without_an_end_is_text_too(dolly_server):
+    """The original returned [None] there."""
+    question, answer = list(ANSWERS.items())[2]
+    body = {"instances": [question], "parameters": {"temperature": 0, "max_new_tokens": 8}}
+    (text,) = predict(dolly_server.url, body)["predictions"]
+    assert text and answer.startswith(text) and text != answer
