@@ -7,7 +7,6 @@
 app's completed YAML as `model-config.yaml`, and the weights.
 """
 
-import argparse
 import os
 import shutil
 import subprocess
@@ -18,10 +17,10 @@ from pathlib import Path
 import yaml
 
 import handler
-from deploy.hub import link_or_copy
-from deploy.paths import BUILD, MODEL_STORE, UserError, shown
-from deploy.weights import get_weights, source_of, weight_files
-from handler.config import ConfigError, app_yaml, parse_app
+from deploy.cli import app_parser, command
+from deploy.paths import BUILD, MODEL_STORE, UserError, link_or_copy, shown
+from deploy.weights import RANDOM, get_weights, source_of, weight_files
+from handler.config import app_yaml, parse_app
 from handler.request import RequestError, default_parameters
 
 FORMATS = ("no-archive", "zip-store", "default")
@@ -71,7 +70,7 @@ def build_archive(
 def model_config(name: str, weights: Path) -> dict:
     """The app's completed and checked YAML, which becomes the archive's `model-config.yaml`."""
     config = app_yaml(name, local=True)
-    if source_of(weights).get("source") == "random weights":
+    if source_of(weights).get("source") == RANDOM:
         config["app"]["random_weights"] = True
     try:
         default_parameters(parse_app(config, f"handler/apps/{name}.yaml"))
@@ -110,24 +109,15 @@ def _replace(made: Path, target: Path) -> None:
     made.replace(target)
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="deploy.archive", description="make a model archive")
-    parser.add_argument("app")
+    parser = app_parser("deploy.archive", "make a model archive")
     parser.add_argument("--format", default="no-archive", choices=FORMATS)
-    parser.add_argument("--model-dir", type=Path, help="weights to use instead of the app's own")
-    parser.add_argument("--shape-only", action="store_true", help="random weights, true size")
     options = parser.parse_args(arguments)
-    try:
-        weights = get_weights(
-            options.app, model_dir=options.model_dir, shape_only=options.shape_only
-        )
-        archive = build_archive(options.app, weights, archive_format=options.format)
-    except (UserError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    weights = get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
+    archive = build_archive(options.app, weights, archive_format=options.format)
     print(f"{options.app}: archived as {shown(archive)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from deploy.paths import UserError
+from deploy.paths import UserError, link_or_copy
 from handler.config import HubWeights
 
 _TEXT = {".json", ".txt", ".model", ".jinja"}
@@ -101,15 +101,6 @@ def git_hash(path: Path, *, lfs: bool) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link where both are on one file system, which costs no space; else a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def _check_space(size: int, folder: Path) -> None:

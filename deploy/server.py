@@ -25,10 +25,10 @@ import httpx
 import psutil
 import ts
 
+from deploy.cli import command
 from deploy.client import predict
 from deploy.java import find_java
 from deploy.paths import BUILD, MODEL_STORE, UserError, shown
-from handler.config import ConfigError
 
 PORT = 7080
 OMELETTE = {"instances": ["How to prepare a spanish omelette:"]}
@@ -278,22 +278,18 @@ def _quickstart(server: Server) -> None:
     print(json.dumps(reply, indent=2, ensure_ascii=False))
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="deploy.server", description="serve an archive")
+    parser = argparse.ArgumentParser(prog="python -m deploy.server", description="serve an archive")
     parser.add_argument("app")
     parser.add_argument("--port", type=int, default=PORT)
     parser.add_argument("--mar", action="store_true", help="serve the .mar, not the directory")
     parser.add_argument("--quickstart", action="store_true", help="one request, then stop")
     options = parser.parse_args(arguments)
     archive = MODEL_STORE / (f"{options.app}.mar" if options.mar else options.app)
-    try:
-        server = Server(archive, port=options.port)
-        (_quickstart if options.quickstart else _serve)(server)
-    except (UserError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    server = Server(archive, port=options.port)
+    (_quickstart if options.quickstart else _serve)(server)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 A folder that is already complete is left as it is, so this is cheap to call again.
 """
 
-import argparse
 import errno
 import json
 import shutil
@@ -15,11 +14,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from deploy.cli import app_parser, command
 from deploy.paths import MODELS, UserError, shown
-from handler.config import App, ConfigError, load_app
+from handler.config import App, load_app
 
 SOURCE_FILE = "SOURCE.json"
 """Beside the weights: where they came from. Written last, so a folder without it is unfinished."""
+
+RANDOM = "random weights"
+"""The `source` of a checkpoint that `--shape-only` made."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
@@ -122,7 +125,7 @@ def check_folder(folder: Path) -> Path:
 
 def _wanted_source(app: App, shape_only: bool) -> dict:
     if shape_only:
-        return {"source": "random weights", "architecture": app.architecture, "seed": 0}
+        return {"source": RANDOM, "architecture": app.architecture, "seed": 0}
     return app.weights.model_dump(exclude={"gigabytes"})
 
 
@@ -153,24 +156,14 @@ def _disk_full(models: Path, app: App) -> str:
     return f"the disk of {shown(models)} is full: {free:.1f} GB free{needs}. Make room and repeat"
 
 
-def main(arguments: list[str] | None = None) -> int:
+@command
+def main(arguments: list[str] | None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="deploy.weights", description="get an APP's weights")
-    parser.add_argument("app")
-    parser.add_argument("--model-dir", type=Path, help="use this folder instead")
-    parser.add_argument("--shape-only", action="store_true", help="random weights, true size")
-    options = parser.parse_args(arguments)
-    try:
-        folder = get_weights(
-            options.app, model_dir=options.model_dir, shape_only=options.shape_only
-        )
-    except (UserError, ConfigError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    options = app_parser("deploy.weights", "get an APP's weights").parse_args(arguments)
+    folder = get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
     size = sum(p.stat().st_size for p in weight_files(folder)) / 1e6
-    note = " (random weights)" if source_of(folder).get("source") == "random weights" else ""
+    note = f" ({RANDOM})" if source_of(folder).get("source") == RANDOM else ""
     print(f"{options.app}{note}: {size:,.0f} MB in {shown(folder)}")
-    return 0
 
 
 if __name__ == "__main__":

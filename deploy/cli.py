@@ -1,0 +1,36 @@
+"""What the command lines of this package share."""
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from deploy.paths import UserError
+from handler.config import ConfigError
+
+Main = Callable[[list[str] | None], None]
+
+
+def command(main: Main) -> Callable[[list[str] | None], int]:
+    """Make `main` return an exit status, and say in one line what the reader can mend."""
+
+    @functools.wraps(main)
+    def run(arguments: list[str] | None = None) -> int:
+        try:
+            main(arguments)
+        except (UserError, ConfigError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    return run
+
+
+def app_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """A parser with what every command about an app's weights takes."""
+    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
+    parser.add_argument("app", help="a name in handler/apps, or any name with --model-dir")
+    parser.add_argument("--model-dir", type=Path, help="a folder in Hugging Face layout to use")
+    parser.add_argument("--shape-only", action="store_true", help="random weights of true size")
+    return parser
