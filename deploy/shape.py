@@ -33,15 +33,19 @@ def write_random_checkpoint(folder: Path, architecture: dict, special_tokens: li
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     _write_shards(model, folder)
-    byte_tokenizer(special_tokens).save_pretrained(folder)
+    byte_tokenizer(special_tokens, config.vocab_size).save_pretrained(folder)
 
 
-def byte_tokenizer(special_tokens: list[str]) -> PreTrainedTokenizerFast:
-    """One token a byte: reads any text, and its ids fit any vocabulary of 257 or more."""
+def byte_tokenizer(special_tokens: list[str], vocab_size: int = 0) -> PreTrainedTokenizerFast:
+    """A tokenizer without a vocabulary to download: one token a byte, so it reads any text.
+
+    Ids up to `vocab_size` that are nobody's bytes are shown as " r1234": a model with random
+    weights answers with those.
+    """
     end = "<|endoftext|>"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([end, *alphabet])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
+    tokens = [end, *sorted(pre_tokenizers.ByteLevel.alphabet()), *special_tokens]
+    tokens += [f"Ġr{i}" for i in range(len(tokens), vocab_size)]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
