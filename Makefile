@@ -10,7 +10,7 @@ VENV      ?= .venv
 PYTHON    ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 
 PY      := $(VENV)/bin/python
-WEIGHTS := $(APP) $(if $(MODEL_DIR),--model-dir "$(MODEL_DIR)") $(if $(SHAPE_ONLY),--shape-only)
+WEIGHTS := "$(APP)" $(if $(MODEL_DIR),--model-dir "$(MODEL_DIR)") $(if $(SHAPE_ONLY),--shape-only)
 
 export VENV TORCH
 .DEFAULT_GOAL := help
@@ -25,8 +25,7 @@ setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 	@$(PYTHON) deploy/setup_env.py
 
 quickstart: setup ## Set up, serve APP, ask it one question, print the answer, stop
-	@$(PY) -m deploy.archive $(WEIGHTS)
-	@$(PY) -m deploy.server $(APP) --port $(PORT) --quickstart
+	@$(PY) -m deploy.server $(WEIGHTS) --port "$(PORT)" --format "$(FORMAT)" --quickstart
 
 check: setup lint unit ## Set up and pass every check
 
@@ -41,19 +40,16 @@ model: setup ## Get the weights of APP (MODEL_DIR=path to use yours, SHAPE_ONLY=
 	@$(PY) -m deploy.weights $(WEIGHTS)
 
 archive: setup ## Make the model archive (FORMAT=no-archive, zip-store or default)
-	@$(PY) -m deploy.archive $(WEIGHTS) --format $(FORMAT)
+	@$(PY) -m deploy.archive $(WEIGHTS) --format "$(FORMAT)"
 
-serve: archive ## Serve APP with TorchServe, without Docker, until Ctrl-C
-	@exec $(PY) -m deploy.server $(APP) --port $(PORT) $(if $(filter-out no-archive,$(FORMAT)),--mar)
+serve: setup ## Serve APP with TorchServe, without Docker, until Ctrl-C
+	@exec $(PY) -m deploy.server $(WEIGHTS) --port "$(PORT)" --format "$(FORMAT)"
 
 test: ## Send the original request to a running server and print the JSON
 	@curl --silent --show-error --fail-with-body --max-time 600 \
 	  -H "Content-Type: application/json" \
 	  -d '{"instances": ["How to prepare a spanish omelette:"]}' \
 	  http://localhost:$(PORT)/predictions/$(APP) && echo
-
-lab: setup ## Open the course in JupyterLab
-	@$(VENV)/bin/jupyter lab notebooks
 
 lock: setup ## Resolve pyproject.toml into requirements.lock
 	@$(PY) -m deploy.lock
@@ -63,6 +59,9 @@ clean: ## Remove what was made: models, archives, logs (not .venv)
 
 # The original's targets whose rooms are still empty.
 not_yet = @echo "make $@: comes with chapter $(1), which is not written yet" >&2; exit 1
+
+lab: ## Open the course in JupyterLab (from chapter 01 on)
+	$(call not_yet,01)
 
 notebooks: ## Run all chapters in place (from chapter 01 on)
 	$(call not_yet,01)

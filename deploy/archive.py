@@ -7,6 +7,7 @@
 app's completed YAML as `model-config.yaml`, and the weights.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -49,7 +50,7 @@ def build_archive(
     config = model_config(name, weights)
     store.mkdir(parents=True, exist_ok=True)
     as_directory = archive_format == "no-archive"
-    target = store / (name if as_directory else f"{name}.mar")
+    target = archive_path(name, archive_format, store)
     BUILD.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
         stage, out = Path(temporary, "stage"), Path(temporary, "out")
@@ -65,6 +66,11 @@ def build_archive(
             _stage_weights(weights, made / "weights")
         _replace(made, target)
     return target
+
+
+def archive_path(name: str, archive_format: str, store: Path = MODEL_STORE) -> Path:
+    """Where an archive is, or will be."""
+    return store / (name if archive_format == "no-archive" else f"{name}.mar")
 
 
 def model_config(name: str, weights: Path) -> dict:
@@ -109,15 +115,20 @@ def _replace(made: Path, target: Path) -> None:
     made.replace(target)
 
 
+def build_app(options: argparse.Namespace) -> Path:
+    """Weights and archive, as the command line asks for them."""
+    weights = get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
+    archive = build_archive(options.app, weights, archive_format=options.format)
+    print(f"{options.app}: archived as {shown(archive)}", flush=True)
+    return archive
+
+
 @command
 def main(arguments: list[str] | None) -> None:
     """The command line; see the module's docstring."""
     parser = app_parser("deploy.archive", "make a model archive")
     parser.add_argument("--format", default="no-archive", choices=FORMATS)
-    options = parser.parse_args(arguments)
-    weights = get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
-    archive = build_archive(options.app, weights, archive_format=options.format)
-    print(f"{options.app}: archived as {shown(archive)}")
+    build_app(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

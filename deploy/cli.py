@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ def command(main: Main) -> Callable[[list[str] | None], int]:
         except (UserError, ConfigError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("\nstopped")
+            return 130  # what a shell reports for a program that Ctrl-C ended
         return 0
 
     return run
@@ -30,7 +34,14 @@ def command(main: Main) -> Callable[[list[str] | None], int]:
 def app_parser(name: str, description: str) -> argparse.ArgumentParser:
     """A parser with what every command about an app's weights takes."""
     parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
-    parser.add_argument("app", help="a name in handler/apps, or any name with --model-dir")
+    parser.add_argument("app", type=_name, help="a name in handler/apps, or any with --model-dir")
     parser.add_argument("--model-dir", type=Path, help="a folder in Hugging Face layout to use")
     parser.add_argument("--shape-only", action="store_true", help="random weights of true size")
     return parser
+
+
+def _name(text: str) -> str:
+    """An APP becomes a file name, an argument and a part of a URL."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text):
+        raise argparse.ArgumentTypeError(f"APP={text}: use letters, digits and . _ - only")
+    return text

@@ -1,6 +1,6 @@
 """Start TorchServe, wait until a worker is ready, stop all of it again.
 
-    python -m deploy.server smollm2-135m                 # serve until Ctrl-C
+    python -m deploy.server smollm2-135m                 # archive and serve, until Ctrl-C
     python -m deploy.server smollm2-135m --quickstart    # one request, then stop
 
 Java is started directly, not through the `torchserve` command: that wrapper, when stopped, leaves
@@ -25,10 +25,11 @@ import httpx
 import psutil
 import ts
 
-from deploy.cli import command
+from deploy.archive import FORMATS, archive_path, build_app
+from deploy.cli import app_parser, command
 from deploy.client import predict
 from deploy.java import find_java
-from deploy.paths import BUILD, MODEL_STORE, UserError, shown
+from deploy.paths import BUILD, UserError, shown
 
 PORT = 7080
 OMELETTE = {"instances": ["How to prepare a spanish omelette:"]}
@@ -101,9 +102,7 @@ class Server:
         Raises:
             ServerError: a port is taken, the model cannot be loaded, or time is up.
         """
-        for port in self.ports:
-            if holder := port_holder(port):
-                raise ServerError(f"port {port} is taken by {holder}; stop that, or use PORT=")
+        self.check_ports()
         if not self.archive.exists():
             raise ServerError(
                 f"{shown(self.archive)}: there is no such archive; run `make archive`"
@@ -127,6 +126,19 @@ class Server:
             self.stop()
             raise
         return self
+
+    def check_ports(self) -> None:
+        """Make sure all five ports are free.
+
+        Raises:
+            ServerError: one is not; the message names its holder.
+        """
+        for port in self.ports:
+            if holder := port_holder(port):
+                raise ServerError(
+                    f"port {port} is taken by {holder}. A server takes five, here {self.port} to "
+                    f"{self.port + 4}: stop that program, or choose others with PORT="
+                )
 
     def ready(self) -> bool:
         """Whether a worker has loaded the model.
@@ -168,6 +180,10 @@ class Server:
     def log_tail(self, lines: int = 20) -> str:
         """The last lines the server wrote."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def last_words(self) -> str:
+        """The end of the log, with its name: what an error message should carry."""
+        return f"The end of {shown(self.log)}:\n{self.log_tail()}"
 
     def __enter__(self) -> "Server":
         return self.start()
@@ -227,15 +243,12 @@ class Server:
             if failed:
                 time.sleep(1)  # let the rest of the traceback arrive, and Java end if it will
             if self.process.poll() is not None:
-                raise ServerError(f"TorchServe ended while starting. {self._last_words()}")
+                raise ServerError(f"TorchServe ended while starting. {self.last_words()}")
             if failed:
-                raise ServerError(f"the worker could not load the model. {self._last_words()}")
+                raise ServerError(f"the worker could not load the model. {self.last_words()}")
             if time.monotonic() > deadline:
-                raise ServerError(f"no worker was ready in time. {self._last_words()}")
+                raise ServerError(f"no worker was ready in time. {self.last_words()}")
             time.sleep(0.2)
-
-    def _last_words(self) -> str:
-        return f"The end of {shown(self.log)}:\n{self.log_tail()}"
 
 
 def port_holder(port: int) -> str | None:
@@ -259,13 +272,12 @@ def port_holder(port: int) -> str | None:
 
 def _serve(server: Server) -> None:
     """Serve until Ctrl-C or SIGTERM, or until the server dies."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the `with` block's end
     print(f"starting; the log is {shown(server.log)}", flush=True)
-    with suppress(KeyboardInterrupt), server:
-        print(f"ready: POST {server.url}   (make test APP={server.name}; Ctrl-C stops)", flush=True)
+    with server:
+        target = f"make test APP={server.name} PORT={server.port}"
+        print(f"ready: POST {server.url}   (ask: {target}; stop: Ctrl-C)", flush=True)
         code = server.process.wait()
-        raise ServerError(f"TorchServe ended with code {code}. {server._last_words()}")
-    print("stopped")
+        raise ServerError(f"TorchServe ended with code {code}. {server.last_words()}")
 
 
 def _quickstart(server: Server) -> None:
@@ -281,15 +293,23 @@ def _quickstart(server: Server) -> None:
 @command
 def main(arguments: list[str] | None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.server", description="serve an archive")
-    parser.add_argument("app")
-    parser.add_argument("--port", type=int, default=PORT)
-    parser.add_argument("--mar", action="store_true", help="serve the .mar, not the directory")
+    parser = app_parser("deploy.server", "archive and serve an app")
+    parser.add_argument("--format", default="no-archive", choices=FORMATS)
+    parser.add_argument("--port", type=_port, default=PORT)
     parser.add_argument("--quickstart", action="store_true", help="one request, then stop")
     options = parser.parse_args(arguments)
-    archive = MODEL_STORE / (f"{options.app}.mar" if options.mar else options.app)
-    server = Server(archive, port=options.port)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell may have told us to ignore Ctrl-C
+        signal.signal(stop, signal.default_int_handler)
+    server = Server(archive_path(options.app, options.format), port=options.port)
+    server.check_ports()  # before the minutes that weights may take
+    build_app(options)
     (_quickstart if options.quickstart else _serve)(server)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1024 <= int(text) <= 65_531:
+        raise argparse.ArgumentTypeError(f"PORT={text}: use a number from 1024 to 65531")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -142,9 +142,9 @@ def _pip(python: Path, *arguments: str, total: int) -> None:
         if line.startswith(("Collecting ", "Processing ", "Obtaining ")):
             seen += 1
             if sys.stdout.isatty():
-                print(f"\r  {seen}/{total} packages", end="", flush=True)
-        elif line.startswith("Installing collected"):
-            print(f"\r  {seen}/{total} packages found; unpacking", flush=True)
+                print(f"\r  {seen} of about {total}", end="", flush=True)
+        elif line.startswith("Installing collected") and total > 1:
+            print(f"\r  {seen} downloaded; unpacking", flush=True)
     if process.wait() != 0:
         errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
         raise SetupError(f"pip failed: {''.join(errors).strip()}")

@@ -44,6 +44,8 @@ def get_weights(
     if model_dir is not None:
         return check_folder(model_dir.expanduser().resolve())
     app = load_app(name)
+    if app.weights.source == "local" and app.weights.path and not shape_only:
+        return check_folder(Path(app.weights.path).expanduser().resolve())
     folder = models / name
     source = _wanted_source(app, shape_only)
     if source_of(folder) == source:
@@ -99,7 +101,7 @@ def check_folder(folder: Path) -> Path:
         UserError: it does not; the message says what is missing and how to get it.
     """
     if not folder.is_dir():
-        raise UserError(f"MODEL_DIR={folder}: there is no such folder")
+        raise UserError(f"{folder}: there is no such model folder")
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{shown(folder)}: has no config.json; is it a folder in Hugging Face layout?"
@@ -146,7 +148,9 @@ def _fetcher(name: str, app: App, shape_only: bool) -> Callable[[Path], None]:
         from deploy.hub import fetch_snapshot
 
         return lambda folder: fetch_snapshot(app.weights, folder)
-    raise UserError(f"APP={name}: its YAML names no weights to download; give MODEL_DIR=path")
+    raise UserError(
+        f"APP={name}: its YAML names no weights: set app.weights, or give MODEL_DIR=path"
+    )
 
 
 def _disk_full(models: Path, app: App) -> str:

@@ -5,6 +5,7 @@ TorchServe reads the top level of the file (workers, batch size, timeouts); ever
 short as naming its weights.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,9 +41,10 @@ class HubWeights(_Strict):
 
 
 class LocalWeights(_Strict):
-    """A folder in Hugging Face layout that the reader already has."""
+    """A folder in Hugging Face layout that the reader already has; no `path`: MODEL_DIR names it."""
 
     source: Literal["local"] = "local"
+    path: str | None = None
 
 
 class EngineConfig(_Strict):
@@ -135,9 +137,15 @@ def parse_app(config: dict[str, Any], where: str) -> App:
     try:
         return App.model_validate(config.get("app") or {})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)
+        # A misspelt field is also a missing one: name what was written, not what was not.
+        first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         field = ".".join(str(part) for part in ("app", *first["loc"]))
-        raise ConfigError(f"{where}: {field}: {first['msg']}, not {first['input']!r}") from error
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{where}: {field}: there is no such field") from error
+        if first["type"] == "missing":
+            raise ConfigError(f"{where}: {field}: is missing") from error
+        raise ConfigError(f"{where}: {field}: {rule(first)}, not {show(first['input'])}") from error
 
 
 def load_app(name: str, *, local: bool = False) -> App:
@@ -149,7 +157,10 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path.name}: not YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "cannot be read"
+        raise ConfigError(f"{path.name}{line}: not YAML: {problem}") from error
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -158,3 +169,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged
+
+
+def rule(error: dict[str, Any]) -> str:
+    """What a value should be, out of one of pydantic's error records."""
+    text = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return text[0].lower() + text[1:]
+
+
+def show(value: Any) -> str:
+    """A value as JSON, cut to what fits into a message."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,14 +5,13 @@ Vertex AI's shape: `{"instances": [...], "parameters": {...}}`. An instance is a
 the shared ones. Nothing here knows about models or TorchServe.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
-from handler.config import App
+from handler.config import App, rule, show
 from handler.engine import Sampling
 
 _STATUS = {
@@ -100,10 +99,10 @@ class Instance(_Strict):
             return {"prompt": value}
         if not isinstance(value, dict):
             raise PydanticCustomError(
-                "instance", 'should be a string, {{"prompt": ...}} or {{"messages": [...]}}'
+                "instance", 'should be a string, {"prompt": ...} or {"messages": [...]}'
             )
         if ("prompt" in value) == ("messages" in value):
-            raise PydanticCustomError("instance", 'needs either "prompt" or "messages"')
+            raise PydanticCustomError("instance", 'needs exactly one of "prompt" and "messages"')
         return value
 
 
@@ -146,7 +145,7 @@ def parse_request(row: dict[str, Any], app: App) -> Request:
     """Read what TorchServe hands over for one request.
 
     Args:
-        row: parameter name -> bytes. A plain POST has one, "body"; a form has its fields.
+        row: parameter name -> bytes. A plain POST has one, "body"; a form has its fields, if any.
         app: defaults and limits.
 
     Raises:
@@ -154,7 +153,7 @@ def parse_request(row: dict[str, Any], app: App) -> Request:
     """
     raw = _json(_payload(row), app.limits.max_body_bytes)
     if not isinstance(raw, dict):
-        what = _show(raw)
+        what = show(raw)
         raise RequestError(400, f'the body should be {{"instances": [...]}}, not {what}')
     instances = raw.get("instances")
     if isinstance(instances, list) and len(instances) > app.limits.max_instances:
@@ -182,7 +181,7 @@ def parse_request(row: dict[str, Any], app: App) -> Request:
 
 def _payload(row: dict[str, Any]) -> bytes:
     value = row.get("body") if row.get("body") is not None else row.get("data")
-    if value is None and row:
+    if value is None:  # any other request has a "body", be it empty
         raise RequestError(
             400,
             "the body arrived as a form, whose encoding changes text; send JSON with the header "
@@ -222,9 +221,14 @@ def _validate(model: type[Model], value: Any, where: str = "") -> Model:
     elif first["type"] == "extra_forbidden":
         known = ", ".join(_fields(model, first["loc"]))
         message = f"{field}: is not known here; allowed are {known}"
+    elif first["type"] in ("too_long", "too_short"):
+        bound = {"too_long": "at most", "too_short": "at least"}[first["type"]]
+        size = first["ctx"].get("max_length") or first["ctx"].get("min_length")
+        message = f"{field}: should have {bound} {size} items, not {first['ctx']['actual_length']}"
+    elif first["type"] == "model_type":
+        message = f"{field}: should be an object, not {show(first['input'])}"
     else:
-        rule = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
-        message = f"{field}: {rule[0].lower()}{rule[1:]}, not {_show(first['input'])}"
+        message = f"{field}: {rule(first)}, not {show(first['input'])}"
     raise RequestError(400, message, field)
 
 
@@ -247,11 +251,6 @@ def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str
     elif "instances" in location:
         model = Instance
     return list(model.model_fields)
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _show_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """Starting and stopping the process tree, and what goes wrong on the way."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from deploy.archive import FORMATS, build_archive
-from deploy.paths import ROOT
+from deploy.paths import MODEL_STORE, ROOT
 from deploy.server import Server, ServerError, port_holder
 from tests.bad_input import OK
 
@@ -85,27 +86,36 @@ def test_java_that_dies_is_noticed(tiny_llama: Path, tmp_path: Path):
     assert closed(server)
 
 
+@pytest.mark.parametrize("port", ["0", "80", "65535", "70000", "-1", "abc", ""])
+def test_an_impossible_port(port: str):
+    command = [sys.executable, "-m", "deploy.server", "smollm2-135m", f"--port={port}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode != 0 and "Traceback" not in run.stderr
+    assert f"PORT={port}: use a number from 1024 to 65531" in run.stderr
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_stops_java_and_workers_within_10_s(
-    stop: signal.Signals, tiny_llama: Path, tmp_path: Path
-):
+def test_the_command_stops_java_and_workers_within_10_s(stop: signal.Signals, tiny_llama: Path):
     """What Ctrl-C in `make serve` does, with a request in flight."""
-    build_archive("tiny", tiny_llama, store=tmp_path)
-    code = (
-        "import sys, deploy.server as s; from pathlib import Path;"
-        f"s.MODEL_STORE = Path({str(tmp_path)!r}); sys.exit(s.main(['tiny', '--port', '7200']))"
-    )
+    arguments = ["tiny-test", "--port", "7200", "--model-dir", tiny_llama]
     command = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "deploy.server", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as `command &` does
     )
+    assert "archived" in command.stdout.readline()
     assert command.stdout.readline().startswith("starting")
-    assert "ready: POST" in command.stdout.readline()
+    assert "make test APP=tiny-test PORT=7200" in command.stdout.readline()
     tree = psutil.Process(command.pid).children(recursive=True)
     assert {p.name() for p in tree} >= {"java"} and len(tree) >= 2
     began = time.monotonic()
     command.send_signal(stop)
     command.wait(timeout=20)
     took = time.monotonic() - began
+    shutil.rmtree(MODEL_STORE / "tiny-test")
+    assert command.returncode == 130 and command.stdout.read().strip() == "stopped"
     assert took < 10, f"{took:.1f} s"
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in tree)
     assert not any(port_holder(port) for port in range(7200, 7205))

@@ -128,7 +128,7 @@ def test_java_is_found_and_an_old_one_is_not_used(monkeypatch, tmp_path):
 ORIGINAL = ["build-dev", "build-pro", "run", "stop", "delete", "shell", "logs", "push", "deploy"]
 
 
-@pytest.mark.parametrize("target", [*ORIGINAL, "notebooks"])
+@pytest.mark.parametrize("target", [*ORIGINAL, "notebooks", "lab"])
 def test_a_target_whose_room_is_empty_says_which_chapter_brings_it(target):
     run = make(target, "APP=gpt2")
     assert run.returncode != 0

@@ -72,6 +72,8 @@ def test_a_form_is_refused_with_the_remedy():
     """`curl -d` without a header sends a form, which decodes "+" and "%" inside the text."""
     with pytest.raises(RequestError, match="Content-Type: application/json"):
         parse_request({'{"instances": ["1 1"]}': b""}, APP)
+    with pytest.raises(RequestError, match="Content-Type: application/json"):
+        parse_request({}, APP)
 
 
 def test_a_file_in_a_multipart_form_works():

@@ -174,7 +174,7 @@ def test_hub_revisions_are_full_commits():
     ("arguments", "message"),
     [
         (["nothing"], "error: APP=nothing: there is no handler/apps/nothing.yaml. Known: dolly"),
-        (["mine", "--model-dir", "/nowhere"], "error: MODEL_DIR=/nowhere: there is no such folder"),
+        (["mine", "--model-dir", "/nowhere"], "error: /nowhere: there is no such model folder"),
     ],
 )
 def test_the_command_line_says_it_in_one_line(arguments, message, capsys):
