@@ -24,7 +24,7 @@ def stream(url: str, body: dict, timeout: float = 600.0) -> Iterator[dict]:
     """POST the request with `stream` on and yield the server-sent events as they arrive.
 
     Raises:
-        UserError: the server answered with an error instead of a stream.
+        UserError: the server answered with an error, at once or in mid-stream.
     """
     parameters = body.get("parameters", {}) | {"stream": True}
     with httpx.stream(
@@ -34,4 +34,7 @@ def stream(url: str, body: dict, timeout: float = 600.0) -> Iterator[dict]:
             raise UserError(f"{reply.status_code} from {url}: {reply.read().decode().strip()}")
         for line in reply.iter_lines():
             if line.startswith("data: "):
-                yield json.loads(line.removeprefix("data: "))
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise UserError(f"the stream from {url} broke off: {event['error']['message']}")
+                yield event

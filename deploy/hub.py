@@ -22,9 +22,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from deploy.paths import UserError, link_or_copy
+from deploy.weights import choose_files
 from handler.config import HubWeights
-
-_TEXT = {".json", ".txt", ".model", ".jinja"}
 
 
 def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
@@ -36,7 +35,8 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
         tree = HfApi().list_repo_tree(weights.repo, revision=weights.revision)
-        files = wanted_files([entry for entry in tree if isinstance(entry, RepoFile)])
+        entries = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        files = [entries[name] for name in choose_files(list(entries))]
         _check_space(sum(file.size for file in files), folder)
         snapshot = snapshot_download(
             weights.repo,
@@ -73,23 +73,6 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
                 "deleted. Repeat the download"
             )
         link_or_copy(blob, folder / file.path)
-
-
-def wanted_files(files: list[RepoFile]) -> list[RepoFile]:
-    """Safetensors if there are any, else PyTorch's `*.bin`, and the small text files beside them.
-
-    `*.bin` files are pickles; transformers reads them with `weights_only`, which runs no code.
-
-    Raises:
-        UserError: the repository holds neither.
-    """
-    for suffix in (".safetensors", ".bin"):
-        tensors = [f for f in files if f.path.endswith(suffix) and "training" not in f.path]
-        if tensors:
-            break
-    else:
-        raise UserError("the repository has no *.safetensors and no *.bin file at its top level")
-    return tensors + [f for f in files if Path(f.path).suffix in _TEXT]
 
 
 def git_hash(path: Path, *, lfs: bool) -> str:

@@ -107,20 +107,21 @@ class Server:
             raise ServerError(
                 f"{shown(self.archive)}: there is no such archive; run `make archive`"
             )
+        java = find_java()
         BUILD.mkdir(exist_ok=True)
-        # Short, because the path of a worker's socket may have 107 characters at most.
-        self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                self._command(),
-                env=self._environment(),
-                cwd=self._temporary,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us; we stop Java and its workers in order
-            )
         try:
+            # Short, because the path of a worker's socket may have 107 characters at most.
+            self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
+            with self.log.open("wb") as log:
+                self.process = subprocess.Popen(
+                    self._command(java),
+                    env=self._environment(),
+                    cwd=self._temporary,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C is for us; we stop the rest in order
+                )
             self._wait_until_ready(time.monotonic() + deadline)
         except BaseException:
             self.stop()
@@ -161,21 +162,20 @@ class Server:
         Args:
             grace: seconds for a clean exit before the rest is killed.
         """
-        if self.process is None:
-            return
-        tree: list[psutil.Process] = []
-        with suppress(psutil.NoSuchProcess):
-            java = psutil.Process(self.process.pid)
-            tree = [java, *java.children(recursive=True)]
-        self.process.terminate()
-        _, alive = psutil.wait_procs(tree, timeout=grace)
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=grace)
-        self.process.wait()
-        self.process = None
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        if self.process is not None:
+            try:
+                self.process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    self.process.wait(grace)
+            finally:  # whatever happened to Java: its workers are in its process group
+                with suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+            _wait_for_end_of(self.process.pid)
+            self.process = None
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary = None
 
     def log_tail(self, lines: int = 20) -> str:
         """The last lines the server wrote."""
@@ -196,13 +196,13 @@ class Server:
     ) -> None:
         self.stop()
 
-    def _command(self) -> list[str | Path]:
+    def _command(self, java: Path) -> list[str | Path]:
         home = Path(ts.__file__).parent.parent
         config = self._temporary / "config.properties"
         lines = [f"{key}={value}" for key, value in (self._properties() | self.settings).items()]
         config.write_text("\n".join(lines) + "\n")
         return [
-            *(find_java(), "-Xmx512m", f"-Dmodel_server_home={home}"),
+            *(java, "-Xmx512m", f"-Dmodel_server_home={home}"),
             *(f"-Djava.io.tmpdir={self._temporary}", f"-Dlog4j.configurationFile={_LOG4J}"),
             *("-cp", home / "ts" / "frontend" / "*", "org.pytorch.serve.ModelServer"),
             *("--python", sys.executable, "-f", config, "-ncs"),
@@ -249,6 +249,15 @@ class Server:
             if time.monotonic() > deadline:
                 raise ServerError(f"no worker was ready in time. {self.last_words()}")
             time.sleep(0.2)
+
+
+def _wait_for_end_of(group: int, seconds: float = 5.0) -> None:
+    """Wait until no process of a killed group is left, so that its ports are free again."""
+    deadline = time.monotonic() + seconds
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.05)
 
 
 def port_holder(port: int) -> str | None:

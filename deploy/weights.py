@@ -77,21 +77,23 @@ def source_of(folder: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files a server needs: safetensors where there are any, else `*.bin`, and all the rest.
+    """The files of a folder that a server needs; see `choose_files`."""
+    names = [p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    return [folder / name for name in choose_files(names)]
 
-    Formats for other frameworks (`*.h5`, `*.msgpack`, `onnx/`) and git's own files are left out.
+
+def choose_files(names: list[str]) -> list[str]:
+    """Of a repository's files those that hold the model and its tokenizer, weights first.
+
+    safetensors where there are any, else `*.bin` (pickles; transformers reads them with
+    `weights_only`, which runs no code). Formats of other frameworks are left out.
     """
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
-    tensors = [p for p in files if p.suffix == ".safetensors"]
-    tensors = tensors or [p for p in files if p.suffix == ".bin"]
-    index = f"{tensors[0].suffix}.index.json" if tensors else ""
-    texts = [
-        p
-        for p in files
-        if p.suffix in {".json", ".txt", ".model", ".jinja"}
-        and (not p.name.endswith(".index.json") or p.name.endswith(index))
-    ]
-    return tensors + texts
+    names = sorted(name for name in names if "/" not in name)
+    tensors = [n for n in names if n.endswith(".safetensors")]
+    tensors = tensors or [n for n in names if n.endswith(".bin") and "training" not in n]
+    index = f"{Path(tensors[0]).suffix}.index.json" if tensors else ".index.json"
+    texts = [n for n in names if Path(n).suffix in {".json", ".txt", ".model", ".jinja"}]
+    return tensors + [n for n in texts if not n.endswith(".index.json") or n.endswith(index)]
 
 
 def check_folder(folder: Path) -> Path:

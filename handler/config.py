@@ -41,7 +41,7 @@ class HubWeights(_Strict):
 
 
 class LocalWeights(_Strict):
-    """A folder in Hugging Face layout that the reader already has; no `path`: MODEL_DIR names it."""
+    """A folder in Hugging Face layout that the reader has. Without `path`, MODEL_DIR names it."""
 
     source: Literal["local"] = "local"
     path: str | None = None
@@ -81,7 +81,7 @@ class Limits(_Strict):
 
     max_instances: Annotated[int, Field(ge=1)] = 32
     max_new_tokens: Annotated[int, Field(ge=1)] = 1024
-    max_body_bytes: Annotated[int, Field(ge=1)] = 1_500_000
+    max_body_bytes: Annotated[int, Field(ge=1)] = 300_000
 
 
 class App(_Strict):

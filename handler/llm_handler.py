@@ -15,6 +15,7 @@ Rules of TorchServe 0.12.0 this file lives by (none is documented; tests/served 
 
 import logging
 import os
+import time
 from pathlib import Path
 
 from handler.config import parse_app
@@ -27,8 +28,9 @@ from handler.request import RequestError, default_parameters, parse_request
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.05
-"""How long a tick decodes. The frontend spends 1.4 to 1.7 ms around each one; much longer ticks
-would delay the first token of whoever arrives in between."""
+"""How long a tick takes in new requests at most, and then how long it decodes. The frontend spends
+1.4 to 1.7 ms around each tick; much longer ones would delay the first token of whoever arrives in
+between."""
 
 RETRY_AFTER_SECONDS = 2
 
@@ -40,7 +42,7 @@ class LLMHandler:
         """Load the model; TorchServe reports the worker READY when this returns."""
         folder = Path(context.system_properties["model_dir"])
         self.app = parse_app(context.model_yaml_config, "model-config.yaml")
-        default_parameters(self.app)  # a mistake there should stop the start, not every request
+        self.defaults = default_parameters(self.app)
         self.engine = create_engine(folder / "weights", self.app.engine)
         self.metrics = Metrics(context.metrics, context.model_name)
         self.live: dict[str, LiveRequest] = {}
@@ -62,28 +64,43 @@ class LLMHandler:
             logger.critical("the engine has failed; leaving, so that the frontend replaces us")
             os._exit(1)
         ids = dict(context.request_ids)
-        self._forget_all_but(set(ids.values()))
+        try:
+            replies = self._tick(ids, data)
+        except Exception:  # whatever this was, the engine's state is not known any more
+            logger.critical("a tick failed; leaving", exc_info=True)
+            os._exit(1)
+        return self._send(ids, replies, context)
+
+    def _tick(self, ids: dict[int, str], data: list[dict]) -> dict[str, Reply]:
+        """Forget who has gone, take in who is new, decode, and collect what can be sent."""
+        for request_id in set(self.live) - set(ids.values()):
+            self._forget(request_id)
         replies: dict[str, Reply] = {}
+        enough = time.monotonic() + TICK_SECONDS
         for index, request_id in ids.items():
             if request_id not in self.live:
+                if time.monotonic() > enough:
+                    break  # the rest is still new in the next tick
                 reply = self._accept(request_id, data[index])
                 if reply:
                     replies[request_id] = reply
-        self._advance(0 if replies else TICK_SECONDS)
+        for progress in self.engine.advance(0 if replies else TICK_SECONDS):
+            request_id, index = progress.key
+            self.live[request_id].update(index, progress)
         for request_id, live in list(self.live.items()):
             reply = live.take_reply()
             if reply:
                 replies[request_id] = reply
                 if reply.last:
                     self.metrics.record(live)
-                    del self.live[request_id]
-        return self._send(ids, replies, context)
+                    self._forget(request_id)
+        return replies
 
     def _accept(self, request_id: str, row: dict) -> Reply | None:
-        """Take in a new request, or say what is wrong with it. Never raises."""
-        keys: list[tuple[str, int]] = []
+        """Take in a new request, or say what is wrong with it."""
+        submitted = 0
         try:
-            request = parse_request(row, self.app)
+            request = parse_request(row, self.app.limits, self.defaults)
             self._check_capacity(len(request.items))
             live = LiveRequest(request, random_weights=self.app.random_weights)
             for i, item in enumerate(request.items):
@@ -95,7 +112,7 @@ class LLMHandler:
                     )
                 except ValueError as error:
                     raise RequestError(400, f"{field}: the prompt {error}", field) from error
-                keys.append((request_id, i))
+                submitted += 1
                 live.add(tokens, prompt if shows_prompt(item, self.app.prompt) else "")
         except RequestError as error:
             refused = error
@@ -105,8 +122,8 @@ class LLMHandler:
         else:
             self.live[request_id] = live
             return None
-        for key in keys:
-            self.engine.cancel(key)
+        for i in range(submitted):
+            self.engine.cancel((request_id, i))
         self.metrics.refused()
         return error_reply(refused, retry_after=RETRY_AFTER_SECONDS)
 
@@ -120,17 +137,10 @@ class LLMHandler:
                 f"{config.max_batch + config.max_queue} is the most; retry later",
             )
 
-    def _advance(self, seconds: float) -> None:
-        for progress in self.engine.advance(seconds):
-            request_id, index = progress.key
-            self.live[request_id].update(index, progress)
-
-    def _forget_all_but(self, present: set[str]) -> None:
-        """Free what belongs to clients that have gone away."""
-        for request_id in [r for r in self.live if r not in present]:
-            for i in range(len(self.live[request_id].request.items)):
-                self.engine.cancel((request_id, i))
-            del self.live[request_id]
+    def _forget(self, request_id: str) -> None:
+        """Drop a request, and cancel those of its sequences that still run."""
+        for i in range(len(self.live.pop(request_id).completions)):
+            self.engine.cancel((request_id, i))
 
     def _send(self, ids: dict[int, str], replies: dict[str, Reply], context) -> list[bytes]:
         bodies = [b""] * len(ids)

@@ -24,30 +24,33 @@ def render(item: Item, config: PromptConfig, chat_template: ChatTemplate, field:
     Raises:
         RequestError: messages for a model that cannot hold a conversation, or an empty prompt.
     """
-    if item.messages is None:
-        if not item.prompt:
-            raise RequestError(400, f"{field}: the prompt is empty; give some text", field)
-        if config.style == "plain":
-            return item.prompt
-        if config.style == "instruct":
-            return config.template.replace("{prompt}", item.prompt)
-    messages = item.messages or [{"role": "user", "content": item.prompt}]
+    if item.messages is None and not item.prompt:
+        raise RequestError(400, f"{field}: the prompt is empty; give some text", field)
     if config.style == "instruct":
-        if len(messages) == 1 and messages[0]["role"] == "user":
-            return config.template.replace("{prompt}", messages[0]["content"])
+        return config.template.replace("{prompt}", _instruction(item, field))
+    if item.messages is None and config.style == "plain":
+        return item.prompt
+    messages = item.messages or [{"role": "user", "content": item.prompt}]
+    try:
+        text = chat_template(messages)
+    except Exception as error:  # templates refuse, for example, two user messages in a row
+        raise RequestError(400, f"{field}: refused by the chat template: {error}", field) from error
+    if text is None:
+        raise RequestError(
+            400, f"{field}: this model has no chat template; it reads plain prompts", field
+        )
+    return text
+
+
+def _instruction(item: Item, field: str) -> str:
+    if item.messages is None:
+        return item.prompt
+    if len(item.messages) > 1 or item.messages[0]["role"] != "user":
         field += ".messages"
         raise RequestError(
             400, f"{field}: this model takes one instruction, a single message by the user", field
         )
-    try:
-        text = chat_template(messages)
-    except Exception as error:  # templates refuse, for example, two user messages in a row
-        field += ".messages"
-        raise RequestError(400, f"{field}: refused by the chat template: {error}", field) from error
-    if text is None:
-        field += ".messages"
-        raise RequestError(400, f'{field}: this model has no chat template; send "prompt"', field)
-    return text
+    return item.messages[0]["content"]
 
 
 def shows_prompt(item: Item, config: PromptConfig) -> bool:

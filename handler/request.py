@@ -8,10 +8,18 @@ the shared ones. Nothing here knows about models or TorchServe.
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, from_json
 
-from handler.config import App, rule, show
+from handler.config import App, Limits, show
 from handler.engine import Sampling
 
 _STATUS = {
@@ -23,8 +31,29 @@ _STATUS = {
 }
 """Google's names for HTTP codes. Source: google/rpc/code.proto; it has none of its own for 413."""
 
+RULES = {
+    "instances": "a list with at least one instance",
+    "instances[]": 'a string, {"prompt": ...} or {"messages": [...]}',
+    "prompt": "a string",
+    "messages": "a list of 1 to 100 messages",
+    "messages[]": 'an object, {"role": ..., "content": ...}',
+    "role": '"system", "user" or "assistant"',
+    "content": "a string",
+    "parameters": "an object",
+    "max_new_tokens": "a whole number from 1 to {limit}",
+    "temperature": "0, or a number from 0.01 to 2",
+    "top_p": "a number over 0, at most 1",
+    "top_k": "a whole number from 0 to 1000000",
+    "repetition_penalty": "a number from 0.1 to 10",
+    "stop": "a string, or a list of up to 8",
+    "stop[]": "a string of 1 to 100 characters",
+    "seed": "a whole number from 0 to 9223372036854775807",
+    "return_full_text": "true or false",
+    "stream": "true or false",
+}
+"""What each field should be, in the words of the error messages. `[]` is an item of the list."""
+
 Model = TypeVar("Model", bound=BaseModel)
-StopString = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class RequestError(Exception):
@@ -46,13 +75,13 @@ class RequestError(Exception):
         return {"error": error | ({"field": self.field} if self.field else {})}
 
 
-class _Strict(BaseModel):
+class _Input(BaseModel):
     """No unknown names, no silent conversion ("5" is not 5, true is not 1), no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Parameters(_Strict):
+class Parameters(_Input):
     """What shapes one completion. A field that is not given falls back to the app's default."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = None
@@ -60,9 +89,27 @@ class Parameters(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = None
-    stop: Annotated[list[StopString], Field(max_length=8)] = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=100)]],
+        Field(max_length=8, fail_fast=True),
+    ] = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = None
     return_full_text: bool = None
+
+    @field_validator("max_new_tokens")
+    @classmethod
+    def _within_the_apps_limit(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.context.max_new_tokens:
+            raise PydanticCustomError("too_large", "is too large")
+        return value
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy_or_well_above(cls, value: float) -> float:
+        # Dividing logits by next to nothing overflows. Whoever wants that wants greedy: 0.
+        if 0 < value < 0.01:
+            raise PydanticCustomError("too_small", "is too small")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -78,18 +125,18 @@ class SharedParameters(Parameters):
     stream: bool = False
 
 
-class Message(_Strict):
+class Message(_Input):
     """One turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class Instance(_Strict):
+class Instance(_Input):
     """One prompt, or one conversation."""
 
     prompt: str = None
-    messages: Annotated[list[Message], Field(min_length=1)] = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=100, fail_fast=True)] = None
     parameters: Parameters = Parameters()
 
     @model_validator(mode="before")
@@ -97,19 +144,15 @@ class Instance(_Strict):
     def _from_string(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"prompt": value}
-        if not isinstance(value, dict):
-            raise PydanticCustomError(
-                "instance", 'should be a string, {"prompt": ...} or {"messages": [...]}'
-            )
-        if ("prompt" in value) == ("messages" in value):
-            raise PydanticCustomError("instance", 'needs exactly one of "prompt" and "messages"')
+        if isinstance(value, dict) and ("prompt" in value) == ("messages" in value):
+            raise PydanticCustomError("one_of", 'needs exactly one of "prompt" and "messages"')
         return value
 
 
-class Body(_Strict):
+class Body(_Input):
     """The whole request."""
 
-    instances: Annotated[list[Instance], Field(min_length=1)]
+    instances: Annotated[list[Instance], Field(min_length=1, fail_fast=True)]
     parameters: SharedParameters = SharedParameters()
 
 
@@ -137,46 +180,42 @@ def default_parameters(app: App) -> dict[str, Any]:
     Raises:
         RequestError: the app's YAML holds a value no client could send.
     """
-    given = _validate(Parameters, app.parameters, "app.parameters")
-    return given.model_dump(include=given.model_fields_set)
+    return _given(_validate(Parameters, app.parameters, app.limits, "app.parameters"))
 
 
-def parse_request(row: dict[str, Any], app: App) -> Request:
+def parse_request(row: dict[str, Any], limits: Limits, defaults: dict[str, Any]) -> Request:
     """Read what TorchServe hands over for one request.
 
     Args:
         row: parameter name -> bytes. A plain POST has one, "body"; a form has its fields, if any.
-        app: defaults and limits.
+        limits: what one request may ask for.
+        defaults: the app's, from `default_parameters`.
 
     Raises:
         RequestError: the body is not what it should be.
     """
-    raw = _json(_payload(row), app.limits.max_body_bytes)
+    raw = _json(_payload(row), limits.max_body_bytes)
     if not isinstance(raw, dict):
-        what = show(raw)
-        raise RequestError(400, f'the body should be {{"instances": [...]}}, not {what}')
+        raise RequestError(400, f'the body should be {{"instances": [...]}}, not {show(raw)}')
     instances = raw.get("instances")
-    if isinstance(instances, list) and len(instances) > app.limits.max_instances:
+    if isinstance(instances, list) and len(instances) > limits.max_instances:
         raise RequestError(
             400,
             f"instances: {len(instances)} were given; one request may hold at most "
-            f"{app.limits.max_instances}",
+            f"{limits.max_instances}",
             "instances",
         )
-    body = _validate(Body, raw)
-    defaults = default_parameters(app)
-    shared = body.parameters.model_dump(include=body.parameters.model_fields_set - {"stream"})
-    _check_length(shared, app, "parameters")
+    body = _validate(Body, raw, limits)
+    shared = _given(body.parameters)
+    stream = shared.pop("stream", False)
     items = []
-    for i, instance in enumerate(body.instances):
-        own = instance.parameters.model_dump(include=instance.parameters.model_fields_set)
-        _check_length(own, app, f"instances[{i}].parameters")
-        values = defaults | shared | own
+    for instance in body.instances:
+        values = defaults | shared | _given(instance.parameters)
         full_text = values.pop("return_full_text", None)
         values["stop"] = tuple(values.get("stop", ()))
         messages = [m.model_dump() for m in instance.messages] if instance.messages else None
         items.append(Item(instance.prompt, messages, Sampling(**values), full_text))
-    return Request(items, body.parameters.stream)
+    return Request(items, stream)
 
 
 def _payload(row: dict[str, Any]) -> bytes:
@@ -187,9 +226,7 @@ def _payload(row: dict[str, Any]) -> bytes:
             "the body arrived as a form, whose encoding changes text; send JSON with the header "
             'Content-Type: application/json (curl: -H "Content-Type: application/json")',
         )
-    if isinstance(value, str):
-        return value.encode()
-    return bytes(value or b"")
+    return value.encode() if isinstance(value, str) else bytes(value)
 
 
 def _json(payload: bytes, limit: int) -> Any:
@@ -203,33 +240,29 @@ def _json(payload: bytes, limit: int) -> Any:
         raise RequestError(400, f"the body is not valid JSON: {error}") from error
 
 
-def _check_length(parameters: dict[str, Any], app: App, where: str) -> None:
-    given, allowed = parameters.get("max_new_tokens", 1), app.limits.max_new_tokens
-    if given > allowed:
-        field = f"{where}.max_new_tokens"
-        raise RequestError(400, f"{field}: should be at most {allowed}, not {given}", field)
+def _given(parameters: Parameters) -> dict[str, Any]:
+    return parameters.model_dump(include=parameters.model_fields_set)
 
 
-def _validate(model: type[Model], value: Any, where: str = "") -> Model:
+def _validate(model: type[Model], value: Any, limits: Limits, where: str = "") -> Model:
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context=limits)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    field = _path(where, first["loc"])
-    if first["type"] == "missing":
-        message = f"{field}: is missing"
-    elif first["type"] == "extra_forbidden":
-        known = ", ".join(_fields(model, first["loc"]))
-        message = f"{field}: is not known here; allowed are {known}"
-    elif first["type"] in ("too_long", "too_short"):
-        bound = {"too_long": "at most", "too_short": "at least"}[first["type"]]
-        size = first["ctx"].get("max_length") or first["ctx"].get("min_length")
-        message = f"{field}: should have {bound} {size} items, not {first['ctx']['actual_length']}"
-    elif first["type"] == "model_type":
-        message = f"{field}: should be an object, not {show(first['input'])}"
+    location, kind = first["loc"], first["type"]
+    field = _path(where, location)
+    if kind == "missing":
+        problem = "is missing"
+    elif kind == "extra_forbidden":
+        problem = f"is not known here; allowed are {', '.join(_siblings(model, location))}"
+    elif kind == "one_of":
+        problem = first["msg"]
     else:
-        message = f"{field}: {rule(first)}, not {show(first['input'])}"
-    raise RequestError(400, message, field)
+        name = next((part for part in reversed(location) if isinstance(part, str)), "parameters")
+        rule = RULES[f"{name}[]" if location and isinstance(location[-1], int) else name]
+        rule = rule.format(limit=limits.max_new_tokens) if name == "max_new_tokens" else rule
+        problem = f"should be {rule}, not {show(first['input'])}"
+    raise RequestError(400, f"{field}: {problem}", field)
 
 
 def _path(where: str, location: tuple[int | str, ...]) -> str:
@@ -238,20 +271,18 @@ def _path(where: str, location: tuple[int | str, ...]) -> str:
         if isinstance(part, int):
             path += f"[{part}]"
         else:
-            path += f".{_show_name(part)}" if path else _show_name(part)
+            name = part if len(part) <= 60 else f"{part[:57]}..."
+            path += f".{name}" if path else name
     return path
 
 
-def _fields(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Names allowed beside the unknown one that `location` ends with."""
-    if "messages" in location:
-        model = Message
-    elif location[-2:-1] == ("parameters",):
-        model = SharedParameters if len(location) == 2 else Parameters
-    elif "instances" in location:
-        model = Instance
+    parent = location[:-1]
+    if parent == ("parameters",):
+        model = SharedParameters
+    elif parent and parent[-1] == "parameters":
+        model = Parameters
+    elif len(parent) > 1:
+        model = Message if "messages" in parent else Instance
     return list(model.model_fields)
-
-
-def _show_name(name: str) -> str:
-    return name if len(name) <= 60 else f"{name[:57]}..."

@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if sha256:
             hub.ranges.append(wanted)
-            if hub.cut_after is not None:
+            if hub.cut_after is not None and len(data) > hub.cut_after:
                 self.wfile.write(data[start : start + hub.cut_after])
                 hub.sent += len(data[start : start + hub.cut_after])
                 self.wfile.flush()

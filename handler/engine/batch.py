@@ -52,7 +52,8 @@ class Batch:
         if len(indices) == len(self.rows):
             return
         if not indices:
-            self.__init__()
+            self.rows, self.cache = [], None
+            self.last, self.mask = self.last[:0], self.mask[:0, :0]
             return
         index = torch.tensor(indices)
         self.rows = [self.rows[i] for i in indices]

@@ -75,7 +75,7 @@ class TransformersEngine:
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._waiting: deque[_Sequence] = deque()
         self._batch = Batch()
-        self._failed: list[Progress] = []
+        self._done: list[_Sequence] = []
         self._failures = 0
         self._max_batch = config.max_batch if self._warm_up() else 1
         self.description = (
@@ -109,18 +109,15 @@ class TransformersEngine:
     def advance(self, seconds: float) -> list[Progress]:
         deadline = time.monotonic() + seconds
         while self._waiting or self._batch:
-            try:
-                if not self._prefill():
-                    self._decode_step()
-            except Exception as error:  # a failed forward pass must not take the server down
-                self._fail(self._batch.rows, error)
-                self._batch = Batch()
+            self._prefill()  # one group, then a step for all: neither can starve the other
+            self._decode_step()
             if self._ready() or time.monotonic() >= deadline:
                 break
         return self._collect()
 
     def cancel(self, key: Hashable) -> None:
         self._waiting = deque(s for s in self._waiting if s.key != key)
+        self._done = [s for s in self._done if s.key != key]
         self._batch.keep([i for i, row in enumerate(self._batch.rows) if row.key != key])
 
     def alive(self) -> bool:
@@ -129,9 +126,13 @@ class TransformersEngine:
     def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
         if not self.tokenizer.chat_template:
             return None
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
+        # Some templates write the start token that the tokenizer will add by itself.
+        start = self.tokenizer.bos_token_id
+        adds_start = start is not None and self.tokenizer("")["input_ids"][:1] == [start]
+        return text.removeprefix(self.tokenizer.bos_token) if adds_start else text
 
     @property
     def running(self) -> int:
@@ -140,13 +141,12 @@ class TransformersEngine:
 
     def _ready(self) -> bool:
         """Whether somebody has been waiting for what there is now."""
-        return bool(self._failed) or any(
-            row.finish_reason or (row.stream and row.pending and not row.shown)
-            for row in self._batch.rows
+        return bool(self._done) or any(
+            row.stream and row.pending and not row.shown for row in self._batch.rows
         )
 
-    def _prefill(self) -> bool:
-        """Run waiting prompts through the model and let them join; False if there was nothing."""
+    def _prefill(self) -> None:
+        """Run waiting prompts through the model, as many as fit, and let them join the batch."""
         group: list[_Sequence] = []
         longest = 0
         while self._waiting and len(self._batch) + len(group) < self._max_batch:
@@ -155,7 +155,7 @@ class TransformersEngine:
                 break
             group.append(self._waiting.popleft())
         if not group:
-            return False
+            return
         longest = max(row.prompt_tokens for row in group)
         try:
             ids = torch.zeros(len(group), longest, dtype=torch.long)
@@ -170,15 +170,28 @@ class TransformersEngine:
             self._fail(group, error)
         else:
             self._batch.join(Batch(group, last, mask, cache))
-        return True
+            self._retire()
 
     def _decode_step(self) -> None:
         """One new token for every running sequence."""
         batch = self._batch
-        batch.mask = pad(batch.mask, (0, 1), value=1)
-        logits = self._forward(batch.last[:, None], batch.mask, batch.cache)
-        batch.last = self._append(batch.rows, logits)
-        self._failures = 0
+        if not batch:
+            return
+        try:
+            batch.mask = pad(batch.mask, (0, 1), value=1)
+            logits = self._forward(batch.last[:, None], batch.mask, batch.cache)
+            batch.last = self._append(batch.rows, logits)
+        except Exception as error:  # must not take the server down
+            self._fail(batch.rows, error)
+            self._batch = Batch()
+        else:
+            self._retire()
+
+    def _retire(self) -> None:
+        """Take finished rows out of the batch."""
+        rows = self._batch.rows
+        self._done += [row for row in rows if row.finish_reason]
+        self._batch.keep([i for i, row in enumerate(rows) if not row.finish_reason])
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -190,13 +203,19 @@ class TransformersEngine:
             inputs["position_ids"] = positions.to(device)
         # Only the last position's logits: all of them would be T x vocabulary floats a sequence.
         out = self.model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._failures = 0
         return out.logits[:, -1]
 
     def _append(self, rows: list[_Sequence], logits: torch.Tensor) -> torch.Tensor:
         """Choose a token for each row, record it, and return them all [B]."""
         largest = logits.argmax(-1).tolist()
         for i, row in enumerate(rows):
-            token = largest[i] if row.sampler.plain else row.sampler.choose(row.ids, logits[i])
+            try:
+                token = largest[i] if row.sampler.plain else row.sampler.choose(row.ids, logits[i])
+            except RuntimeError as error:  # logits that are not numbers: this row's trouble alone
+                logger.error("sampling failed", exc_info=error)
+                row.finish_reason = "error"
+                continue
             row.ids.append(token)
             if token in self._eos:
                 row.finish_reason = "stop"
@@ -211,19 +230,17 @@ class TransformersEngine:
         return torch.tensor([row.ids[-1] for row in rows])
 
     def _collect(self) -> list[Progress]:
-        """Hand out new text and finished sequences; finished rows leave the batch."""
-        out, self._failed = self._failed, []
-        rows = self._batch.rows
-        out += [row.progress() for row in rows if row.pending or row.finish_reason]
-        self._batch.keep([i for i, row in enumerate(rows) if not row.finish_reason])
-        return out
+        """Hand out finished sequences and new text."""
+        rows = self._done + [row for row in self._batch.rows if row.pending]
+        self._done = []
+        return [row.progress() for row in rows]
 
     def _fail(self, rows: list[_Sequence], error: Exception) -> None:
         self._failures += 1
         logger.error("forward pass failed for %d sequences", len(rows), exc_info=error)
         for row in rows:
             row.finish_reason = "error"
-            self._failed.append(row.progress())
+        self._done += rows
 
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(

@@ -89,6 +89,34 @@ def test_overload(small_server):
     assert httpx.post(small_server.url, json=body, timeout=60).text == accepted[0].text
 
 
+def test_one_failed_instance_fails_its_request_alone(tiny_llama: Path, tmp_path: Path):
+    """The engine loses one of three instances: a 500 for that request, nothing for the others."""
+    archive = build_archive("broken", tiny_llama, store=tmp_path)
+    sampling = archive / "handler" / "engine" / "sampling.py"
+    text = sampling.read_text()
+    line = "        scores = self._chain("
+    assert text.count(line) == 1
+    sabotage = "        logits = logits * float('nan') if len(ids) == 9 else logits\n"
+    sampling.write_text(text.replace(line, sabotage + line))
+    sampled = {"temperature": 1.0, "seed": 1, "max_new_tokens": 20}
+    good = {"instances": ["0123456789abc"] * 3, "parameters": sampled}
+    bad = {"instances": ["0123456789abc", "0123456", "0123456789abc"], "parameters": sampled}
+
+    async def scenario(url: str) -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=30) as client:
+            tasks = [client.post(url, json=body) for body in [good, bad] * 8]
+            return await asyncio.gather(*tasks)
+
+    with Server(archive, port=7200) as server:
+        (before,) = server.workers()
+        expected = httpx.post(server.url, json=good, timeout=30).text
+        replies = asyncio.run(scenario(server.url))
+        assert [reply.status_code for reply in replies] == [200, 500] * 8
+        assert all(reply.text == expected for reply in replies[0::2])
+        assert "generation failed" in replies[1].json()["error"]["message"]
+        assert server.workers()[0]["pid"] == before["pid"]
+
+
 def test_an_engine_that_fails_is_replaced(tiny_llama: Path, tmp_path: Path):
     """Weights that load but cannot compute: 500 for each request, then a new worker."""
     archive = build_archive("broken", tiny_llama, store=tmp_path)

@@ -70,7 +70,7 @@ def test_cut_in_the_middle_resumed_verified_archived_served(repository: Path, ch
         error = first.stderr.strip().splitlines()[-2]
         assert error.startswith("error: openai-community/gpt2: ") and "kept" in error
         assert not (checkout / "models" / "gpt2").exists()
-        assert hub.sent == hub.cut_after
+        assert hub.cut_after <= hub.sent < hub.cut_after + 10_000_000
 
         hub.cut_after = hub.status = None
         second = make(checkout, hub, "model", "APP=gpt2")

@@ -43,12 +43,17 @@ def test_make_test_without_a_server():
     assert "Failed to connect" in run.stderr or "Couldn't connect" in run.stderr
 
 
-def test_the_curl_command(smollm2_server):
-    (command,) = re.findall(r"\$ (curl .*?\n  \}')\n```", README, re.DOTALL)
-    command = command.replace("localhost:7080", f"localhost:{smollm2_server.port}")
-    run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    first, second = json.loads(run.stdout)["predictions"]
+def test_the_curl_commands(smollm2_server):
+    commands = re.findall(r"\$ (curl .*?\n  \}')\n```", README, re.DOTALL)
+    replies = []
+    for command in commands:
+        command = command.replace("localhost:7080", f"localhost:{smollm2_server.port}")
+        run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        replies.append(run.stdout)
+    first, second = json.loads(replies[0])["predictions"]
     assert first.startswith("Once upon a time") and "Paris" in second
+    events = [json.loads(line[6:]) for line in replies[1].split("\n\n") if line]
+    assert len(events) > 1 and events[-1]["completion_tokens"] == 3
 
 
 def test_the_error(smollm2_server):

@@ -78,6 +78,43 @@ def test_a_deadline(smollm2: Path, tmp_path: Path):
     assert closed(server)
 
 
+def test_java_killed_while_the_worker_loads(smollm2: Path, tmp_path: Path):
+    """Nothing may be left of the worker, though its parent is gone."""
+    server = Server(build_archive("smollm2-135m", smollm2, store=tmp_path), port=7200)
+    workers = []
+
+    def kill_java(deadline: float) -> None:
+        java = psutil.Process(server.process.pid)
+        while not java.children():
+            time.sleep(0.05)
+        workers.extend(java.children(recursive=True))
+        java.kill()
+        Server._wait_until_ready(server, deadline)
+
+    server._wait_until_ready = kill_java
+    with pytest.raises(ServerError, match="TorchServe ended while starting"):
+        server.start()
+    assert workers and not any(process.is_running() for process in workers)
+    assert closed(server) and server._temporary is None
+
+
+def test_interrupted_while_stopping(tiny_llama: Path, tmp_path: Path, monkeypatch):
+    server = Server(build_archive("tiny", tiny_llama, store=tmp_path), port=7200).start()
+    pids = [worker["pid"] for worker in server.workers()]
+
+    def interrupted(timeout=None):
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return wait()
+
+    wait = server.process.wait
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(server.process, "wait", interrupted)
+        server.stop()
+    server.stop()
+    assert closed(server) and not any(psutil.pid_exists(pid) for pid in pids)
+
+
 def test_java_that_dies_is_noticed(tiny_llama: Path, tmp_path: Path):
     server = Server(build_archive("tiny", tiny_llama, store=tmp_path), port=7200)
     server.settings["inference_address"] = "http://192.0.2.1:7200"  # not an address of this machine

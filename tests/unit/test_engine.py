@@ -7,6 +7,7 @@ import pytest
 
 from handler.config import EngineConfig
 from handler.engine import PromptError, Sampling, create_engine
+from handler.engine.sampling import Sampler
 from tests import tiny
 
 PROMPTS = ["a", "The quick brown fox jumps over the lazy dog", "Hello, world", "x" * 100]
@@ -189,6 +190,32 @@ def test_a_failing_prefill_loses_nothing_else(batching_engine, monkeypatch):
         done |= {p.key: p for p in engine.advance(0.05) if p.finish_reason}
     assert done["bad"].finish_reason == "error"
     assert expected.endswith(done["good"].text) and engine.alive()
+
+
+def test_a_failing_sample_loses_nothing_else(batching_engine, monkeypatch):
+    """Logits that are not numbers, as an overflow makes them: that sequence alone has failed."""
+    engine = batching_engine
+    expected = run(engine, PROMPTS[:3], Sampling(max_new_tokens=5))[0]
+    choose = Sampler.choose
+
+    def broken(self, ids, logits):
+        return choose(self, ids, logits * float("nan"))
+
+    monkeypatch.setattr(Sampler, "choose", broken)
+    samplings = [Sampling(max_new_tokens=5)] * 3 + [Sampling(max_new_tokens=5, temperature=1.0)]
+    texts, reasons = run(engine, [*PROMPTS[:3], PROMPTS[0]], samplings)
+    assert texts[:3] == expected and reasons == ["length"] * 3 + ["error"]
+    assert engine.alive()
+
+
+def test_new_ones_do_not_starve_running_ones(batching_engine):
+    engine = batching_engine
+    engine.submit("running", PROMPTS[0], Sampling(max_new_tokens=50), stream=False)
+    finished = []
+    for i in range(60):
+        engine.submit(i, PROMPTS[1], Sampling(max_new_tokens=1), stream=False)
+        finished += [p.key for p in engine.advance(0) if p.finish_reason]
+    assert "running" in finished
 
 
 def test_dead_after_repeated_failures(tiny_llama, monkeypatch):

@@ -59,7 +59,7 @@ def test_chat():
     ("given", "config", "chat", "message"),
     [
         (item(""), PLAIN, template, "instances[3]: the prompt is empty"),
-        (item(messages=user("a")), PLAIN, no_template, 'has no chat template; send "prompt"'),
+        (item(messages=user("a")), PLAIN, no_template, "has no chat template"),
         (item(messages=user("a") * 2), DOLLY, no_template, "a single message by the user"),
         (item(messages=user("a")), PLAIN, lambda _: 1 / 0, "refused by the chat template"),
     ],

@@ -15,7 +15,7 @@ NEEDS_MODEL = {"empty prompt", "prompt longer than the context"}
 
 def parse(body, app: App = APP):
     payload = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return parse_request({"body": payload}, app)
+    return parse_request({"body": payload}, app.limits, default_parameters(app))
 
 
 def test_at_least_60_bad_cases_with_distinct_names():
@@ -62,7 +62,7 @@ def test_the_error_names_value_and_rule():
         "error": {
             "code": 400,
             "status": "INVALID_ARGUMENT",
-            "message": "parameters.top_p: should be less than or equal to 1, not 1.5",
+            "message": "parameters.top_p: should be a number over 0, at most 1, not 1.5",
             "field": "parameters.top_p",
         }
     }
@@ -71,13 +71,13 @@ def test_the_error_names_value_and_rule():
 def test_a_form_is_refused_with_the_remedy():
     """`curl -d` without a header sends a form, which decodes "+" and "%" inside the text."""
     with pytest.raises(RequestError, match="Content-Type: application/json"):
-        parse_request({'{"instances": ["1 1"]}': b""}, APP)
+        parse_request({'{"instances": ["1 1"]}': b""}, APP.limits, {})
     with pytest.raises(RequestError, match="Content-Type: application/json"):
-        parse_request({}, APP)
+        parse_request({}, APP.limits, {})
 
 
 def test_a_file_in_a_multipart_form_works():
-    assert parse_request({"data": b'{"instances": ["a"]}'}, APP).items
+    assert parse_request({"data": b'{"instances": ["a"]}'}, APP.limits, {}).items
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "gpt2", "dolly-v2-3b"])
