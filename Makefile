@@ -4,6 +4,7 @@ APP       ?= smollm2-135m
 PORT      ?= 7080
 FORMAT    ?= no-archive
 MODEL_DIR ?=
+ENGINE    ?=
 SHAPE_ONLY ?=
 TORCH     ?= cpu
 VENV      ?= .venv
@@ -11,6 +12,7 @@ PYTHON    ?= $(shell command -v python3.11 || command -v python3 || echo python3
 
 PY      := $(VENV)/bin/python
 WEIGHTS := "$(APP)" $(if $(MODEL_DIR),--model-dir "$(MODEL_DIR)") $(if $(SHAPE_ONLY),--shape-only)
+ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 
 export VENV TORCH
 .DEFAULT_GOAL := help
@@ -25,7 +27,7 @@ setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 	@$(PYTHON) deploy/setup_env.py
 
 quickstart: setup ## Set up, serve APP, ask it one question, print the answer, stop
-	@$(PY) -m deploy.server $(WEIGHTS) --port "$(PORT)" --format "$(FORMAT)" --quickstart
+	@$(PY) -m deploy.server $(ARCHIVE) --port "$(PORT)" --quickstart
 
 check: setup lint unit ## Set up and pass every check
 
@@ -39,11 +41,11 @@ unit: setup ## pytest
 model: setup ## Get the weights of APP (MODEL_DIR=path to use yours, SHAPE_ONLY=1 for random ones)
 	@$(PY) -m deploy.weights $(WEIGHTS)
 
-archive: setup ## Make the model archive (FORMAT=no-archive, zip-store or default)
-	@$(PY) -m deploy.archive $(WEIGHTS) --format "$(FORMAT)"
+archive: setup ## Make the model archive (FORMAT=zip-store for a .mar; ENGINE=transformers)
+	@$(PY) -m deploy.archive $(ARCHIVE)
 
 serve: setup ## Serve APP with TorchServe, without Docker, until Ctrl-C
-	@exec $(PY) -m deploy.server $(WEIGHTS) --port "$(PORT)" --format "$(FORMAT)"
+	@exec $(PY) -m deploy.server $(ARCHIVE) --port "$(PORT)"
 
 test: ## Send the original request to a running server and print the JSON
 	@curl --silent --show-error --fail-with-body --max-time 600 \

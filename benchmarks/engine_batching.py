@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 from benchmarks.record import summary, write
 from deploy.weights import get_weights
 from handler.config import EngineConfig
-from handler.engine import Sampling
+from handler.engine import Engine, Sampling
 from handler.engine.transformers_engine import TransformersEngine
 
 ROUNDS = 3
@@ -53,7 +53,7 @@ def load(sequences: int, *, mixed: bool) -> Load:
     return [(text, draw.choice([8, 16, 32, 128]) if mixed else NEW_TOKENS) for text in texts]
 
 
-def ours(engine: TransformersEngine, requests: Load) -> list[float]:
+def ours(engine: Engine, requests: Load) -> list[float]:
     """Seconds until each sequence was finished."""
     began = time.monotonic()
     for i, (text, length) in enumerate(requests):
@@ -70,11 +70,10 @@ def ours(engine: TransformersEngine, requests: Load) -> list[float]:
 def static_generate(engine: TransformersEngine, requests: Load) -> list[float]:
     """One padded batch, as long as its longest; everybody is answered at its end."""
     longest = max(length for _, length in requests)
+    tokenizer = AutoTokenizer.from_pretrained(get_weights("smollm2-135m"))
+    texts = [text for text, _ in requests]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     began = time.monotonic()
-    tokenizer = engine.tokenizer
-    inputs = tokenizer(
-        [t for t, _ in requests], return_tensors="pt", padding=True, padding_side="left"
-    )
     with torch.inference_mode():
         engine.model.generate(
             **inputs, max_new_tokens=longest, min_new_tokens=longest, do_sample=False
@@ -91,7 +90,7 @@ def continuous(engine: TransformersEngine, requests: Load) -> list[float]:
     ) as manager:
         began = time.monotonic()
         for i, (text, length) in enumerate(requests):
-            ids = engine.tokenizer(text)["input_ids"]
+            ids = engine.folder.encode(text)
             manager.add_request(ids, request_id=str(i), max_new_tokens=length)
         done: dict[str, float] = {}
         while len(done) < len(requests):
@@ -117,7 +116,7 @@ def main() -> None:
     progress = tqdm(total=2 * len(cases) * ROUNDS * len(SYSTEMS), unit="run")
     for dtype in ("float32", "bfloat16"):
         engine = TransformersEngine(folder, EngineConfig(dtype=dtype))
-        engine._eos = set()
+        engine._ends = set()
         for sequences, mixed in cases:
             requests = load(sequences, mixed=mixed)
             tokens = sum(length for _, length in requests)

@@ -24,7 +24,19 @@ def engine_batching(record: dict) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"engine_batching": engine_batching}
+def engines(record: dict) -> str:
+    """Tokens per second of each engine as multiples of the first one's, which is the original's."""
+    figures = record["figures"]["tokens_per_second"]
+    cases = list(next(iter(figures.values())))
+    base = next(iter(figures.values()))
+    lines = [f"| | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
+    for name, rates in figures.items():
+        cells = [f"{rates[c]['median'] / base[c]['median']:.1f} x" for c in cases]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TABLES = {"engine_batching": engine_batching, "engines": engines}
 
 
 def with_tables(text: str) -> str:

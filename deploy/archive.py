@@ -19,9 +19,10 @@ import yaml
 
 import handler
 from deploy.cli import app_parser, command
+from deploy.export import choose_engine, export, exported_files
 from deploy.paths import BUILD, MODEL_STORE, UserError, link_or_copy, shown
 from deploy.weights import RANDOM, get_weights, source_of, weight_files
-from handler.config import app_yaml, parse_app
+from handler.config import EngineConfig, app_yaml, parse_app
 from handler.request import RequestError, default_parameters
 
 FORMATS = ("no-archive", "zip-store", "default")
@@ -32,7 +33,12 @@ ENTRY = "llm_handler.py"
 
 
 def build_archive(
-    name: str, weights: Path, *, archive_format: str = "no-archive", store: Path = MODEL_STORE
+    name: str,
+    weights: Path,
+    *,
+    archive_format: str = "no-archive",
+    engine: str | None = None,
+    store: Path = MODEL_STORE,
 ) -> Path:
     """Make the archive and return its path; one that stood there before is replaced.
 
@@ -40,6 +46,7 @@ def build_archive(
         name: the APP, and the model's name in the URL.
         weights: a complete folder, as `get_weights` returns it.
         archive_format: one of `FORMATS`.
+        engine: "openvino" or "transformers" instead of what the app's YAML says.
         store: TorchServe's model store.
 
     Raises:
@@ -47,7 +54,11 @@ def build_archive(
     """
     if archive_format not in FORMATS:
         raise UserError(f"format {archive_format!r}: use one of {', '.join(FORMATS)}")
-    config = model_config(name, weights)
+    config, settings = model_config(name, weights, engine)
+    if settings.name == "openvino":
+        files = exported_files(export(weights, settings))
+    else:
+        files = weight_files(weights)
     store.mkdir(parents=True, exist_ok=True)
     as_directory = archive_format == "no-archive"
     target = archive_path(name, archive_format, store)
@@ -58,12 +69,12 @@ def build_archive(
             folder.mkdir()
         _stage_handler(stage / "handler")
         if not as_directory:
-            _stage_weights(weights, stage / "weights")
+            _stage(files, stage / "weights")
         Path(temporary, "model-config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         _run_archiver(name, archive_format, stage, out, Path(temporary))
         made = out / target.name
         if as_directory:  # the archiver would copy gigabytes that hard links give for nothing
-            _stage_weights(weights, made / "weights")
+            _stage(files, made / "weights")
         _replace(made, target)
     return target
 
@@ -73,16 +84,24 @@ def archive_path(name: str, archive_format: str, store: Path = MODEL_STORE) -> P
     return store / (name if archive_format == "no-archive" else f"{name}.mar")
 
 
-def model_config(name: str, weights: Path) -> dict:
-    """The app's completed and checked YAML, which becomes the archive's `model-config.yaml`."""
+def model_config(name: str, weights: Path, engine: str | None = None) -> tuple[dict, EngineConfig]:
+    """The app's completed and checked YAML, which becomes the archive's `model-config.yaml`.
+
+    `app.engine.name: auto` is decided here, where the weights are prepared for it.
+    """
     config = app_yaml(name, local=True)
+    if engine:
+        config["app"]["engine"]["name"] = engine
     if source_of(weights).get("source") == RANDOM:
         config["app"]["random_weights"] = True
+    app = parse_app(config, f"handler/apps/{name}.yaml")
     try:
-        default_parameters(parse_app(config, f"handler/apps/{name}.yaml"))
+        default_parameters(app)
     except RequestError as error:
         raise UserError(f"handler/apps/{name}.yaml: {error}") from error
-    return config
+    chosen, why = choose_engine(app.engine)
+    config["app"]["engine"].update(name=chosen, chosen=why)
+    return config, app.engine.model_copy(update={"name": chosen})
 
 
 def _stage_handler(target: Path) -> None:
@@ -90,8 +109,8 @@ def _stage_handler(target: Path) -> None:
     shutil.copytree(HANDLER, target, ignore=shutil.ignore_patterns("__pycache__", ENTRY))
 
 
-def _stage_weights(weights: Path, target: Path) -> None:
-    for path in weight_files(weights):
+def _stage(files: list[Path], target: Path) -> None:
+    for path in files:
         link_or_copy(path.resolve(), target / path.name)
 
 
@@ -115,10 +134,18 @@ def _replace(made: Path, target: Path) -> None:
     made.replace(target)
 
 
+def add_archive_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that makes an archive takes."""
+    parser.add_argument("--format", default="no-archive", choices=FORMATS)
+    parser.add_argument("--engine", choices=["openvino", "transformers"], help="not the app's own")
+
+
 def build_app(options: argparse.Namespace) -> Path:
     """Weights and archive, as the command line asks for them."""
     weights = get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
-    archive = build_archive(options.app, weights, archive_format=options.format)
+    archive = build_archive(
+        options.app, weights, archive_format=options.format, engine=options.engine
+    )
     print(f"{options.app}: archived as {shown(archive)}", flush=True)
     return archive
 
@@ -127,7 +154,7 @@ def build_app(options: argparse.Namespace) -> Path:
 def main(arguments: list[str] | None) -> None:
     """The command line; see the module's docstring."""
     parser = app_parser("deploy.archive", "make a model archive")
-    parser.add_argument("--format", default="no-archive", choices=FORMATS)
+    add_archive_options(parser)
     build_app(parser.parse_args(arguments))
 
 

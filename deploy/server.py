@@ -25,7 +25,7 @@ import httpx
 import psutil
 import ts
 
-from deploy.archive import FORMATS, archive_path, build_app
+from deploy.archive import add_archive_options, archive_path, build_app
 from deploy.cli import app_parser, command
 from deploy.client import predict
 from deploy.java import find_java
@@ -303,7 +303,7 @@ def _quickstart(server: Server) -> None:
 def main(arguments: list[str] | None) -> None:
     """The command line; see the module's docstring."""
     parser = app_parser("deploy.server", "archive and serve an app")
-    parser.add_argument("--format", default="no-archive", choices=FORMATS)
+    add_archive_options(parser)
     parser.add_argument("--port", type=_port, default=PORT)
     parser.add_argument("--quickstart", action="store_true", help="one request, then stop")
     options = parser.parse_args(arguments)

@@ -50,11 +50,20 @@ class LocalWeights(_Strict):
 class EngineConfig(_Strict):
     """How the model is loaded and how much of it may be in use at once."""
 
-    name: Literal["transformers"] = "transformers"
+    name: Literal["auto", "openvino", "transformers"] = "auto"
+    chosen: str = ""
+    # openvino
+    precision: Literal["int8", "int4", "fp16"] = "int8"
+    group_size: Annotated[int, Field(ge=-1)] = 64
+    cache_gb: Annotated[int, Field(ge=1)] = 1
+    prefix_caching: bool = False
+    dynamic_quantization: bool = True
+    # transformers
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device_map: str | dict[str, int | str] | None = "auto"
     max_memory: dict[int | str, int | str] | None = None
     offload_folder: str | None = None
+    # both
     threads: Annotated[int, Field(ge=1)] | None = None
     max_context: Annotated[int, Field(ge=2)] | None = None
     max_batch: Annotated[int, Field(ge=1)] = 32

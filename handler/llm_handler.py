@@ -48,7 +48,8 @@ class LLMHandler:
         self.live: dict[str, LiveRequest] = {}
         self.initialized = True
         random = " (random weights: the text means nothing)" if self.app.random_weights else ""
-        logger.info("%s%s: %s", self.app.title, random, self.engine.description)
+        chosen = f" (chosen because {self.app.engine.chosen})" if self.app.engine.chosen else ""
+        logger.info("%s%s: %s%s", self.app.title, random, self.engine.description, chosen)
 
     def handle(self, data: list[dict], context) -> list[bytes]:
         """One tick.

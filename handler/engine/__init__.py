@@ -94,8 +94,14 @@ class Engine(Protocol):
 
 def create_engine(weights: Path, config: "EngineConfig") -> Engine:
     """Load the engine that `config.name` asks for. This is the slow part of a worker's start."""
+    if config.name == "openvino":
+        from handler.engine.openvino_engine import OpenVINOEngine
+
+        return OpenVINOEngine(weights, config)
     if config.name == "transformers":
         from handler.engine.transformers_engine import TransformersEngine
 
         return TransformersEngine(weights, config)
-    raise ValueError(f"app.engine.name: {config.name!r} is not an engine; use 'transformers'")
+    raise ValueError(
+        f"app.engine.name: {config.name!r} is not an engine; use openvino or transformers"
+    )

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from handler.config import EngineConfig
 
@@ -30,43 +30,6 @@ def load_model(weights: Path, config: EngineConfig) -> PreTrainedModel:
         Path(config.offload_folder).mkdir(parents=True, exist_ok=True)
         options["offload_folder"] = config.offload_folder
     return AutoModelForCausalLM.from_pretrained(weights, **options).eval()
-
-
-def context_length(model_config) -> int:
-    """Positions the architecture was made for (`n_positions` in GPT-2's config).
-
-    Raises:
-        ValueError: the configuration names none, so the app's YAML has to.
-    """
-    text_config = model_config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-        if length := getattr(text_config, name, None):
-            return int(length)
-    raise ValueError("the model's config.json names no context length: set app.engine.max_context")
-
-
-def end_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, extra: list[str]
-) -> set[int]:
-    """Token ids that end a completion: the model's own, the tokenizer's, and the app's.
-
-    `extra` are texts that must be one token of this vocabulary, such as dolly's "### End".
-
-    Raises:
-        ValueError: a text of `extra` is not a single token.
-    """
-    ends: set[int] = set()
-    for value in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        ends.update(value if isinstance(value, list) else [value] if value is not None else [])
-    for text in extra:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) != 1:
-            raise ValueError(
-                f"app.engine.stop_tokens: {text!r} is {len(ids)} tokens in this vocabulary, not "
-                "one; use app.parameters.stop for strings"
-            )
-        ends.add(ids[0])
-    return ends
 
 
 def device_summary(model: PreTrainedModel) -> str:

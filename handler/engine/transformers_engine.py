@@ -13,19 +13,20 @@ import logging
 import time
 from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
-from transformers import AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 
 from handler.config import EngineConfig
-from handler.engine import Progress, PromptError, Sampling
+from handler.engine import Progress, Sampling
 from handler.engine.batch import Batch, can_batch
-from handler.engine.loading import context_length, device_summary, end_tokens, load_model
+from handler.engine.folder import ModelFolder
+from handler.engine.loading import device_summary, load_model
 from handler.engine.sampling import Sampler
-from handler.engine.text import TextStream
+from handler.engine.sequence import Sequence, new_sequence
 
 logger = logging.getLogger(__name__)
 
@@ -33,31 +34,9 @@ _MAX_FAILURES = 3
 """Forward passes that may fail in a row before the engine counts as dead."""
 
 
-@dataclass
-class _Sequence:
-    key: Hashable
-    ids: list[int]
-    prompt_tokens: int
-    max_new_tokens: int
+class _Row(NamedTuple):
+    sequence: Sequence
     sampler: Sampler
-    text: TextStream
-    stream: bool
-    pending: str = ""
-    finish_reason: str | None = None
-    shown: bool = False
-    submitted: float = field(default_factory=time.monotonic)
-    started: float = 0.0
-
-    @property
-    def completion_tokens(self) -> int:
-        return len(self.ids) - self.prompt_tokens
-
-    def progress(self) -> Progress:
-        """Hand out what is new."""
-        text, self.pending = self.pending, ""
-        self.shown = self.shown or bool(text)
-        waited = self.started - self.submitted
-        return Progress(self.key, text, self.completion_tokens, self.finish_reason, waited)
 
 
 class TransformersEngine:
@@ -67,15 +46,15 @@ class TransformersEngine:
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config
-        self.tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=True)
+        self.folder = ModelFolder(weights)
         self.model = load_model(weights, config)
-        limit = context_length(self.model.config)
+        limit = self.folder.context_length()
         self.max_context = min(config.max_context or limit, limit)
-        self._eos = end_tokens(self.model, self.tokenizer, config.stop_tokens)
+        self._ends = self.folder.end_tokens(config.stop_tokens)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        self._waiting: deque[_Sequence] = deque()
+        self._waiting: deque[_Row] = deque()
         self._batch = Batch()
-        self._done: list[_Sequence] = []
+        self._done: list[_Row] = []
         self._failures = 0
         self._max_batch = config.max_batch if self._warm_up() else 1
         self.description = (
@@ -85,26 +64,11 @@ class TransformersEngine:
         )
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
-        ids = self.tokenizer(prompt)["input_ids"]
-        if not ids:
-            raise PromptError("is empty: give at least one token of text")
-        if len(ids) >= self.max_context:
-            raise PromptError(
-                f"has {len(ids)} tokens; at most {self.max_context - 1} fit into the context of "
-                f"{self.max_context} with room for one new token"
-            )
-        self._waiting.append(
-            _Sequence(
-                key=key,
-                ids=ids,
-                prompt_tokens=len(ids),
-                max_new_tokens=min(sampling.max_new_tokens, self.max_context - len(ids)),
-                sampler=Sampler(sampling),
-                text=TextStream(self._decode, ids, sampling.stop),
-                stream=stream,
-            )
+        sequence = new_sequence(
+            key, prompt, sampling, stream=stream, folder=self.folder, max_context=self.max_context
         )
-        return len(ids)
+        self._waiting.append(_Row(sequence, Sampler(sampling)))
+        return sequence.prompt_tokens
 
     def advance(self, seconds: float) -> list[Progress]:
         deadline = time.monotonic() + seconds
@@ -116,23 +80,15 @@ class TransformersEngine:
         return self._collect()
 
     def cancel(self, key: Hashable) -> None:
-        self._waiting = deque(s for s in self._waiting if s.key != key)
-        self._done = [s for s in self._done if s.key != key]
-        self._batch.keep([i for i, row in enumerate(self._batch.rows) if row.key != key])
+        self._waiting = deque(row for row in self._waiting if row.sequence.key != key)
+        self._done = [row for row in self._done if row.sequence.key != key]
+        self._batch.keep([i for i, r in enumerate(self._batch.rows) if r.sequence.key != key])
 
     def alive(self) -> bool:
         return self._failures < _MAX_FAILURES
 
     def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
-        if not self.tokenizer.chat_template:
-            return None
-        text = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
-        )
-        # Some templates write the start token that the tokenizer will add by itself.
-        start = self.tokenizer.bos_token_id
-        adds_start = start is not None and self.tokenizer("")["input_ids"][:1] == [start]
-        return text.removeprefix(self.tokenizer.bos_token) if adds_start else text
+        return self.folder.chat_prompt(messages)
 
     @property
     def running(self) -> int:
@@ -140,30 +96,28 @@ class TransformersEngine:
         return len(self._batch)
 
     def _ready(self) -> bool:
-        """Whether somebody has been waiting for what there is now."""
-        return bool(self._done) or any(
-            row.stream and row.pending and not row.shown for row in self._batch.rows
-        )
+        return bool(self._done) or any(row.sequence.urgent for row in self._batch.rows)
 
     def _prefill(self) -> None:
         """Run waiting prompts through the model, as many as fit, and let them join the batch."""
-        group: list[_Sequence] = []
+        group: list[_Row] = []
         longest = 0
         while self._waiting and len(self._batch) + len(group) < self._max_batch:
-            longest = max(longest, self._waiting[0].prompt_tokens)
+            longest = max(longest, self._waiting[0].sequence.prompt_tokens)
             if group and longest * (len(group) + 1) > self.config.max_prefill_tokens:
                 break
             group.append(self._waiting.popleft())
         if not group:
             return
-        longest = max(row.prompt_tokens for row in group)
+        longest = max(row.sequence.prompt_tokens for row in group)
         try:
             ids = torch.zeros(len(group), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for i, row in enumerate(group):
-                row.started = time.monotonic()
-                ids[i, longest - row.prompt_tokens :] = torch.tensor(row.ids)
-                mask[i, longest - row.prompt_tokens :] = 1
+                row.sequence.start()
+                start = longest - row.sequence.prompt_tokens
+                ids[i, start:] = torch.tensor(row.sequence.ids)
+                mask[i, start:] = 1
             cache = DynamicCache(config=self.model.config)
             last = self._append(group, self._forward(ids, mask, cache))
         except Exception as error:  # nothing but these prompts is lost
@@ -190,8 +144,8 @@ class TransformersEngine:
     def _retire(self) -> None:
         """Take finished rows out of the batch."""
         rows = self._batch.rows
-        self._done += [row for row in rows if row.finish_reason]
-        self._batch.keep([i for i, row in enumerate(rows) if not row.finish_reason])
+        self._done += [row for row in rows if row.sequence.finish_reason]
+        self._batch.keep([i for i, row in enumerate(rows) if not row.sequence.finish_reason])
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -206,51 +160,36 @@ class TransformersEngine:
         self._failures = 0
         return out.logits[:, -1]
 
-    def _append(self, rows: list[_Sequence], logits: torch.Tensor) -> torch.Tensor:
+    def _append(self, rows: list[_Row], logits: torch.Tensor) -> torch.Tensor:
         """Choose a token for each row, record it, and return them all [B]."""
         largest = logits.argmax(-1).tolist()
-        for i, row in enumerate(rows):
+        for i, (sequence, sampler) in enumerate(rows):
             try:
-                token = largest[i] if row.sampler.plain else row.sampler.choose(row.ids, logits[i])
+                token = largest[i] if sampler.plain else sampler.choose(sequence.ids, logits[i])
             except RuntimeError as error:  # logits that are not numbers: this row's trouble alone
                 logger.error("sampling failed", exc_info=error)
-                row.finish_reason = "error"
-                continue
-            row.ids.append(token)
-            if token in self._eos:
-                row.finish_reason = "stop"
+                sequence.end("error")
             else:
-                row.pending += row.text.push(token)
-                if row.text.stopped:
-                    row.finish_reason = "stop"
-                elif row.completion_tokens >= row.max_new_tokens:
-                    row.finish_reason = "length"
-            if row.finish_reason:
-                row.pending += row.text.finish()
-        return torch.tensor([row.ids[-1] for row in rows])
+                sequence.append(token, self._ends)
+        return torch.tensor([row.sequence.ids[-1] for row in rows])
 
     def _collect(self) -> list[Progress]:
         """Hand out finished sequences and new text."""
-        rows = self._done + [row for row in self._batch.rows if row.pending]
+        rows = self._done + [row for row in self._batch.rows if row.sequence.pending]
         self._done = []
-        return [row.progress() for row in rows]
+        return [row.sequence.progress() for row in rows]
 
-    def _fail(self, rows: list[_Sequence], error: Exception) -> None:
+    def _fail(self, rows: list[_Row], error: Exception) -> None:
         self._failures += 1
         logger.error("forward pass failed for %d sequences", len(rows), exc_info=error)
         for row in rows:
-            row.finish_reason = "error"
+            row.sequence.end("error")
         self._done += rows
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
 
     def _warm_up(self) -> bool:
         """Run two tokens through the model; return whether its cache can be batched."""
         cache = DynamicCache(config=self.model.config)
-        token = torch.tensor([[next(iter(self._eos), 0)]])
+        token = torch.tensor([[next(iter(self._ends), 0)]])
         self._forward(token, torch.ones(1, 1, dtype=torch.long), cache)
         self._forward(token, torch.ones(1, 2, dtype=torch.long), cache)
         return can_batch(cache)

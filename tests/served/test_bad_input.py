@@ -33,26 +33,33 @@ async def together(url: str, bodies: list) -> list[httpx.Response]:
         return await asyncio.gather(*(send(client, url, body) for body in bodies))
 
 
-@pytest.fixture(scope="module")
-def worker_pid(tiny_server):
-    return tiny_server.workers()[0]["pid"]
+@pytest.fixture(scope="module", params=["transformers", "openvino"])
+def any_server(request):
+    """Both engines."""
+    names = {"transformers": "tiny_server", "openvino": "tiny_openvino_server"}
+    return request.getfixturevalue(names[request.param])
 
 
 @pytest.fixture(scope="module")
-def mixed(tiny_server):
+def worker_pid(any_server):
+    return any_server.workers()[0]["pid"]
+
+
+@pytest.fixture(scope="module")
+def mixed(any_server):
     """Every bad body between two good ones, all in flight at once."""
-    good = httpx.post(tiny_server.url, json=OK).json()
+    good = httpx.post(any_server.url, json=OK).json()
     bodies = [item for _, body, *_ in BAD for item in (OK, body)] + [OK]
-    replies = asyncio.run(together(tiny_server.url, bodies))
+    replies = asyncio.run(together(any_server.url, bodies))
     return good, replies[0::2], replies[1::2]
 
 
-def test_no_good_request_suffers(mixed, tiny_server, worker_pid):
+def test_no_good_request_suffers(mixed, any_server, worker_pid):
     good, good_replies, _ = mixed
     assert len(good_replies) == len(BAD) + 1
     assert [reply.status_code for reply in good_replies] == [200] * len(good_replies)
     assert all(reply.json() == good for reply in good_replies)
-    assert tiny_server.workers()[0]["pid"] == worker_pid, "the worker was replaced"
+    assert any_server.workers()[0]["pid"] == worker_pid, "the worker was replaced"
 
 
 @pytest.mark.parametrize("index", range(len(BAD)), ids=[case[0] for case in BAD])
@@ -68,13 +75,13 @@ def test_bad(mixed, index):
 
 
 @pytest.mark.parametrize("body", [body for _, body in GOOD], ids=[name for name, _ in GOOD])
-def test_odd_but_right(tiny_server, worker_pid, body):
+def test_odd_but_right(any_server, worker_pid, body):
     reply = httpx.post(
-        tiny_server.url, content=payload(body), headers={"content-type": "application/json"}
+        any_server.url, content=payload(body), headers={"content-type": "application/json"}
     )
     assert reply.status_code == 200, reply.text
     assert reply.json()["predictions"]
-    assert tiny_server.workers()[0]["pid"] == worker_pid
+    assert any_server.workers()[0]["pid"] == worker_pid
 
 
 def test_control_characters_and_emoji_come_back_unchanged(smollm2_server):
@@ -84,43 +91,43 @@ def test_control_characters_and_emoji_come_back_unchanged(smollm2_server):
     assert reply.json()["predictions"][0].startswith(prompt)
 
 
-def test_a_form_names_the_header_to_send(tiny_server):
+def test_a_form_names_the_header_to_send(any_server):
     """What curl -d sends when one forgets -H."""
-    command = ["curl", "-s", tiny_server.url, "-d", '{"instances": ["1 + 1 = 2"]}']
+    command = ["curl", "-s", any_server.url, "-d", '{"instances": ["1 + 1 = 2"]}']
     error = json.loads(subprocess.run(command, capture_output=True).stdout)["error"]
     assert "Content-Type: application/json" in error["message"]
-    reply = httpx.post(tiny_server.url, data={'{"instances": ["a"]}': ""})
+    reply = httpx.post(any_server.url, data={'{"instances": ["a"]}': ""})
     assert reply.status_code == 400
     assert "Content-Type: application/json" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD"])
-def test_other_methods(tiny_server, worker_pid, method):
+def test_other_methods(any_server, worker_pid, method):
     """TorchServe passes every method to the handler and does not tell it which."""
-    reply = httpx.request(method, tiny_server.url)
+    reply = httpx.request(method, any_server.url)
     assert reply.status_code in (400, 405), reply.text
-    assert tiny_server.workers()[0]["pid"] == worker_pid
+    assert any_server.workers()[0]["pid"] == worker_pid
 
 
-def test_unknown_model_and_route(tiny_server):
-    base = tiny_server.url.rsplit("/", 1)[0]
+def test_unknown_model_and_route(any_server):
+    base = any_server.url.rsplit("/", 1)[0]
     assert httpx.post(f"{base}/other", json=OK).status_code == 404
     assert httpx.post(f"{base}/tiny/9.9", json=OK).status_code == 404
     assert httpx.get(f"{base}/../nothing").status_code in (404, 405)
 
 
-def test_a_body_over_the_frontends_limit(tiny_server, worker_pid):
+def test_a_body_over_the_frontends_limit(any_server, worker_pid):
     """10 MiB is where the frontend itself refuses, before the handler sees the request."""
     body = {"instances": ["x" * (11 * 2**20)]}
-    reply = httpx.post(tiny_server.url, json=body, timeout=60)
+    reply = httpx.post(any_server.url, json=body, timeout=60)
     assert reply.status_code == 413
-    assert httpx.post(tiny_server.url, json=OK).status_code == 200
+    assert httpx.post(any_server.url, json=OK).status_code == 200
 
 
-def test_odd_headers(tiny_server, worker_pid):
+def test_odd_headers(any_server, worker_pid):
     headers = {"x-odd": "caf\xe9".encode("latin-1"), "x-empty": "", "cookie": "a=b" * 500}
-    assert httpx.post(tiny_server.url, json=OK, headers=headers).status_code == 200
-    assert tiny_server.workers()[0]["pid"] == worker_pid
+    assert httpx.post(any_server.url, json=OK, headers=headers).status_code == 200
+    assert any_server.workers()[0]["pid"] == worker_pid
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
@@ -161,16 +168,16 @@ bodies = (
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(body=bodies)
-def test_any_500_requests(tiny_server, worker_pid, body):
+def test_any_500_requests(any_server, worker_pid, body):
     """Whatever is sent: an answer within 20 s, never a 5xx, and the worker lives."""
     headers = {"content-type": "application/json"}
-    reply = httpx.post(tiny_server.url, content=body, headers=headers, timeout=20)
+    reply = httpx.post(any_server.url, content=body, headers=headers, timeout=20)
     assert reply.status_code in (200, 400), reply.text
     if reply.status_code == 400:
         assert reply.json()["error"]["message"]
 
 
-def test_the_worker_survived_all_of_it(tiny_server, worker_pid):
-    (worker,) = tiny_server.workers()
+def test_the_worker_survived_all_of_it(any_server, worker_pid):
+    (worker,) = any_server.workers()
     assert worker["pid"] == worker_pid and worker["status"] == "READY"
-    assert "Traceback" not in tiny_server.log.read_text()
+    assert "Traceback" not in any_server.log.read_text()

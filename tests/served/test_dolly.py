@@ -4,13 +4,15 @@ The checkpoint has dolly's architecture and special tokens in miniature and was 
 answers, each followed by "### End": what it says is checked to the letter.
 """
 
+import shutil
+
 import httpx
 import pytest
 import yaml
 
-import handler.config
 from deploy.archive import build_archive
 from deploy.client import predict, stream
+from deploy.export import EXPORTS
 from deploy.server import Server
 from handler.config import load_app
 from tests import tiny
@@ -24,19 +26,21 @@ ANSWERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def dolly_server(tmp_path_factory: pytest.TempPathFactory):
+@pytest.fixture(scope="module", params=["transformers", "openvino"])
+def dolly_server(request, tmp_path_factory: pytest.TempPathFactory):
     app = load_app("dolly-v2-3b")
     pairs = {app.prompt.template.replace("{prompt}", q): a for q, a in ANSWERS.items()}
     tmp_path = tmp_path_factory.mktemp("dolly")
     weights = tiny.taught_model(
         tmp_path / "weights", tiny.DOLLY, tiny.DOLLY_SPECIAL, pairs, end="### End"
     )
-    archive = build_archive("dolly-v2-3b", weights, store=tmp_path / "store")
-    config = yaml.safe_load((archive / "model-config.yaml").read_text())
-    assert config["app"] == handler.config.app_yaml("dolly-v2-3b")["app"], "dolly's own YAML"
+    archive = build_archive("dolly-v2-3b", weights, engine=request.param, store=tmp_path / "store")
+    config = yaml.safe_load((archive / "model-config.yaml").read_text())["app"]
+    assert config["prompt"] == app.prompt.model_dump() and config["engine"]["name"] == request.param
     with Server(archive, port=7200) as server:
         yield server
+    for folder in EXPORTS.glob("weights-*"):
+        shutil.rmtree(folder)
 
 
 def ask(server, *questions, **parameters):

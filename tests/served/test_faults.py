@@ -14,6 +14,7 @@ import handler.config
 from deploy.archive import build_archive
 from deploy.server import Server
 
+TORCH = {"engine": "transformers"}
 pytestmark = pytest.mark.served
 
 LONG = {"instances": ["Once upon a time"], "parameters": {"max_new_tokens": 400}}
@@ -57,7 +58,7 @@ def small_server(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
     (apps / "small.yaml").write_text(yaml.safe_dump(app))
     monkeypatch.setattr(handler.config, "APPS", apps)
-    archive = build_archive("small", tiny_llama, store=tmp_path / "store")
+    archive = build_archive("small", tiny_llama, **TORCH, store=tmp_path / "store")
     with Server(archive, port=7200) as server:
         yield server
 
@@ -91,7 +92,7 @@ def test_overload(small_server):
 
 def test_one_failed_instance_fails_its_request_alone(tiny_llama: Path, tmp_path: Path):
     """The engine loses one of three instances: a 500 for that request, nothing for the others."""
-    archive = build_archive("broken", tiny_llama, store=tmp_path)
+    archive = build_archive("broken", tiny_llama, **TORCH, store=tmp_path)
     sampling = archive / "handler" / "engine" / "sampling.py"
     text = sampling.read_text()
     line = "        scores = self._chain("
@@ -119,7 +120,7 @@ def test_one_failed_instance_fails_its_request_alone(tiny_llama: Path, tmp_path:
 
 def test_an_engine_that_fails_is_replaced(tiny_llama: Path, tmp_path: Path):
     """Weights that load but cannot compute: 500 for each request, then a new worker."""
-    archive = build_archive("broken", tiny_llama, store=tmp_path)
+    archive = build_archive("broken", tiny_llama, **TORCH, store=tmp_path)
     engine = archive / "handler" / "engine" / "transformers_engine.py"
     text = engine.read_text()
     assert text.count("    def _prefill(self)") == 1

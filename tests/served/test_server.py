@@ -18,6 +18,7 @@ from deploy.paths import MODEL_STORE, ROOT
 from deploy.server import Server, ServerError, port_holder
 from tests.bad_input import OK
 
+TORCH = {"engine": "transformers"}
 pytestmark = pytest.mark.served
 
 
@@ -26,7 +27,7 @@ def closed(server: Server) -> bool:
 
 
 def test_two_side_by_side_and_each_stops_alone(tiny_server, tiny_llama: Path, tmp_path: Path):
-    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     other = Server(archive, port=7200)
     with other:
         expected = httpx.post(tiny_server.url, json=OK).json()
@@ -41,7 +42,9 @@ def test_two_side_by_side_and_each_stops_alone(tiny_server, tiny_llama: Path, tm
 def test_a_mar_answers_as_the_directory_does(
     tiny_server, tiny_llama: Path, tmp_path: Path, archive_format: str
 ):
-    archive = build_archive("tiny", tiny_llama, archive_format=archive_format, store=tmp_path)
+    archive = build_archive(
+        "tiny", tiny_llama, archive_format=archive_format, **TORCH, store=tmp_path
+    )
     assert archive.suffix == ".mar"
     with Server(archive, port=7200) as server:
         expected = httpx.post(tiny_server.url, json=OK).json()
@@ -49,7 +52,7 @@ def test_a_mar_answers_as_the_directory_does(
 
 
 def test_a_busy_port_is_refused_with_the_name_of_its_holder(tiny_llama: Path, tmp_path: Path):
-    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     with socket.create_server(("127.0.0.1", 7201)):
         with pytest.raises(ServerError, match=rf"port 7201 is taken by .*\(pid {os.getpid()}\)"):
             Server(archive, port=7200).start()
@@ -61,7 +64,7 @@ def test_no_archive(tmp_path: Path):
 
 
 def test_a_model_that_cannot_be_loaded(tiny_llama: Path, tmp_path: Path):
-    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     (archive / "weights" / "config.json").unlink()
     server = Server(archive, port=7200)
     began = time.monotonic()
@@ -72,7 +75,7 @@ def test_a_model_that_cannot_be_loaded(tiny_llama: Path, tmp_path: Path):
 
 
 def test_a_deadline(smollm2: Path, tmp_path: Path):
-    server = Server(build_archive("smollm2-135m", smollm2, store=tmp_path), port=7200)
+    server = Server(build_archive("smollm2-135m", smollm2, **TORCH, store=tmp_path), port=7200)
     with pytest.raises(ServerError, match="no worker was ready in time"):
         server.start(deadline=1.0)
     assert closed(server)
@@ -80,7 +83,7 @@ def test_a_deadline(smollm2: Path, tmp_path: Path):
 
 def test_java_killed_while_the_worker_loads(smollm2: Path, tmp_path: Path):
     """Nothing may be left of the worker, though its parent is gone."""
-    server = Server(build_archive("smollm2-135m", smollm2, store=tmp_path), port=7200)
+    server = Server(build_archive("smollm2-135m", smollm2, **TORCH, store=tmp_path), port=7200)
     workers = []
 
     def kill_java(deadline: float) -> None:
@@ -99,7 +102,7 @@ def test_java_killed_while_the_worker_loads(smollm2: Path, tmp_path: Path):
 
 
 def test_interrupted_while_stopping(tiny_llama: Path, tmp_path: Path, monkeypatch):
-    server = Server(build_archive("tiny", tiny_llama, store=tmp_path), port=7200).start()
+    server = Server(build_archive("tiny", tiny_llama, **TORCH, store=tmp_path), port=7200).start()
     pids = [worker["pid"] for worker in server.workers()]
 
     def interrupted(timeout=None):
@@ -116,7 +119,7 @@ def test_interrupted_while_stopping(tiny_llama: Path, tmp_path: Path, monkeypatc
 
 
 def test_java_that_dies_is_noticed(tiny_llama: Path, tmp_path: Path):
-    server = Server(build_archive("tiny", tiny_llama, store=tmp_path), port=7200)
+    server = Server(build_archive("tiny", tiny_llama, **TORCH, store=tmp_path), port=7200)
     server.settings["inference_address"] = "http://192.0.2.1:7200"  # not an address of this machine
     with pytest.raises(ServerError, match="TorchServe ended while starting"):
         server.start()
@@ -134,7 +137,15 @@ def test_an_impossible_port(port: str):
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_stops_java_and_workers_within_10_s(stop: signal.Signals, tiny_llama: Path):
     """What Ctrl-C in `make serve` does, with a request in flight."""
-    arguments = ["tiny-test", "--port", "7200", "--model-dir", tiny_llama]
+    arguments = [
+        "tiny-test",
+        "--port",
+        "7200",
+        "--model-dir",
+        tiny_llama,
+        "--engine",
+        "transformers",
+    ]
     command = subprocess.Popen(
         [sys.executable, "-m", "deploy.server", *arguments],
         cwd=ROOT,
@@ -160,7 +171,7 @@ def test_the_command_stops_java_and_workers_within_10_s(stop: signal.Signals, ti
 
 def test_only_the_inference_port_could_be_opened_to_others(tiny_llama: Path, tmp_path: Path):
     """`host` moves the inference port alone; management, metrics and gRPC stay on loopback."""
-    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     with Server(archive, port=7200, host="0.0.0.0") as server:
         java = psutil.Process(server.process.pid)
         listening = {

@@ -13,11 +13,12 @@ from deploy.paths import UserError
 from deploy.weights import get_weights
 from handler.config import ConfigError, app_names, app_yaml, load_app, parse_app
 
+TORCH = {"engine": "transformers"}
 EXPECTED = {"llm_handler.py", "handler", "weights", "model-config.yaml", "MAR-INF"}
 
 
 def test_a_directory(tiny_llama: Path, tmp_path: Path):
-    archive = build_archive("tiny", tiny_llama, store=tmp_path)
+    archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     assert {p.name for p in archive.iterdir()} == EXPECTED
     manifest = json.loads((archive / "MAR-INF" / "MANIFEST.json").read_text())
     assert manifest["model"]["handler"] == "llm_handler.py"
@@ -32,7 +33,9 @@ def test_a_directory(tiny_llama: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("archive_format", ["zip-store", "default"])
 def test_a_mar(tiny_llama: Path, tmp_path: Path, archive_format: str):
-    archive = build_archive("tiny", tiny_llama, archive_format=archive_format, store=tmp_path)
+    archive = build_archive(
+        "tiny", tiny_llama, archive_format=archive_format, **TORCH, store=tmp_path
+    )
     with zipfile.ZipFile(archive) as mar:
         assert {name.split("/")[0] for name in mar.namelist()} == EXPECTED
         compressed = mar.getinfo("weights/tokenizer.json").compress_type
@@ -40,15 +43,17 @@ def test_a_mar(tiny_llama: Path, tmp_path: Path, archive_format: str):
 
 
 def test_a_second_build_replaces_the_first(tiny_llama: Path, tmp_path: Path):
-    first = build_archive("tiny", tiny_llama, store=tmp_path)
+    first = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     (first / "leftover").write_text("")
-    assert not (build_archive("tiny", tiny_llama, store=tmp_path) / "leftover").exists()
+    assert not (build_archive("tiny", tiny_llama, **TORCH, store=tmp_path) / "leftover").exists()
 
 
 def test_the_apps_yaml_travels_complete(smollm2: Path, tmp_path: Path):
-    archive = build_archive("smollm2-135m", smollm2, store=tmp_path)
+    archive = build_archive("smollm2-135m", smollm2, **TORCH, store=tmp_path)
     config = yaml.safe_load((archive / "model-config.yaml").read_text())
-    assert config == app_yaml("smollm2-135m")
+    expected = app_yaml("smollm2-135m")
+    expected["app"]["engine"] |= {"name": "transformers", "chosen": "the app's YAML says so"}
+    assert config == expected
     assert config["continuousBatching"] is True and config["minWorkers"] == 1
     assert parse_app(config, "").engine.max_context == 2048
 
@@ -58,7 +63,7 @@ def test_random_weights_are_marked(tiny_llama: Path, tmp_path: Path):
     for path in tiny_llama.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "SOURCE.json").write_text('{"source": "random weights"}')
-    archive = build_archive("tiny", folder, store=tmp_path / "store")
+    archive = build_archive("tiny", folder, **TORCH, store=tmp_path / "store")
     config = yaml.safe_load((archive / "model-config.yaml").read_text())
     assert config["app"]["random_weights"] is True
 
@@ -85,13 +90,13 @@ def test_a_wrong_yaml_is_named(yaml_text, message, tiny_llama, tmp_path, monkeyp
     (tmp_path / "mine.yaml").write_text(yaml_text)
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
     with pytest.raises((ConfigError, UserError), match=message):
-        build_archive("mine", tiny_llama, store=tmp_path / "store")
+        build_archive("mine", tiny_llama, **TORCH, store=tmp_path / "store")
     assert not (tmp_path / "store" / "mine").exists()
 
 
 def test_an_app_name_torchserve_would_refuse(tiny_llama: Path, tmp_path: Path):
     with pytest.raises(UserError, match="allowed regular expression"):
-        build_archive("my model", tiny_llama, store=tmp_path)
+        build_archive("my model", tiny_llama, **TORCH, store=tmp_path)
 
 
 def test_a_local_folder_in_a_yaml(tiny_llama: Path, tmp_path: Path, monkeypatch):
@@ -99,5 +104,5 @@ def test_a_local_folder_in_a_yaml(tiny_llama: Path, tmp_path: Path, monkeypatch)
     yaml_text = f"app: {{title: Mine, weights: {{source: local, path: {tiny_llama}}}}}"
     (tmp_path / "mine.yaml").write_text(yaml_text)
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
-    archive = build_archive("mine", get_weights("mine"), store=tmp_path / "store")
+    archive = build_archive("mine", get_weights("mine"), **TORCH, store=tmp_path / "store")
     assert list((archive / "weights").glob("*.safetensors"))

@@ -4,12 +4,15 @@ import functools
 from pathlib import Path
 
 import pytest
+import torch
 
+from deploy.export import export
 from handler.config import EngineConfig
 from handler.engine import PromptError, Sampling, create_engine
 from handler.engine.sampling import Sampler
 from tests import tiny
 
+TORCH = {"name": "transformers"}
 PROMPTS = ["a", "The quick brown fox jumps over the lazy dog", "Hello, world", "x" * 100]
 
 
@@ -32,30 +35,50 @@ def run(engine, prompts, sampling=None, stream=False):
 def make_engine(tmp_path_factory):
     """Engines by the name of a tiny architecture, each loaded once."""
 
+    cache = tmp_path_factory.mktemp("export")
+
     @functools.cache
-    def make(name: str):
-        folder = tiny.random_model(tmp_path_factory.mktemp("m") / name, getattr(tiny, name))
-        engine = create_engine(folder, EngineConfig(max_batch=8))
-        engine._eos = set()  # random weights must not end a text by chance
+    def weights(name: str):
+        return tiny.random_model(tmp_path_factory.mktemp("m") / name, getattr(tiny, name))
+
+    @functools.cache
+    def make(kind: str, name: str):
+        config = EngineConfig(name=kind, max_batch=8, precision="fp16")
+        folder = weights(name)
+        engine = create_engine(
+            export(folder, config, cache) if kind == "openvino" else folder, config
+        )
+        engine._ends = set()  # random weights must not end a text by chance
         return engine
 
     return make
 
 
-@pytest.fixture(params=["LLAMA", "GPT2", "DOLLY", "MISTRAL"])
+TRANSFORMERS = [("transformers", name) for name in ("LLAMA", "GPT2", "DOLLY")]
+SLIDING = ("transformers", "MISTRAL")
+OPENVINO = [("openvino", name) for name in ("LLAMA", "GPT2", "DOLLY")]
+
+
+@pytest.fixture(params=[*TRANSFORMERS, SLIDING, *OPENVINO], ids="-".join)
 def engine(request, make_engine):
-    return make_engine(request.param)
+    """Every engine, on every architecture it is tried with."""
+    return make_engine(*request.param)
 
 
-@pytest.fixture(params=["LLAMA", "GPT2", "DOLLY"])
+@pytest.fixture(params=[*TRANSFORMERS, *OPENVINO], ids="-".join)
 def batching_engine(request, make_engine):
     """All but Mistral, whose sliding-window cache is served one sequence at a time, by design."""
-    return make_engine(request.param)
+    return make_engine(*request.param)
+
+
+@pytest.fixture(params=TRANSFORMERS, ids="-".join)
+def transformers_engine(request, make_engine):
+    return make_engine(*request.param)
 
 
 def test_a_sliding_window_is_served_one_at_a_time(make_engine):
-    assert make_engine("MISTRAL")._max_batch == 1
-    assert make_engine("LLAMA")._max_batch == 8
+    assert make_engine(*SLIDING)._max_batch == 1
+    assert make_engine(*TRANSFORMERS[0])._max_batch == 8
 
 
 def test_batched_greedy_equals_alone(engine):
@@ -66,12 +89,13 @@ def test_batched_greedy_equals_alone(engine):
     assert len(set(together)) == len(PROMPTS)
 
 
-def test_greedy_equals_generate(engine):
-    ids = engine.tokenizer(PROMPTS[1], return_tensors="pt")
+def test_greedy_equals_generate(transformers_engine):
+    engine = transformers_engine
+    ids = torch.tensor([engine.folder.encode(PROMPTS[1])])
     out = engine.model.generate(
-        **ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0
+        ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0
     )
-    expected = engine.tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+    expected = engine.folder.decode(out[0, ids.shape[1] :].tolist())
     assert run(engine, [PROMPTS[1]], Sampling(max_new_tokens=20))[0][0] == expected
 
 
@@ -127,12 +151,11 @@ def test_stop_string(engine):
 
 def test_end_token(engine):
     text = run(engine, [PROMPTS[0]], Sampling(max_new_tokens=8))[0][0]
-    end = engine.tokenizer(text)["input_ids"][-1]
-    engine._eos = {end}
+    engine._ends = {engine.folder.encode(text)[-1]}
     try:
         shorter, reasons = run(engine, [PROMPTS[0]], Sampling(max_new_tokens=8))
     finally:
-        engine._eos = set()
+        engine._ends = set()
     assert reasons == ["stop"] and len(shorter[0]) < len(text)
 
 
@@ -171,8 +194,8 @@ def test_prompts_that_do_not_fit(engine):
     assert engine.advance(0) == []
 
 
-def test_a_failing_prefill_loses_nothing_else(batching_engine, monkeypatch):
-    engine = batching_engine
+def test_a_failing_prefill_loses_nothing_else(transformers_engine, monkeypatch):
+    engine = transformers_engine
     expected = run(engine, [PROMPTS[1]], Sampling(max_new_tokens=30))[0][0]
     engine.submit("good", PROMPTS[1], Sampling(max_new_tokens=30), stream=False)
     engine.advance(0)
@@ -192,9 +215,9 @@ def test_a_failing_prefill_loses_nothing_else(batching_engine, monkeypatch):
     assert expected.endswith(done["good"].text) and engine.alive()
 
 
-def test_a_failing_sample_loses_nothing_else(batching_engine, monkeypatch):
+def test_a_failing_sample_loses_nothing_else(transformers_engine, monkeypatch):
     """Logits that are not numbers, as an overflow makes them: that sequence alone has failed."""
-    engine = batching_engine
+    engine = transformers_engine
     expected = run(engine, PROMPTS[:3], Sampling(max_new_tokens=5))[0]
     choose = Sampler.choose
 
@@ -219,7 +242,7 @@ def test_new_ones_do_not_starve_running_ones(batching_engine):
 
 
 def test_dead_after_repeated_failures(tiny_llama, monkeypatch):
-    engine = create_engine(tiny_llama, EngineConfig())
+    engine = create_engine(tiny_llama, EngineConfig(**TORCH))
     monkeypatch.setattr(engine, "_forward", lambda *_: 1 / 0)
     for key in range(3):
         assert engine.alive()
@@ -229,8 +252,8 @@ def test_dead_after_repeated_failures(tiny_llama, monkeypatch):
 
 
 def test_more_sequences_than_places(tiny_llama):
-    engine = create_engine(tiny_llama, EngineConfig(max_batch=3, max_prefill_tokens=64))
-    engine._eos = set()
+    engine = create_engine(tiny_llama, EngineConfig(**TORCH, max_batch=3, max_prefill_tokens=64))
+    engine._ends = set()
     prompts = [f"{i} " * (i + 1) for i in range(10)]
     together, reasons = run(engine, prompts, Sampling(max_new_tokens=12))
     assert reasons == ["length"] * 10
@@ -239,8 +262,10 @@ def test_more_sequences_than_places(tiny_llama):
 
 def test_offload_to_disk_gives_the_same_text(tiny_llama, tmp_path):
     """`max_memory` leaves no room in RAM: accelerate reads the layers from disk at every step."""
-    plain = create_engine(tiny_llama, EngineConfig())
-    config = EngineConfig(max_memory={"cpu": 300_000}, offload_folder=str(tmp_path / "offload"))
+    plain = create_engine(tiny_llama, EngineConfig(**TORCH))
+    config = EngineConfig(
+        name="transformers", max_memory={"cpu": 300_000}, offload_folder=str(tmp_path / "offload")
+    )
     offloaded = create_engine(tiny_llama, config)
     assert "disk" in offloaded.description, offloaded.description
     assert run(offloaded, PROMPTS) == run(plain, PROMPTS)
@@ -248,14 +273,38 @@ def test_offload_to_disk_gives_the_same_text(tiny_llama, tmp_path):
 
 def test_stop_tokens_must_be_tokens(tiny_llama):
     with pytest.raises(ValueError, match="'### End' is 7 tokens"):
-        create_engine(tiny_llama, EngineConfig(stop_tokens=["### End"]))
+        create_engine(tiny_llama, EngineConfig(**TORCH, stop_tokens=["### End"]))
 
 
 def test_real_model(smollm2: Path):
     """SmolLM2 in float32: three requests of unequal length, alone and together."""
-    engine = create_engine(smollm2, EngineConfig(max_context=2048))
+    engine = create_engine(smollm2, EngineConfig(**TORCH, max_context=2048))
     prompts = ["How to prepare a spanish omelette:", "Paris", "One, two, three, four, five, six,"]
     together, _ = run(engine, prompts, Sampling(max_new_tokens=24))
     alone = [run(engine, [p], Sampling(max_new_tokens=24))[0][0] for p in prompts]
     assert together == alone
     assert "seven" in together[2]
+
+
+@pytest.fixture(scope="module")
+def quantized(smollm2: Path) -> Path:
+    """SmolLM2 as the archive of a CPU holds it."""
+    return export(smollm2, EngineConfig(name="openvino"))
+
+
+QUESTIONS = ["Paris is the capital of", "One, two, three, four, five, six,", "Water freezes at"]
+
+
+def test_both_engines_say_the_same(smollm2: Path, quantized: Path):
+    """For as long as rounding allows: int8 weights against float32, a few tokens."""
+    few = Sampling(max_new_tokens=4)
+    exact = run(create_engine(smollm2, EngineConfig(**TORCH)), QUESTIONS, few)
+    assert run(create_engine(quantized, EngineConfig(name="openvino")), QUESTIONS, few) == exact
+
+
+def test_without_dynamic_quantization_a_batch_is_exact(quantized: Path):
+    """What `dynamic_quantization: false` buys: 12 texts of 32 tokens, alone and together."""
+    engine = create_engine(quantized, EngineConfig(name="openvino", dynamic_quantization=False))
+    prompts = [f"Number {i}. Write a story about a river and {i} lanterns." for i in range(12)]
+    together, _ = run(engine, prompts, Sampling(max_new_tokens=32))
+    assert together == [run(engine, [p], Sampling(max_new_tokens=32))[0][0] for p in prompts]

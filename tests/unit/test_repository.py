@@ -1,6 +1,7 @@
 """Promises of the documents and the set-up, checked against the files themselves."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -21,7 +22,10 @@ BLOCKS = setup_env.locked_blocks((ROOT / "requirements.lock").read_text())
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True)
+    """As from a shell, also when these tests were themselves started by make."""
+    variables = {name: value for name, value in os.environ.items() if "MAKE" not in name}
+    command = ["make", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
 
 
 def direct() -> dict[str, str]:

@@ -1,0 +1,119 @@
+"""What a model's folder says about itself: tokenizer, chat template, end tokens, context length.
+
+Read with the `tokenizers` library alone, so that every engine sees the same text in the same way,
+and an engine that needs neither torch nor transformers does not wait for their imports.
+"""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+
+class ModelFolder:
+    """The parts of a folder in Hugging Face layout that are not weights.
+
+    Args:
+        path: holds `config.json`, `tokenizer.json` and `tokenizer_config.json`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.config = self._json("config.json")
+        self._tokenizer_config = self._json("tokenizer_config.json")
+        self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+        self._template = self._chat_template()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the start token if the tokenizer adds one by itself."""
+        return self._tokenizer.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text, special tokens left out."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
+        """Messages in the model's chat template, ready for its answer; None if it has none."""
+        if self._template is None:
+            return None
+        special = {
+            name: _text(self._tokenizer_config.get(name)) or ""
+            for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        }
+        text = self._template.render(messages=messages, add_generation_prompt=True, **special)
+        # Some templates write the start token that the tokenizer will add by itself.
+        start = special["bos_token"]
+        adds_start = bool(start) and self.encode("")[:1] == [self._tokenizer.token_to_id(start)]
+        return text.removeprefix(start) if adds_start else text
+
+    def context_length(self) -> int:
+        """Positions the architecture was made for (`n_positions` in GPT-2's config).
+
+        Raises:
+            ValueError: the configuration names none, so the app's YAML has to.
+        """
+        for config in (self.config, self.config.get("text_config") or {}):
+            for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+                if length := config.get(name):
+                    return int(length)
+        raise ValueError("config.json names no context length: set app.engine.max_context")
+
+    def end_tokens(self, extra: list[str]) -> set[int]:
+        """Token ids that end a completion: the model's own, the tokenizer's, and the app's.
+
+        `extra` are texts that must be one token of this vocabulary, such as dolly's "### End".
+
+        Raises:
+            ValueError: a text of `extra` is not a single token.
+        """
+        ends: set[int] = set()
+        for file in ("generation_config.json", "config.json"):
+            value = self._json(file).get("eos_token_id")
+            ends.update(value if isinstance(value, list) else [] if value is None else [value])
+        if token := _text(self._tokenizer_config.get("eos_token")):
+            ends.add(self._tokenizer.token_to_id(token))
+        for text in extra:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if len(ids) != 1:
+                raise ValueError(
+                    f"app.engine.stop_tokens: {text!r} is {len(ids)} tokens in this vocabulary, "
+                    "not one; use app.parameters.stop for strings"
+                )
+            ends.add(ids[0])
+        return ends
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self._path / name
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    def _chat_template(self) -> Template | None:
+        file = self._path / "chat_template.jinja"
+        source = file.read_text() if file.is_file() else None
+        source = source or self._tokenizer_config.get("chat_template")
+        if isinstance(source, list):  # several by name
+            named = {entry["name"]: entry["template"] for entry in source}
+            source = named.get("default")
+        if not source:
+            return None
+        # The environment that templates are written for. Source: transformers' documentation,
+        # "Writing a chat template". Sandboxed, because a template is code from a download.
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.filters["tojson"] = lambda value, **options: json.dumps(
+            value, ensure_ascii=False, **options
+        )
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+        return environment.from_string(source)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _text(token: str | dict[str, Any] | None) -> str | None:
+    """A special token as tokenizer_config.json gives it: a string, or an object around one."""
+    return token["content"] if isinstance(token, dict) else token

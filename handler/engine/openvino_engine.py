@@ -1,0 +1,160 @@
+"""OpenVINO GenAI's continuous-batching pipeline: the fast engine on a CPU.
+
+Paged attention, so nothing is padded or copied when sequences join; weights in 8 or 4 bits, which
+were quantized when the archive was made (`deploy/export.py`). It is stepped from the handler's own
+thread: `step()` holds the interpreter lock, so a thread beside it would starve.
+
+It needs neither torch nor transformers. Not here: draft models, prompt lookup, several devices.
+"""
+
+import logging
+import secrets
+import time
+from collections.abc import Hashable
+from pathlib import Path
+
+import numpy as np
+import openvino
+import openvino_genai as genai
+
+from handler.config import EngineConfig
+from handler.engine import Progress, Sampling
+from handler.engine.folder import ModelFolder
+from handler.engine.sequence import Sequence, new_sequence
+
+logger = logging.getLogger(__name__)
+
+
+class OpenVINOEngine:
+    """See `handler.engine.Engine` for the contract of the public methods."""
+
+    def __init__(self, weights: Path, config: EngineConfig) -> None:
+        self.folder = ModelFolder(weights)
+        limit = self.folder.context_length()
+        self.max_context = min(config.max_context or limit, limit)
+        self._ends = self.folder.end_tokens(config.stop_tokens)
+        self._pipeline = genai.ContinuousBatchingPipeline(
+            weights, _scheduler(config), "CPU", _properties(config)
+        )
+        self._sequences: dict[Hashable, tuple[Sequence, genai.GenerationHandle]] = {}
+        self._submitted = 0
+        self._alive = True
+        self.description = (
+            f"engine openvino, {config.precision}, device cpu, "
+            f"{config.threads or 'all'} threads, batch {config.max_batch}, "
+            f"KV cache {config.cache_gb} GB, context {self.max_context}"
+        )
+        self._warm_up()
+
+    def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
+        sequence = new_sequence(
+            key, prompt, sampling, stream=stream, folder=self.folder, max_context=self.max_context
+        )
+        handle = self._pipeline.add_request(
+            self._submitted,
+            openvino.Tensor(np.array([sequence.ids], dtype=np.int64)),
+            self._generation(sampling, sequence.max_new_tokens),
+        )
+        self._submitted += 1
+        self._sequences[key] = sequence, handle
+        return sequence.prompt_tokens
+
+    def advance(self, seconds: float) -> list[Progress]:
+        deadline = time.monotonic() + seconds
+        while self._sequences:
+            try:
+                self._pipeline.step()
+            except Exception:  # the pipeline's state is unknown after that
+                logger.exception("the pipeline failed with %d sequences", len(self._sequences))
+                self._alive = False
+                for sequence, _ in self._sequences.values():
+                    sequence.end("error")
+            else:
+                self._read()
+            urgent = any(sequence.urgent for sequence, _ in self._sequences.values())
+            if urgent or time.monotonic() >= deadline:
+                break
+        return self._collect()
+
+    def cancel(self, key: Hashable) -> None:
+        if key in self._sequences:
+            self._sequences.pop(key)[1].cancel()
+
+    def alive(self) -> bool:
+        return self._alive
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
+        return self.folder.chat_prompt(messages)
+
+    @property
+    def running(self) -> int:
+        """Sequences that hold a place, or wait for one."""
+        return len(self._sequences)
+
+    def _read(self) -> None:
+        """Take the new tokens of every sequence out of the pipeline."""
+        for sequence, handle in self._sequences.values():
+            while handle.can_read():
+                if not sequence.started:
+                    sequence.start()
+                for token in next(iter(handle.read().values())).generated_ids:
+                    if not sequence.finish_reason:
+                        sequence.append(token, self._ends)
+            status = handle.get_status()
+            if status == genai.GenerationStatus.RUNNING:
+                if sequence.finish_reason:
+                    handle.cancel()  # a stop string, of which the pipeline knows nothing
+            elif not sequence.finish_reason:
+                sequence.end("stop" if status == genai.GenerationStatus.FINISHED else "error")
+
+    def _collect(self) -> list[Progress]:
+        out = [s.progress() for s, _ in self._sequences.values() if s.pending or s.finish_reason]
+        for progress in out:
+            if progress.finish_reason:
+                del self._sequences[progress.key]
+        return out
+
+    def _generation(self, sampling: Sampling, max_new_tokens: int) -> genai.GenerationConfig:
+        config = genai.GenerationConfig()
+        config.max_new_tokens = max_new_tokens
+        config.stop_token_ids = self._ends
+        config.ignore_eos = not self._ends  # else it takes the end token of the model's own files
+        config.repetition_penalty = sampling.repetition_penalty
+        config.do_sample = sampling.temperature > 0
+        if config.do_sample:
+            config.temperature = sampling.temperature
+            config.top_p = sampling.top_p
+            if sampling.top_k:
+                config.top_k = sampling.top_k
+            seed = sampling.seed
+            config.rng_seed = secrets.randbits(63) if seed is None else seed
+        return config
+
+    def _warm_up(self) -> None:
+        """One short request: the first forward pass compiles and allocates."""
+        token = next(iter(self._ends), 0)
+        request = openvino.Tensor(np.array([[token] * 8], dtype=np.int64))
+        self._pipeline.add_request(0, request, self._generation(Sampling(), 2))
+        self._submitted = 1
+        while self._pipeline.has_non_finished_requests():
+            self._pipeline.step()
+
+
+def _properties(config: EngineConfig) -> dict[str, str | int]:
+    # On processors with bfloat16 OpenVINO computes in it by default. That is no faster here, and
+    # SmolLM2 then does not know the capital of France any more; see LOG.md.
+    properties: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32"}
+    if config.threads:
+        properties["INFERENCE_NUM_THREADS"] = config.threads
+    if not config.dynamic_quantization:
+        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+    return properties
+
+
+def _scheduler(config: EngineConfig) -> genai.SchedulerConfig:
+    scheduler = genai.SchedulerConfig()
+    scheduler.cache_size = config.cache_gb
+    scheduler.max_num_seqs = config.max_batch
+    scheduler.dynamic_split_fuse = True  # a long prompt is prefilled in pieces, beside decoding
+    scheduler.enable_prefix_caching = config.prefix_caching
+    return scheduler

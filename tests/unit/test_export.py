@@ -1,0 +1,105 @@
+"""Choosing an engine, and making its files."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from deploy.archive import build_archive
+from deploy.export import EXPORTED, choose_engine, export
+from deploy.paths import UserError
+from handler.config import EngineConfig, load_app
+from handler.engine.folder import ModelFolder
+from tests import tiny
+
+
+def test_which_engine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_engine(EngineConfig()) == ("openvino", "there is no GPU")
+    assert choose_engine(EngineConfig(name="transformers"))[0] == "transformers"
+    offload = EngineConfig(max_memory={"cpu": "2GiB"})
+    assert choose_engine(offload) == ("transformers", "max_memory and offload_folder need it")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_engine(EngineConfig()) == ("transformers", "there is a GPU")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert choose_engine(EngineConfig()) == ("transformers", "OpenVINO is not installed")
+
+
+def test_an_export_is_made_once_and_again_for_other_settings(tiny_llama: Path, tmp_path: Path):
+    first = export(tiny_llama, EngineConfig(), tmp_path)
+    stamp = (first / EXPORTED).stat().st_mtime_ns
+    assert export(tiny_llama, EngineConfig(threads=1), tmp_path) == first
+    assert (first / EXPORTED).stat().st_mtime_ns == stamp
+    assert export(tiny_llama, EngineConfig(precision="fp16"), tmp_path) != first
+    assert not list(tmp_path.glob("*.unfinished"))
+
+
+def test_an_archive_holds_the_export_instead_of_the_weights(tiny_llama: Path, tmp_path: Path):
+    archive = build_archive("tiny", tiny_llama, engine="openvino", store=tmp_path)
+    names = {p.name for p in (archive / "weights").iterdir()}
+    assert {EXPORTED, "openvino_model.bin", "tokenizer.json", "config.json"} <= names
+    assert not [name for name in names if name.endswith(".safetensors")]
+    config = yaml.safe_load((archive / "model-config.yaml").read_text())["app"]["engine"]
+    assert (config["name"], config["chosen"]) == ("openvino", "the app's YAML says so")
+
+
+def test_a_model_that_cannot_be_exported(tiny_llama: Path, tmp_path: Path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_llama.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
+    with pytest.raises(UserError, match=r"cannot export .*app\.engine\.name: transformers"):
+        export(broken, EngineConfig(), tmp_path / "cache")
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+
+
+def test_what_a_folder_says_about_itself(smollm2: Path):
+    """Against transformers' own reading of the same files."""
+    from transformers import AutoTokenizer
+
+    folder, reference = ModelFolder(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "¿Qué tal? 🍳"},
+        {"role": "assistant", "content": "Bien."},
+        {"role": "user", "content": "2024?"},
+    ]
+    for part in (messages[:2], messages[1:2], messages):
+        expected = reference.apply_chat_template(part, tokenize=False, add_generation_prompt=True)
+        assert folder.chat_prompt(part) == expected
+        ids = folder.encode(expected)
+        assert ids == reference(expected)["input_ids"]
+        assert folder.decode(ids) == reference.decode(ids, skip_special_tokens=True)
+    assert folder.context_length() == 8192
+    assert folder.end_tokens(["<|endoftext|>"]) == {0, 2}
+
+
+def test_a_template_that_writes_the_start_token_does_not_get_two(tiny_llama: Path, tmp_path: Path):
+    tokenizer = tiny.ascii_tokenizer()
+    tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    piece = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    settings["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [piece, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            "<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+        },
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
+    folder = ModelFolder(tmp_path)
+    prompt = folder.chat_prompt([{"role": "user", "content": "ab"}])
+    assert folder.encode(prompt).count(0) == 1
+
+
+def test_the_apps_choose_for_themselves():
+    for name in ("smollm2-135m", "gpt2", "dolly-v2-3b"):
+        assert load_app(name).engine.name == "auto"
