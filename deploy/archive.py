@@ -67,6 +67,7 @@ def build_archive(
         stage, out = Path(temporary, "stage"), Path(temporary, "out")
         for folder in (stage, out, Path(temporary, "tmp")):
             folder.mkdir()
+        files = _with_tokenizer(files, weights, Path(temporary, "tokenizer"))
         _stage_handler(stage / "handler")
         if not as_directory:
             _stage(files, stage / "weights")
@@ -112,6 +113,25 @@ def _stage_handler(target: Path) -> None:
 def _stage(files: list[Path], target: Path) -> None:
     for path in files:
         link_or_copy(path.resolve(), target / path.name)
+
+
+def _with_tokenizer(files: list[Path], weights: Path, folder: Path) -> list[Path]:
+    """Engines read `tokenizer.json` alone; what older repositories hold is converted here."""
+    if any(path.name == "tokenizer.json" for path in files):
+        return files
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=True)
+        # With no files at all transformers gives an empty tokenizer, which reads nothing.
+        readable = tokenizer.decode(tokenizer("Hello")["input_ids"], skip_special_tokens=True)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # whatever a tokenizer's own code raises
+        raise UserError(f"{shown(weights)}: its tokenizer cannot be read ({error})") from error
+    made = {path.name: path for path in folder.iterdir()}
+    if not readable.strip() or "tokenizer.json" not in made:
+        raise UserError(f"{shown(weights)}: has no tokenizer that can become a tokenizer.json")
+    return [path for path in files if path.name not in made] + list(made.values())
 
 
 def _run_archiver(name: str, archive_format: str, stage: Path, out: Path, temporary: Path) -> None:

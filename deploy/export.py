@@ -33,7 +33,7 @@ def choose_engine(config: EngineConfig) -> tuple[str, str]:
     OpenVINO on a CPU if it is installed; transformers on a GPU, with offload, and everywhere else.
     """
     if config.name != "auto":
-        return config.name, "the app's YAML says so"
+        return config.name, "it was asked for"
     if config.max_memory or config.offload_folder:
         return "transformers", "max_memory and offload_folder need it"
     if importlib.util.find_spec("openvino_genai") is None:
@@ -54,7 +54,7 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
     folder = cache / _key(weights, config)
     if (folder / EXPORTED).is_file():
         return folder
-    unfinished = folder.with_suffix(".unfinished")
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     print(f"exporting for OpenVINO, {config.precision} ...", flush=True)

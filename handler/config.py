@@ -63,12 +63,12 @@ class EngineConfig(_Strict):
     device_map: str | dict[str, int | str] | None = "auto"
     max_memory: dict[int | str, int | str] | None = None
     offload_folder: str | None = None
+    max_prefill_tokens: Annotated[int, Field(ge=1)] = 2048
     # both
     threads: Annotated[int, Field(ge=1)] | None = None
     max_context: Annotated[int, Field(ge=2)] | None = None
     max_batch: Annotated[int, Field(ge=1)] = 32
     max_queue: Annotated[int, Field(ge=0)] = 64
-    max_prefill_tokens: Annotated[int, Field(ge=1)] = 2048
     stop_tokens: list[str] = []
 
 

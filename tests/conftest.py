@@ -27,37 +27,41 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The real model behind a real TorchServe, with the engine that is chosen on a CPU."""
-    archive = build_archive("smollm2-135m", smollm2, store=tmp_path_factory.mktemp("store"))
-    with Server(archive, port=7180) as server:
+def serve(tmp_path_factory: pytest.TempPathFactory):
+    """A real TorchServe for some weights: name, weights, engine (None: the app's choice), port."""
+
+    def server(name: str, weights: Path, engine: str | None, port: int) -> Server:
+        store = tmp_path_factory.mktemp("store")
+        return Server(build_archive(name, weights, engine=engine, store=store), port=port)
+
+    return server
+
+
+@pytest.fixture(scope="session")
+def smollm2_server(smollm2: Path, serve):
+    """The real model, with the engine that is chosen on a CPU."""
+    with serve("smollm2-135m", smollm2, None, 7180) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def smollm2_transformers_server(smollm2: Path, tmp_path_factory: pytest.TempPathFactory):
+def smollm2_transformers_server(smollm2: Path, serve):
     """The same with the other engine."""
-    store = tmp_path_factory.mktemp("store")
-    archive = build_archive("smollm2-135m", smollm2, engine="transformers", store=store)
-    with Server(archive, port=7210) as server:
+    with serve("smollm2-135m", smollm2, "transformers", 7210) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def tiny_server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):
-    """A tiny model behind a real TorchServe: for everything where the text does not matter."""
-    store = tmp_path_factory.mktemp("store")
-    archive = build_archive("tiny", tiny_llama, engine="transformers", store=store)
-    with Server(archive, port=7190) as server:
+def tiny_server(tiny_llama: Path, serve):
+    """A tiny model: for everything where the text does not matter."""
+    with serve("tiny", tiny_llama, "transformers", 7190) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def tiny_openvino_server(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory):
+def tiny_openvino_server(tiny_llama: Path, serve):
     """The same with the other engine."""
-    store = tmp_path_factory.mktemp("store")
-    archive = build_archive("tiny", tiny_llama, engine="openvino", store=store)
-    with Server(archive, port=7220) as server:
+    with serve("tiny", tiny_llama, "openvino", 7220) as server:
         yield server
     for folder in EXPORTS.glob("tiny-*"):
         shutil.rmtree(folder)

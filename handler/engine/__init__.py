@@ -40,9 +40,10 @@ class Progress:
     """What became of one sequence in one call of `advance`.
 
     `text` is what is new since the last `Progress` of the same key; all texts of a key joined are
-    its completion. `completion_tokens` is the total so far, `queue_seconds` the time between
-    `submit` and the first forward pass. `finish_reason` is None while the sequence runs; "error"
-    means that the engine failed on it and has logged why.
+    its completion. `completion_tokens` is the total so far. `queue_seconds` is the time between
+    `submit` and the first forward pass (openvino tells of nothing earlier than the first token).
+    `finish_reason` is None while the sequence runs; "error" means that the engine failed on it and
+    has logged why.
     """
 
     key: Hashable

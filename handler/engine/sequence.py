@@ -1,7 +1,7 @@
 """One sequence on its way through an engine: what it has produced, and when it ends."""
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from handler.engine import FinishReason, Progress, PromptError, Sampling
@@ -59,7 +59,7 @@ class Sequence:
         """Hand out what is new."""
         text, self.pending = self.pending, ""
         self.shown = self.shown or bool(text)
-        waited = self.started - self.submitted
+        waited = (self.started or time.monotonic()) - self.submitted
         return Progress(self.key, text, self.completion_tokens, self.finish_reason, waited)
 
 
@@ -85,12 +85,11 @@ def new_sequence(
             f"has {len(ids)} tokens; at most {max_context - 1} fit into the context of "
             f"{max_context} with room for one new token"
         )
-    decode: Callable[[list[int]], str] = folder.decode
     return Sequence(
         key=key,
         ids=ids,
         prompt_tokens=len(ids),
         max_new_tokens=min(sampling.max_new_tokens, max_context - len(ids)),
-        text=TextStream(decode, ids, sampling.stop),
+        text=TextStream(folder.decode, ids, sampling.stop),
         stream=stream,
     )

@@ -12,6 +12,8 @@ from deploy.archive import HANDLER, build_archive
 from deploy.paths import UserError
 from deploy.weights import get_weights
 from handler.config import ConfigError, app_names, app_yaml, load_app, parse_app
+from handler.engine.folder import ModelFolder
+from tests import tiny
 
 TORCH = {"engine": "transformers"}
 EXPECTED = {"llm_handler.py", "handler", "weights", "model-config.yaml", "MAR-INF"}
@@ -52,7 +54,7 @@ def test_the_apps_yaml_travels_complete(smollm2: Path, tmp_path: Path):
     archive = build_archive("smollm2-135m", smollm2, **TORCH, store=tmp_path)
     config = yaml.safe_load((archive / "model-config.yaml").read_text())
     expected = app_yaml("smollm2-135m")
-    expected["app"]["engine"] |= {"name": "transformers", "chosen": "the app's YAML says so"}
+    expected["app"]["engine"] |= {"name": "transformers", "chosen": "it was asked for"}
     assert config == expected
     assert config["continuousBatching"] is True and config["minWorkers"] == 1
     assert parse_app(config, "").engine.max_context == 2048
@@ -106,3 +108,28 @@ def test_a_local_folder_in_a_yaml(tiny_llama: Path, tmp_path: Path, monkeypatch)
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
     archive = build_archive("mine", get_weights("mine"), **TORCH, store=tmp_path / "store")
     assert list((archive / "weights").glob("*.safetensors"))
+
+
+def test_a_tokenizer_in_an_older_format_is_converted(tmp_path: Path):
+    """GPT-2's two files, as repositories held them before `tokenizer.json`."""
+    weights = tiny.random_model(tmp_path / "old", tiny.GPT2)
+    settings = json.loads((weights / "tokenizer.json").read_text())
+    (weights / "tokenizer.json").unlink()
+    (weights / "vocab.json").write_text(json.dumps(settings["model"]["vocab"]))
+    (weights / "merges.txt").write_text("#version: 0.2\n")
+    special = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
+    (weights / "tokenizer_config.json").write_text(json.dumps(special))
+    archive = build_archive("old", weights, **TORCH, store=tmp_path / "store")
+    folder = ModelFolder(archive / "weights")
+    assert folder.decode(folder.encode("Hello, world")) == "Hello, world"
+    assert not (weights / "tokenizer.json").exists()
+
+
+def test_no_tokenizer_at_all(tiny_llama: Path, tmp_path: Path):
+    (weights := tmp_path / "bare").mkdir()
+    for path in tiny_llama.iterdir():
+        if "tokenizer" not in path.name:
+            (weights / path.name).write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="tokenizer"):
+        build_archive("bare", weights, **TORCH, store=tmp_path / "store")
+    assert not (tmp_path / "store" / "bare").exists()
