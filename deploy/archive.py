@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,28 +38,63 @@ def build_archive(
     weights: Path,
     *,
     archive_format: str = "no-archive",
-    engine: str | None = None,
+    engine: dict[str, Any] | None = None,
     store: Path = MODEL_STORE,
 ) -> Path:
-    """Make the archive and return its path; one that stood there before is replaced.
+    """Make the archive of an app and return its path; one that stood there before is replaced.
 
     Args:
         name: the APP, and the model's name in the URL.
         weights: a complete folder, as `get_weights` returns it.
         archive_format: one of `FORMATS`.
-        engine: "openvino" or "transformers" instead of what the app's YAML says.
+        engine: fields of `app.engine` that win over the app's YAML.
         store: TorchServe's model store.
 
     Raises:
         UserError: the app's YAML is wrong, or torch-model-archiver refuses; says why.
     """
-    if archive_format not in FORMATS:
-        raise UserError(f"format {archive_format!r}: use one of {', '.join(FORMATS)}")
     config, settings = model_config(name, weights, engine)
     if settings.name == "openvino":
         files = exported_files(export(weights, settings))
     else:
         files = weight_files(weights)
+    BUILD.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        files = _with_tokenizer(files, weights, Path(temporary))
+        return pack(
+            *(name, HANDLER / ENTRY, config, files),
+            package=HANDLER,
+            archive_format=archive_format,
+            store=store,
+        )
+
+
+def pack(
+    name: str,
+    entry: Path,
+    config: dict[str, Any],
+    weights: list[Path],
+    *,
+    package: Path | None = None,
+    archive_format: str = "no-archive",
+    store: Path = MODEL_STORE,
+) -> Path:
+    """Run torch-model-archiver and return what it made; one that stood there before is replaced.
+
+    Args:
+        name: the model's name in the URL.
+        entry: the handler's file.
+        config: becomes `model-config.yaml`.
+        weights: files that go into the folder `weights`.
+        package: the Python package `entry` belongs to, if any; goes in without `entry`.
+        archive_format: one of `FORMATS`.
+        store: TorchServe's model store.
+
+    Raises:
+        UserError: torch-model-archiver refuses; says why.
+    """
+    if archive_format not in FORMATS:
+        raise UserError(f"format {archive_format!r}: use one of {', '.join(FORMATS)}")
     store.mkdir(parents=True, exist_ok=True)
     as_directory = archive_format == "no-archive"
     target = archive_path(name, archive_format, store)
@@ -67,15 +103,16 @@ def build_archive(
         stage, out = Path(temporary, "stage"), Path(temporary, "out")
         for folder in (stage, out, Path(temporary, "tmp")):
             folder.mkdir()
-        files = _with_tokenizer(files, weights, Path(temporary, "tokenizer"))
-        _stage_handler(stage / "handler")
+        if package:
+            ignored = shutil.ignore_patterns("__pycache__", entry.name)
+            shutil.copytree(package, stage / package.name, ignore=ignored)
         if not as_directory:
-            _stage(files, stage / "weights")
+            _stage(weights, stage / "weights")
         Path(temporary, "model-config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        _run_archiver(name, archive_format, stage, out, Path(temporary))
+        _run_archiver(name, entry, archive_format, stage, out, Path(temporary))
         made = out / target.name
         if as_directory:  # the archiver would copy gigabytes that hard links give for nothing
-            _stage(files, made / "weights")
+            _stage(weights, made / "weights")
         _replace(made, target)
     return target
 
@@ -85,14 +122,15 @@ def archive_path(name: str, archive_format: str, store: Path = MODEL_STORE) -> P
     return store / (name if archive_format == "no-archive" else f"{name}.mar")
 
 
-def model_config(name: str, weights: Path, engine: str | None = None) -> tuple[dict, EngineConfig]:
+def model_config(
+    name: str, weights: Path, engine: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], EngineConfig]:
     """The app's completed and checked YAML, which becomes the archive's `model-config.yaml`.
 
     `app.engine.name: auto` is decided here, where the weights are prepared for it.
     """
     config = app_yaml(name, local=True)
-    if engine:
-        config["app"]["engine"]["name"] = engine
+    config["app"]["engine"].update(engine or {})
     if source_of(weights).get("source") == RANDOM:
         config["app"]["random_weights"] = True
     app = parse_app(config, f"handler/apps/{name}.yaml")
@@ -103,11 +141,6 @@ def model_config(name: str, weights: Path, engine: str | None = None) -> tuple[d
     chosen, why = choose_engine(app.engine)
     config["app"]["engine"].update(name=chosen, chosen=why)
     return config, app.engine.model_copy(update={"name": chosen})
-
-
-def _stage_handler(target: Path) -> None:
-    """The package without its entry file, which TorchServe wants at the archive's top level."""
-    shutil.copytree(HANDLER, target, ignore=shutil.ignore_patterns("__pycache__", ENTRY))
 
 
 def _stage(files: list[Path], target: Path) -> None:
@@ -134,10 +167,12 @@ def _with_tokenizer(files: list[Path], weights: Path, folder: Path) -> list[Path
     return [path for path in files if path.name not in made] + list(made.values())
 
 
-def _run_archiver(name: str, archive_format: str, stage: Path, out: Path, temporary: Path) -> None:
+def _run_archiver(
+    name: str, entry: Path, archive_format: str, stage: Path, out: Path, temporary: Path
+) -> None:
     command = [Path(sys.executable).with_name("torch-model-archiver")]
     command += ["--model-name", name, "--version", "1.0", "--archive-format", archive_format]
-    command += ["--handler", HANDLER / ENTRY, "--config-file", temporary / "model-config.yaml"]
+    command += ["--handler", entry, "--config-file", temporary / "model-config.yaml"]
     command += ["--extra-files", stage, "--export-path", out]
     # The archiver begins by deleting $TMPDIR/<model name>: give it a folder of its own.
     environment = os.environ | {"TMPDIR": str(temporary / "tmp")}
@@ -163,9 +198,8 @@ def add_archive_options(parser: argparse.ArgumentParser) -> None:
 def build_app(options: argparse.Namespace) -> Path:
     """Weights and archive, as the command line asks for them."""
     weights = get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
-    archive = build_archive(
-        options.app, weights, archive_format=options.format, engine=options.engine
-    )
+    engine = {"name": options.engine} if options.engine else None
+    archive = build_archive(options.app, weights, archive_format=options.format, engine=engine)
     print(f"{options.app}: archived as {shown(archive)}", flush=True)
     return archive
 

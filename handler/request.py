@@ -48,6 +48,7 @@ RULES = {
     "stop": "a string, or a list of up to 8",
     "stop[]": "a string of 1 to 100 characters",
     "seed": "a whole number from 0 to 9223372036854775807",
+    "ignore_eos": "true or false",
     "return_full_text": "true or false",
     "stream": "true or false",
 }
@@ -94,6 +95,7 @@ class Parameters(_Input):
         Field(max_length=8, fail_fast=True),
     ] = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = None
+    ignore_eos: bool = None
     return_full_text: bool = None
 
     @field_validator("max_new_tokens")

@@ -139,6 +139,7 @@ BAD = [
     ("seed too large", _with(seed=2**63), 400, "", "parameters.seed"),
     ("seed a string", _with(seed="1"), 400, "", "parameters.seed"),
     ("stream a string", _with(stream="yes"), 400, "", "parameters.stream"),
+    ("ignore_eos a string", _with(ignore_eos="no"), 400, "", "parameters.ignore_eos"),
     ("full text a number", _with(return_full_text=1), 400, "", "parameters.return_full_text"),
     (
         "own parameter wrong",

@@ -32,7 +32,10 @@ def serve(tmp_path_factory: pytest.TempPathFactory):
 
     def server(name: str, weights: Path, engine: str | None, port: int) -> Server:
         store = tmp_path_factory.mktemp("store")
-        return Server(build_archive(name, weights, engine=engine, store=store), port=port)
+        return Server(
+            build_archive(name, weights, engine={"name": engine} if engine else None, store=store),
+            port=port,
+        )
 
     return server
 

@@ -23,7 +23,8 @@ class Sampling:
     """How one sequence is decoded. Values are validated by `request.Parameters`.
 
     `temperature` 0 is greedy decoding; then `top_p`, `top_k` and `seed` have no effect.
-    `top_k` 0 keeps the whole vocabulary. Without a `seed` every run draws anew.
+    `top_k` 0 keeps the whole vocabulary. Without a `seed` every run draws anew. `ignore_eos` goes
+    on after the model's end token, so that every completion has `max_new_tokens`: for benchmarks.
     """
 
     max_new_tokens: int = 50
@@ -33,6 +34,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    ignore_eos: bool = False
 
 
 @dataclass

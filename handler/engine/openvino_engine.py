@@ -10,7 +10,7 @@ It needs neither torch nor transformers. Not here: draft models, prompt lookup, 
 import logging
 import secrets
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from pathlib import Path
 
 import numpy as np
@@ -48,12 +48,18 @@ class OpenVINOEngine:
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         sequence = new_sequence(
-            key, prompt, sampling, stream=stream, folder=self.folder, max_context=self.max_context
+            key,
+            prompt,
+            sampling,
+            stream=stream,
+            folder=self.folder,
+            max_context=self.max_context,
+            ends=self._ends,
         )
         handle = self._pipeline.add_request(
             self._submitted,
             openvino.Tensor(np.array([sequence.ids], dtype=np.int64)),
-            self._generation(sampling, sequence.max_new_tokens),
+            _generation(sampling, sequence.max_new_tokens, sequence.ends),
         )
         self._submitted += 1
         self._sequences[key] = sequence, handle
@@ -99,7 +105,7 @@ class OpenVINOEngine:
                     sequence.start()
                 for token in next(iter(handle.read().values())).generated_ids:
                     if not sequence.finish_reason:
-                        sequence.append(token, self._ends)
+                        sequence.append(token)
             status = handle.get_status()
             if status == genai.GenerationStatus.RUNNING:
                 if sequence.finish_reason:
@@ -114,30 +120,31 @@ class OpenVINOEngine:
                 del self._sequences[progress.key]
         return out
 
-    def _generation(self, sampling: Sampling, max_new_tokens: int) -> genai.GenerationConfig:
-        config = genai.GenerationConfig()
-        config.max_new_tokens = max_new_tokens
-        config.stop_token_ids = self._ends
-        config.ignore_eos = not self._ends  # else it takes the end token of the model's own files
-        config.repetition_penalty = sampling.repetition_penalty
-        config.do_sample = sampling.temperature > 0
-        if config.do_sample:
-            config.temperature = sampling.temperature
-            config.top_p = sampling.top_p
-            if sampling.top_k:
-                config.top_k = sampling.top_k
-            seed = sampling.seed
-            config.rng_seed = secrets.randbits(63) if seed is None else seed
-        return config
-
     def _warm_up(self) -> None:
         """One short request: the first forward pass compiles and allocates."""
         token = next(iter(self._ends), 0)
         request = openvino.Tensor(np.array([[token] * 8], dtype=np.int64))
-        self._pipeline.add_request(0, request, self._generation(Sampling(), 2))
+        self._pipeline.add_request(0, request, _generation(Sampling(), 2, self._ends))
         self._submitted = 1
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
+
+
+def _generation(sampling: Sampling, max_new_tokens: int, ends: Set[int]) -> genai.GenerationConfig:
+    config = genai.GenerationConfig()
+    config.max_new_tokens = max_new_tokens
+    config.stop_token_ids = set(ends)
+    config.ignore_eos = not ends  # else it takes the end token of the model's own files
+    config.repetition_penalty = sampling.repetition_penalty
+    config.do_sample = sampling.temperature > 0
+    if config.do_sample:
+        config.temperature = sampling.temperature
+        config.top_p = sampling.top_p
+        if sampling.top_k:
+            config.top_k = sampling.top_k
+        seed = sampling.seed
+        config.rng_seed = secrets.randbits(63) if seed is None else seed
+    return config
 
 
 def _properties(config: EngineConfig) -> dict[str, str | int]:

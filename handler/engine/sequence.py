@@ -1,7 +1,7 @@
 """One sequence on its way through an engine: what it has produced, and when it ends."""
 
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from dataclasses import dataclass, field
 
 from handler.engine import FinishReason, Progress, PromptError, Sampling
@@ -19,6 +19,7 @@ class Sequence:
     max_new_tokens: int
     text: TextStream
     stream: bool
+    ends: Set[int] = frozenset()
     pending: str = ""
     finish_reason: FinishReason | None = None
     shown: bool = False
@@ -38,10 +39,10 @@ class Sequence:
         """The first forward pass begins: waiting is over."""
         self.started = time.monotonic()
 
-    def append(self, token: int, ends: set[int]) -> None:
+    def append(self, token: int) -> None:
         """Take in the next token; it may be the last one, by itself or by a stop string."""
         self.ids.append(token)
-        if token in ends:
+        if token in self.ends:
             self.end("stop")
             return
         self.pending += self.text.push(token)
@@ -71,8 +72,9 @@ def new_sequence(
     stream: bool,
     folder: ModelFolder,
     max_context: int,
+    ends: Set[int] = frozenset(),
 ) -> Sequence:
-    """Tokenize a prompt and see that it fits.
+    """Tokenize a prompt and see that it fits. `ends` are the token ids that end a completion.
 
     Raises:
         PromptError: it is empty, or leaves no room in the context.
@@ -90,6 +92,8 @@ def new_sequence(
         ids=ids,
         prompt_tokens=len(ids),
         max_new_tokens=min(sampling.max_new_tokens, max_context - len(ids)),
-        text=TextStream(folder.decode, ids, sampling.stop),
+        # Text nobody sees before the end is decoded at the end, in one go.
+        text=TextStream(folder.decode, ids, sampling.stop, at_once=not stream),
         stream=stream,
+        ends=frozenset() if sampling.ignore_eos else ends,
     )

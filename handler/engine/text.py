@@ -18,21 +18,31 @@ class TextStream:
         decode: token ids -> text, special tokens left out.
         prompt_ids: the prompt's token ids.
         stop: strings that end the completion; they are not part of it.
+        at_once: nobody reads along, so return nothing before `finish`, if there is no stop string
+            to look out for. Saves two short decodings a token.
     """
 
     def __init__(
-        self, decode: Callable[[list[int]], str], prompt_ids: Sequence[int], stop: Sequence[str]
+        self,
+        decode: Callable[[list[int]], str],
+        prompt_ids: Sequence[int],
+        stop: Sequence[str],
+        *,
+        at_once: bool = False,
     ) -> None:
         self._decode = decode
         self._ids = list(prompt_ids[-_CONTEXT:])
         self._prefix, self._read = 0, len(self._ids)
         self._stop = [s for s in stop if s]
         self._held = ""
+        self._at_once = at_once and not self._stop
         self.stopped = False
 
     def push(self, token_id: int) -> str:
         """Add one token; return the text that is now certain (often empty)."""
         self._ids.append(token_id)
+        if self._at_once:
+            return ""
         before = self._decode(self._ids[self._prefix : self._read])
         after = self._decode(self._ids[self._prefix :])
         # U+FFFD at the end is most likely a character whose remaining bytes are still to come.

@@ -65,7 +65,13 @@ class TransformersEngine:
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         sequence = new_sequence(
-            key, prompt, sampling, stream=stream, folder=self.folder, max_context=self.max_context
+            key,
+            prompt,
+            sampling,
+            stream=stream,
+            folder=self.folder,
+            max_context=self.max_context,
+            ends=self._ends,
         )
         self._waiting.append(_Row(sequence, Sampler(sampling)))
         return sequence.prompt_tokens
@@ -170,7 +176,7 @@ class TransformersEngine:
                 logger.error("sampling failed", exc_info=error)
                 sequence.end("error")
             else:
-                sequence.append(token, self._ends)
+                sequence.append(token)
         return torch.tensor([row.sequence.ids[-1] for row in rows])
 
     def _collect(self) -> list[Progress]:

@@ -34,7 +34,9 @@ def dolly_server(request, tmp_path_factory: pytest.TempPathFactory):
     weights = tiny.taught_model(
         tmp_path / "weights", tiny.DOLLY, tiny.DOLLY_SPECIAL, pairs, end="### End"
     )
-    archive = build_archive("dolly-v2-3b", weights, engine=request.param, store=tmp_path / "store")
+    archive = build_archive(
+        "dolly-v2-3b", weights, engine={"name": request.param}, store=tmp_path / "store"
+    )
     config = yaml.safe_load((archive / "model-config.yaml").read_text())["app"]
     assert config["prompt"] == app.prompt.model_dump() and config["engine"]["name"] == request.param
     with Server(archive, port=7200) as server:

@@ -14,7 +14,7 @@ import handler.config
 from deploy.archive import build_archive
 from deploy.server import Server
 
-TORCH = {"engine": "transformers"}
+TORCH = {"engine": {"name": "transformers"}}
 pytestmark = pytest.mark.served
 
 LONG = {"instances": ["Once upon a time"], "parameters": {"max_new_tokens": 400}}

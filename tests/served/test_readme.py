@@ -15,7 +15,7 @@ from deploy.paths import ROOT
 from deploy.server import OMELETTE, Server
 from deploy.setup_env import LOCK, locked_blocks
 
-TORCH = {"engine": "transformers"}
+TORCH = {"engine": {"name": "transformers"}}
 pytestmark = pytest.mark.served
 
 README = (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from deploy.paths import MODEL_STORE, ROOT
 from deploy.server import Server, ServerError, port_holder
 from tests.bad_input import OK
 
-TORCH = {"engine": "transformers"}
+TORCH = {"engine": {"name": "transformers"}}
 pytestmark = pytest.mark.served
 
 

@@ -15,7 +15,7 @@ from handler.config import ConfigError, app_names, app_yaml, load_app, parse_app
 from handler.engine.folder import ModelFolder
 from tests import tiny
 
-TORCH = {"engine": "transformers"}
+TORCH = {"engine": {"name": "transformers"}}
 EXPECTED = {"llm_handler.py", "handler", "weights", "model-config.yaml", "MAR-INF"}
 
 

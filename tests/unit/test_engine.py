@@ -154,9 +154,12 @@ def test_end_token(engine):
     engine._ends = {engine.folder.encode(text)[-1]}
     try:
         shorter, reasons = run(engine, [PROMPTS[0]], Sampling(max_new_tokens=8))
+        ignoring = Sampling(max_new_tokens=8, ignore_eos=True)
+        same, ignored = run(engine, [PROMPTS[0]], ignoring)
     finally:
         engine._ends = set()
     assert reasons == ["stop"] and len(shorter[0]) < len(text)
+    assert ignored == ["length"] and same == [text]
 
 
 def test_cancel_frees_the_place_and_leaves_others_alone(engine):

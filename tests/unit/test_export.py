@@ -38,7 +38,7 @@ def test_an_export_is_made_once_and_again_for_other_settings(tiny_llama: Path, t
 
 
 def test_an_archive_holds_the_export_instead_of_the_weights(tiny_llama: Path, tmp_path: Path):
-    archive = build_archive("tiny", tiny_llama, engine="openvino", store=tmp_path)
+    archive = build_archive("tiny", tiny_llama, engine={"name": "openvino"}, store=tmp_path)
     names = {p.name for p in (archive / "weights").iterdir()}
     assert {EXPORTED, "openvino_model.bin", "tokenizer.json", "config.json"} <= names
     assert not [name for name in names if name.endswith(".safetensors")]

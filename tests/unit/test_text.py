@@ -14,8 +14,8 @@ def decode(ids):
     return TOKENIZER.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def run(text: str, stop=(), prompt: str = "prompt ") -> tuple[list[str], bool]:
-    stream = TextStream(decode, TOKENIZER(prompt)["input_ids"], stop)
+def run(text: str, stop=(), prompt: str = "prompt ", **options) -> tuple[list[str], bool]:
+    stream = TextStream(decode, TOKENIZER(prompt)["input_ids"], stop, **options)
     pieces = []
     for token in TOKENIZER(text)["input_ids"]:
         pieces.append(stream.push(token))
@@ -30,6 +30,15 @@ def test_pieces_join_to_the_whole(text, prompt):
     """One byte a token: every character beyond ASCII is cut in pieces."""
     pieces, _ = run(text, prompt=prompt)
     assert "".join(pieces) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=40), stop=st.lists(st.text("ab", min_size=1), max_size=2))
+def test_at_once_is_the_same_text(text, stop):
+    pieces, stopped = run(text, stop, at_once=True)
+    expected, expected_stopped = run(text, stop)
+    assert ("".join(pieces), stopped) == ("".join(expected), expected_stopped)
+    assert stop or not any(pieces[:-1]), "nobody reads along: no need to decode each token"
 
 
 @settings(max_examples=200, deadline=None)
