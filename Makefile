@@ -16,8 +16,8 @@ ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 
 export VENV TORCH
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check lint unit model archive serve test lab notebooks lock clean \
-        build-dev build-pro run stop delete shell logs push deploy
+.PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
+        bench-check lock clean lab notebooks build-dev build-pro run stop delete shell logs push deploy
 
 help: ## Show the targets
 	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
@@ -52,6 +52,18 @@ test: ## Send the original request to a running server and print the JSON
 	  -H "Content-Type: application/json" \
 	  -d '{"instances": ["How to prepare a spanish omelette:"]}' \
 	  http://localhost:$(PORT)/predictions/$(APP) && echo
+
+quality: setup ## Measure what quantization costs (8 minutes)
+	@$(PY) -m benchmarks.quality
+
+bench-peers: setup ## Install vLLM and llama.cpp to compare with (1.3 GB, 12 minutes)
+	@$(PY) -m benchmarks.peers
+
+bench: setup ## Compare all systems that are installed (40 minutes with peers)
+	@$(PY) -m benchmarks.serving
+
+bench-check: setup ## Fail if the server has become slow beside its engine (2 minutes)
+	@$(PY) -m benchmarks.check
 
 lock: setup ## Resolve pyproject.toml into requirements.lock
 	@$(PY) -m deploy.lock

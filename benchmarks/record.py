@@ -24,13 +24,16 @@ def summary(values: list[float]) -> dict[str, float | int]:
     }
 
 
-def write(name: str, figures: dict, packages: list[str]) -> Path:
+def write(
+    name: str, figures: dict, packages: list[str], others: dict[str, str] | None = None
+) -> Path:
     """Write `results/<name>.json` with the command, versions, commit and machine.
 
     Args:
         name: the file's stem.
         figures: what was measured; says its own units.
         packages: distributions whose versions matter.
+        others: versions of what is not installed here: programs, other environments.
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
@@ -41,7 +44,7 @@ def write(name: str, figures: dict, packages: list[str]) -> Path:
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version(package) for package in packages} | (others or {}),
         "machine": machine(),
         "figures": figures,
     }

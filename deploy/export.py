@@ -1,8 +1,9 @@
 """Turn weights into what the `openvino` engine loads: once, when the archive is made.
 
-`optimum-cli` (optimum-intel and nncf) traces the model and quantizes its weights. It needs torch,
-transformers and, for large models, memory; serving needs none of that. The result is kept under
-`build/export/`, named by weights, versions and settings, so that a change of any makes a new one.
+`optimum-cli` (optimum-intel) traces the model, `deploy/compress.py` (nncf) makes its weights small.
+Both run as processes of their own, since they need torch, transformers and, for large models,
+memory; serving needs none of that. Both results are kept under `build/export/`, named by weights,
+versions and settings, so that a change of any makes a new one.
 """
 
 import hashlib
@@ -10,6 +11,8 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,11 +23,7 @@ from handler.config import EngineConfig
 EXPORTS = BUILD / "export"
 EXPORTED = "openvino_model.xml"
 
-_PRECISIONS = {
-    "int8": ["--weight-format", "int8"],
-    "int4": ["--weight-format", "int4", "--sym", "--ratio", "1.0"],
-    "fp16": ["--weight-format", "fp16"],
-}
+_COMPRESS = Path(__file__).with_name("compress.py")
 
 
 def choose_engine(config: EngineConfig) -> tuple[str, str]:
@@ -51,33 +50,63 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
     Raises:
         UserError: the model cannot be exported; names the other engine.
     """
-    folder = cache / _key(weights, config)
+    settings = [config.precision]
+    if config.precision == "int4":
+        settings += ["--group-size", str(config.group_size)]
+    recipe = [version("nncf"), _COMPRESS.read_text(), *settings]
+    folder = cache / f"{weights.name}-{config.precision}-{_key(weights, recipe)}"
+    if not (folder / EXPORTED).is_file():
+        traced = _trace(weights, cache)
+        print(f"making its weights {config.precision} ...", flush=True)
+        with _unfinished(folder) as unfinished:
+            command = [sys.executable, "-m", "deploy.compress", traced / EXPORTED]
+            _run([*command, unfinished / EXPORTED, *settings], unfinished, cache)
+            for path in exported_files(traced):
+                if not (unfinished / path.name).exists():
+                    link_or_copy(path, unfinished / path.name)
+    return folder
+
+
+def _trace(weights: Path, cache: Path) -> Path:
+    """The model as OpenVINO's graph, weights in halves: what `compress` starts from."""
+    folder = cache / f"{weights.name}-traced-{_key(weights, [])}"
     if (folder / EXPORTED).is_file():
         return folder
+    print("exporting for OpenVINO ...", flush=True)
+    with _unfinished(folder) as unfinished:
+        command = [Path(sys.executable).with_name("optimum-cli"), "export", "openvino"]
+        command += ["--model", weights.resolve(), "--task", "text-generation-with-past"]
+        command += ["--weight-format", "fp16", "--disable-convert-tokenizer", unfinished]
+        _run(command, unfinished, cache)
+        for name in choose_files([p.name for p in weights.iterdir() if p.suffix != ".safetensors"]):
+            if not (unfinished / name).exists() and not name.endswith((".bin", ".index.json")):
+                link_or_copy((weights / name).resolve(), unfinished / name)
+    return folder
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """An empty folder that gets its name when the block ends, and goes if the block fails."""
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    print(f"exporting for OpenVINO, {config.precision} ...", flush=True)
-    command = [Path(sys.executable).with_name("optimum-cli"), "export", "openvino"]
-    command += ["--model", weights, "--task", "text-generation-with-past"]
-    command += [*_PRECISIONS[config.precision], "--disable-convert-tokenizer", unfinished]
-    if config.precision == "int4":
-        command[-1:-1] = ["--group-size", str(config.group_size)]
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _run(command: list[str | Path], target: Path, cache: Path) -> None:
     log = cache / "export.log"
     with log.open("w") as stream:
-        run = subprocess.run(command, stdout=None, stderr=stream)
-    if run.returncode != 0 or not (unfinished / EXPORTED).is_file():
-        shutil.rmtree(unfinished, ignore_errors=True)
+        run = subprocess.run(command, stderr=stream, cwd=_COMPRESS.parent.parent)
+    if run.returncode != 0 or not (target / EXPORTED).is_file():
         last = (log.read_text().strip() or "no message").splitlines()[-1]
         raise UserError(
             f"OpenVINO cannot export this model ({last}; all of it in {shown(log)}). Serve it with "
             "the other engine: set app.engine.name: transformers in its YAML"
         )
-    for name in choose_files([p.name for p in weights.iterdir() if p.suffix != ".safetensors"]):
-        if not (unfinished / name).exists() and not name.endswith((".bin", ".index.json")):
-            link_or_copy((weights / name).resolve(), unfinished / name)
-    unfinished.rename(folder)
-    return folder
 
 
 def exported_files(folder: Path) -> list[Path]:
@@ -86,9 +115,7 @@ def exported_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.suffix in wanted)
 
 
-def _key(weights: Path, config: EngineConfig) -> str:
+def _key(weights: Path, recipe: list[str]) -> str:
     parts = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in weight_files(weights)]
-    parts += [f"{name} {version(name)}" for name in ("openvino", "optimum-intel", "nncf")]
-    parts += [config.precision, str(config.group_size)]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-    return f"{weights.name}-{config.precision}-{digest}"
+    parts += [f"{name} {version(name)}" for name in ("openvino", "optimum-intel")]
+    return hashlib.sha256("\n".join(parts + recipe).encode()).hexdigest()[:12]

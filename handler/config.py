@@ -57,7 +57,8 @@ class EngineConfig(_Strict):
     group_size: Annotated[int, Field(ge=-1)] = 64
     cache_gb: Annotated[int, Field(ge=1)] = 1
     prefix_caching: bool = False
-    dynamic_quantization: bool = True
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 128
+    dynamic_quantization: Annotated[int, Field(ge=0)] = 64
     # transformers
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device_map: str | dict[str, int | str] | None = "auto"

@@ -34,7 +34,7 @@ class OpenVINOEngine:
         self.max_context = min(config.max_context or limit, limit)
         self._ends = self.folder.end_tokens(config.stop_tokens)
         self._pipeline = genai.ContinuousBatchingPipeline(
-            weights, _scheduler(config), "CPU", _properties(config)
+            weights, _scheduler(config), "CPU", properties(config)
         )
         self._sequences: dict[Hashable, tuple[Sequence, genai.GenerationHandle]] = {}
         self._submitted = 0
@@ -147,21 +147,24 @@ def _generation(sampling: Sampling, max_new_tokens: int, ends: Set[int]) -> gena
     return config
 
 
-def _properties(config: EngineConfig) -> dict[str, str | int]:
-    # On processors with bfloat16 OpenVINO computes in it by default. That is no faster here, and
-    # SmolLM2 then does not know the capital of France any more; see LOG.md.
-    properties: dict[str, str | int] = {"INFERENCE_PRECISION_HINT": "f32"}
+def properties(config: EngineConfig) -> dict[str, str | int]:
+    """OpenVINO's settings for the model."""
+    chosen: dict[str, str | int] = {
+        # On processors with bfloat16 OpenVINO computes in it by default. That is no faster here,
+        # and SmolLM2 then does not know the capital of France any more; see LOG.md.
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": config.dynamic_quantization,
+    }
     if config.threads:
-        properties["INFERENCE_NUM_THREADS"] = config.threads
-    if not config.dynamic_quantization:
-        properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-    return properties
+        chosen["INFERENCE_NUM_THREADS"] = config.threads
+    return chosen
 
 
 def _scheduler(config: EngineConfig) -> genai.SchedulerConfig:
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = config.cache_gb
     scheduler.max_num_seqs = config.max_batch
+    scheduler.max_num_batched_tokens = config.max_num_batched_tokens
     scheduler.dynamic_split_fuse = True  # a long prompt is prefilled in pieces, beside decoding
     scheduler.enable_prefix_caching = config.prefix_caching
     return scheduler

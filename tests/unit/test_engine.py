@@ -306,8 +306,8 @@ def test_both_engines_say_the_same(smollm2: Path, quantized: Path):
 
 
 def test_without_dynamic_quantization_a_batch_is_exact(quantized: Path):
-    """What `dynamic_quantization: false` buys: 12 texts of 32 tokens, alone and together."""
-    engine = create_engine(quantized, EngineConfig(name="openvino", dynamic_quantization=False))
+    """What `dynamic_quantization: 0` buys: 12 texts of 32 tokens, alone and together."""
+    engine = create_engine(quantized, EngineConfig(name="openvino", dynamic_quantization=0))
     prompts = [f"Number {i}. Write a story about a river and {i} lanterns." for i in range(12)]
     together, _ = run(engine, prompts, Sampling(max_new_tokens=32))
     assert together == [run(engine, [p], Sampling(max_new_tokens=32))[0][0] for p in prompts]

