@@ -14,13 +14,14 @@ import psutil
 RESULTS = Path(__file__).parent / "results"
 
 
-def summary(values: list[float]) -> dict[str, float | int]:
-    """Median and spread of repeated measurements."""
+def summary(values: list[float]) -> dict[str, float | int | list[float]]:
+    """Median and spread of repeated measurements; `values` in the order of the rounds."""
     return {
         "median": statistics.median(values),
         "min": min(values),
         "max": max(values),
         "rounds": len(values),
+        "values": values,
     }
 
 
@@ -50,6 +51,22 @@ def write(
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+def in_child(module: str, question: dict) -> dict:
+    """Ask `python -m module --child QUESTION` and return its answer, the last line it prints.
+
+    A process of its own gives its memory back, and its peak is its own.
+    """
+    command = [sys.executable, "-m", module, "--child", json.dumps(question)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def peak_memory_gb() -> float:
+    """The most this process has held in RAM so far, mapped files included. Linux."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
 def machine() -> dict[str, str | int | float]:

@@ -1,0 +1,158 @@
+"""A model that is limited by memory: the dolly-v2-3b shape, random weights of its true size.
+
+    python -m benchmarks.large        # 15 minutes, 14 GB of disk
+
+How long the export takes and how much memory; then decoding at 1 and 8 sequences in int8, int4 and
+bfloat16, each in a process of its own, in alternated rounds. One token of one sequence needs every
+weight once, so memory bandwidth divided by the weights' bytes is the most tokens a second there can
+be (the roofline); the bandwidth is measured in the same rounds.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+
+from benchmarks.load import prompts
+from benchmarks.record import in_child, peak_memory_gb, summary, write
+from deploy.archive import model_config
+from deploy.cli import command
+from deploy.export import export, exported_files
+from deploy.paths import BUILD
+from deploy.weights import get_weights, weight_files
+from handler.engine import Engine, Sampling, create_engine
+
+APP = "dolly-v2-3b"
+ROUNDS = 3
+NEW_TOKENS = 24
+SEQUENCES = (1, 8)
+CACHE = BUILD / "bench" / "export"
+
+SYSTEMS = {
+    "transformers bfloat16": {"name": "transformers", "dtype": "bfloat16"},
+    "openvino int8": {"name": "openvino", "precision": "int8"},
+    "openvino int4": {"name": "openvino", "precision": "int4"},
+}
+
+
+def seconds_of(engine: Engine, sequences: int, new_tokens: int) -> float:
+    """Time for a batch of prompts to get so many tokens each."""
+    next_prompt = prompts(sequences)
+    sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True)
+    began = time.perf_counter()
+    for key in range(sequences):
+        engine.submit(key, next_prompt(), sampling, stream=False)
+    left = sequences
+    while left:
+        left -= sum(p.finish_reason is not None for p in engine.advance(1))
+    return time.perf_counter() - began
+
+
+def decode_rate(engine: Engine, sequences: int, new_tokens: int = NEW_TOKENS) -> float:
+    """Tokens per second without the prefill: what the tokens after the first one take."""
+    first = seconds_of(engine, sequences, 1)
+    return sequences * new_tokens / (seconds_of(engine, sequences, 1 + new_tokens) - first)
+
+
+def bandwidth() -> float:
+    """Bytes a second that all cores together read from RAM: the best of five sums over 2 GB."""
+    values = torch.ones(2**29, dtype=torch.float32)
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        values.sum()
+        seconds.append(time.perf_counter() - began)
+    return values.nbytes / min(seconds)
+
+
+@contextmanager
+def watched() -> Iterator[dict[str, float]]:
+    """Seconds the block takes, and the peak memory of this process and its children."""
+    figures = {"seconds": 0.0, "peak_memory_gb": 0.0}
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.1):
+            held = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    held += process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+            figures["peak_memory_gb"] = max(figures["peak_memory_gb"], held / 1e9)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    began = time.perf_counter()
+    try:
+        yield figures
+    finally:
+        figures["seconds"] = time.perf_counter() - began
+        done.set()
+        watcher.join()
+
+
+def files_of(settings: dict) -> list[Path]:
+    """What an engine with these settings loads; exported if it has not been."""
+    weights = get_weights(APP, shape_only=True)
+    _, config = model_config(APP, weights, settings)
+    if config.name == "openvino":
+        return exported_files(export(weights, config, CACHE))
+    return weight_files(weights)
+
+
+def child(settings: dict) -> None:
+    """Load one engine, measure it, print the figures as JSON."""
+    speed = bandwidth()
+    files = files_of(settings)
+    _, config = model_config(APP, get_weights(APP, shape_only=True), settings)
+    began = time.perf_counter()
+    engine = create_engine(files[0].parent, config)
+    figures = {"bandwidth": speed, "load_seconds": time.perf_counter() - began}
+    figures["bytes"] = sum(f.stat().st_size for f in files if f.suffix in {".bin", ".safetensors"})
+    decode_rate(engine, 8, 4)
+    for sequences in SEQUENCES:
+        figures[f"tokens_per_second {sequences}"] = decode_rate(engine, sequences)
+    share = figures["tokens_per_second 1"] * figures["bytes"] / speed
+    figures |= {"share_of_roofline": share, "peak_memory_gb": peak_memory_gb()}
+    print(json.dumps(figures))
+
+
+@command
+def main(arguments: list[str] | None) -> None:
+    """Measure, and write results/large.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.large")
+    parser.add_argument("--child", type=json.loads, help="used by the program itself")
+    options = parser.parse_args(arguments)
+    if options.child:
+        child(options.child)
+        return
+    get_weights(APP, shape_only=True)
+    shutil.rmtree(CACHE, ignore_errors=True)
+    exports = {}
+    for name in ("openvino int8", "openvino int4"):  # the second finds the model traced already
+        with watched() as figures:
+            files_of(SYSTEMS[name])
+        exports[name] = figures
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in SYSTEMS}
+    for _ in range(ROUNDS):
+        for name, settings in SYSTEMS.items():
+            answer = in_child("benchmarks.large", settings)
+            print(name, {k: round(v, 2) for k, v in answer.items()}, flush=True)
+            for quantity, value in answer.items():
+                values[name].setdefault(quantity, []).append(value)
+    rows = {name: {q: summary(v) for q, v in values[name].items()} for name in SYSTEMS}
+    packages = ["torch", "transformers", "openvino", "openvino-genai", "optimum-intel", "nncf"]
+    print(write("large", {"exports": exports, "engines": rows}, packages).name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
