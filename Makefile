@@ -17,11 +17,12 @@ ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 export VENV TORCH
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
-        bench-check lock clean lab notebooks build-dev build-pro run stop delete shell logs push deploy
+        bench-large bench-offload bench-soak bench-check lock clean lab notebooks build-dev \
+        build-pro run stop delete shell logs push deploy
 
 help: ## Show the targets
 	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 	@$(PYTHON) deploy/setup_env.py
@@ -61,6 +62,15 @@ bench-peers: setup ## Install vLLM and llama.cpp to compare with (1.3 GB, 12 min
 
 bench: setup ## Compare all systems that are installed (40 minutes with peers)
 	@$(PY) -m benchmarks.serving
+
+bench-large: setup ## Measure the dolly-v2-3b shape: export, speed, memory (15 minutes)
+	@$(PY) -m benchmarks.large
+
+bench-offload: setup ## Measure it under a RAM budget, the rest on disk (20 minutes)
+	@$(PY) -m benchmarks.offload
+
+bench-soak: setup ## Half an hour of load with clients that leave and bad requests
+	@$(PY) -m benchmarks.soak
 
 bench-check: setup ## Fail if the server has become slow beside its engine (2 minutes)
 	@$(PY) -m benchmarks.check

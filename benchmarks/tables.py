@@ -101,7 +101,28 @@ def quality(record: dict) -> str:
     return "\n".join(lines)
 
 
+def large(record: dict) -> str:
+    """The dolly-v2-3b shape: speed, share of the roofline, memory; and what the export takes."""
+    figures = record["figures"]
+    head = "tokens per second, 1 sequence", "8 sequences", "of the roofline at 1", "peak memory"
+    lines = [f"| | {' | '.join(head)} | export |", "|---" * 6 + "|"]
+    base = next(iter(figures["engines"].values()))
+    for name, row in figures["engines"].items():
+        cells = []
+        for sequences in (1, 8):
+            quantity = f"tokens_per_second {sequences}"
+            rate, slow = row[quantity]["median"], base[quantity]["median"]
+            cells.append(f"{rate:.1f}, {rate / slow:.1f} x")
+        cells += [f"{row['share_of_roofline']['median']:.2f}"]
+        cells += [f"{row['peak_memory_gb']['median']:.1f} GB"]
+        made = figures["exports"].get(name)
+        cells.append(f"{made['seconds']:.0f} s, {made['peak_memory_gb']:.0f} GB" if made else "")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "large": large,
     "engine_batching": engine_batching,
     "engines": engines,
     "quality": quality,

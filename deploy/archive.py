@@ -138,7 +138,7 @@ def model_config(
         default_parameters(app)
     except RequestError as error:
         raise UserError(f"handler/apps/{name}.yaml: {error}") from error
-    chosen, why = choose_engine(app.engine)
+    chosen, why = choose_engine(app.engine, weights)
     config["app"]["engine"].update(name=chosen, chosen=why)
     return config, app.engine.model_copy(update={"name": chosen})
 

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
+
 from deploy.paths import BUILD, UserError, link_or_copy, shown
 from deploy.weights import choose_files, weight_files
 from handler.config import EngineConfig
@@ -23,24 +25,33 @@ from handler.config import EngineConfig
 EXPORTS = BUILD / "export"
 EXPORTED = "openvino_model.xml"
 
+_EXPORT_MEMORY = 2.4
+"""Peak memory of an export in multiples of the checkpoint's size: benchmarks/results/large.json."""
+
 _COMPRESS = Path(__file__).with_name("compress.py")
 
 
-def choose_engine(config: EngineConfig) -> tuple[str, str]:
+def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) -> tuple[str, str]:
     """The engine for `name: auto`, and why.
 
-    OpenVINO on a CPU if it is installed; transformers on a GPU, with offload, and everywhere else.
+    OpenVINO on a CPU if it is installed and the export fits into memory; transformers on a GPU,
+    with `max_memory`, and everywhere else.
     """
     if config.name != "auto":
         return config.name, "it was asked for"
-    if config.max_memory or config.offload_folder:
-        return "transformers", "max_memory and offload_folder need it"
+    if config.max_memory:
+        return "transformers", "max_memory needs it"
     if importlib.util.find_spec("openvino_genai") is None:
         return "transformers", "OpenVINO is not installed"
     import torch
 
     if torch.cuda.is_available():
         return "transformers", "there is a GPU"
+    needed = _EXPORT_MEMORY * sum(path.stat().st_size for path in weight_files(weights))
+    free = psutil.virtual_memory().available
+    if needed > free and not _exported(weights, config, cache).is_file():
+        sizes = f"{needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free"
+        return "transformers", f"exporting for OpenVINO takes {sizes}"
     return "openvino", "there is no GPU"
 
 
@@ -50,21 +61,29 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
     Raises:
         UserError: the model cannot be exported; names the other engine.
     """
-    settings = [config.precision]
-    if config.precision == "int4":
-        settings += ["--group-size", str(config.group_size)]
-    recipe = [version("nncf"), _COMPRESS.read_text(), *settings]
-    folder = cache / f"{weights.name}-{config.precision}-{_key(weights, recipe)}"
+    folder = _exported(weights, config, cache).parent
     if not (folder / EXPORTED).is_file():
         traced = _trace(weights, cache)
         print(f"making its weights {config.precision} ...", flush=True)
         with _unfinished(folder) as unfinished:
             command = [sys.executable, "-m", "deploy.compress", traced / EXPORTED]
-            _run([*command, unfinished / EXPORTED, *settings], unfinished, cache)
+            _run([*command, unfinished / EXPORTED, *_settings(config)], unfinished, cache)
             for path in exported_files(traced):
                 if not (unfinished / path.name).exists():
                     link_or_copy(path, unfinished / path.name)
     return folder
+
+
+def _exported(weights: Path, config: EngineConfig, cache: Path) -> Path:
+    """The file `export` makes, or has made."""
+    recipe = [version("nncf"), _COMPRESS.read_text(), *_settings(config)]
+    return cache / f"{weights.name}-{config.precision}-{_key(weights, recipe)}" / EXPORTED
+
+
+def _settings(config: EngineConfig) -> list[str]:
+    if config.precision == "int4":
+        return ["int4", "--group-size", str(config.group_size)]
+    return [config.precision]
 
 
 def _trace(weights: Path, cache: Path) -> Path:

@@ -58,6 +58,7 @@ class EngineConfig(_Strict):
     cache_gb: Annotated[int, Field(ge=1)] = 1
     prefix_caching: bool = False
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 128
+    prompt_lookup: Annotated[int, Field(ge=0, le=20)] = 0
     dynamic_quantization: Annotated[int, Field(ge=0)] = 64
     # transformers
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

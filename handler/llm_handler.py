@@ -18,6 +18,8 @@ import os
 import time
 from pathlib import Path
 
+import psutil
+
 from handler.config import parse_app
 from handler.engine import create_engine
 from handler.live import LiveRequest, Reply, error_reply
@@ -50,7 +52,11 @@ class LLMHandler:
         self.initialized = True
         random = " (random weights: the text means nothing)" if self.app.random_weights else ""
         chosen = f" (chosen because {self.app.engine.chosen})" if self.app.engine.chosen else ""
-        logger.info("%s%s: %s%s", self.app.title, random, self.engine.description, chosen)
+        held = psutil.Process().memory_info().rss / 1e9
+        logger.info(
+            "%s%s: %s%s; %.1f GB of memory in use",
+            *(self.app.title, random, self.engine.description, chosen, held),
+        )
 
     def handle(self, data: list[dict], context) -> list[bytes]:
         """One tick.

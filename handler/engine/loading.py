@@ -1,7 +1,9 @@
 """From a folder of weights to a model in memory: precision, devices, offload."""
 
 import logging
+import tempfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,9 +17,10 @@ logger = logging.getLogger(__name__)
 def load_model(weights: Path, config: EngineConfig) -> PreTrainedModel:
     """Load a causal language model, ready for inference.
 
-    With `device_map: auto` accelerate fills GPUs first, then RAM, then `offload_folder`, within
-    `max_memory` (for example `{0: 10GiB, cpu: 4GiB}`). Layers on disk are read again at every
-    step: it runs, at the speed of the disk.
+    With `device_map: auto` accelerate fills GPUs first, then the RAM that is free, each within
+    `max_memory` (for example `{0: 10GiB, cpu: 4GiB}`). Other layers stay on disk and are read again
+    at every step: it runs, at the speed of the disk. What is not in safetensors files is written to
+    `offload_folder` for that.
 
     Source: accelerate's "big model inference", through transformers' `device_map`.
     """
@@ -28,8 +31,12 @@ def load_model(weights: Path, config: EngineConfig) -> PreTrainedModel:
         options["max_memory"] = config.max_memory
     if config.offload_folder:
         Path(config.offload_folder).mkdir(parents=True, exist_ok=True)
-        options["offload_folder"] = config.offload_folder
-    return AutoModelForCausalLM.from_pretrained(weights, **options).eval()
+    options["offload_folder"] = config.offload_folder or tempfile.mkdtemp(prefix="offload-")
+    model = AutoModelForCausalLM.from_pretrained(weights, **options).eval()
+    if not config.offload_folder:
+        with suppress(OSError):  # safetensors are read where they are, so it has stayed empty
+            Path(options["offload_folder"]).rmdir()
+    return model
 
 
 def device_summary(model: PreTrainedModel) -> str:

@@ -4,7 +4,7 @@ Paged attention, so nothing is padded or copied when sequences join; weights in 
 were quantized when the archive was made (`deploy/export.py`). It is stepped from the handler's own
 thread: `step()` holds the interpreter lock, so a thread beside it would starve.
 
-It needs neither torch nor transformers. Not here: draft models, prompt lookup, several devices.
+It needs neither torch nor transformers. Not here: draft models, several devices.
 """
 
 import logging
@@ -24,6 +24,9 @@ from handler.engine.sequence import Sequence, new_sequence
 
 logger = logging.getLogger(__name__)
 
+_NGRAM = 3
+"""Longest run of tokens that prompt lookup looks for in the earlier text."""
+
 
 class OpenVINOEngine:
     """See `handler.engine.Engine` for the contract of the public methods."""
@@ -34,15 +37,17 @@ class OpenVINOEngine:
         self.max_context = min(config.max_context or limit, limit)
         self._ends = self.folder.end_tokens(config.stop_tokens)
         self._pipeline = genai.ContinuousBatchingPipeline(
-            weights, _scheduler(config), "CPU", properties(config)
+            weights, _scheduler(config), "CPU", properties(config) | _speculation(config)
         )
         self._sequences: dict[Hashable, tuple[Sequence, genai.GenerationHandle]] = {}
+        self._lookup = config.prompt_lookup
         self._submitted = 0
         self._alive = True
         self.description = (
             f"engine openvino, {config.precision}, device cpu, "
             f"{config.threads or 'all'} threads, batch {config.max_batch}, "
             f"KV cache {config.cache_gb} GB, context {self.max_context}"
+            + (f", prompt lookup of {config.prompt_lookup} tokens" if config.prompt_lookup else "")
         )
         self._warm_up()
 
@@ -59,7 +64,7 @@ class OpenVINOEngine:
         handle = self._pipeline.add_request(
             self._submitted,
             openvino.Tensor(np.array([sequence.ids], dtype=np.int64)),
-            _generation(sampling, sequence.max_new_tokens, sequence.ends),
+            _generation(sampling, sequence.max_new_tokens, sequence.ends, self._lookup),
         )
         self._submitted += 1
         self._sequences[key] = sequence, handle
@@ -124,17 +129,21 @@ class OpenVINOEngine:
         """One short request: the first forward pass compiles and allocates."""
         token = next(iter(self._ends), 0)
         request = openvino.Tensor(np.array([[token] * 8], dtype=np.int64))
-        self._pipeline.add_request(0, request, _generation(Sampling(), 2, self._ends))
+        self._pipeline.add_request(0, request, _generation(Sampling(), 2, self._ends, self._lookup))
         self._submitted = 1
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
 
 
-def _generation(sampling: Sampling, max_new_tokens: int, ends: Set[int]) -> genai.GenerationConfig:
+def _generation(
+    sampling: Sampling, max_new_tokens: int, ends: Set[int], lookup: int = 0
+) -> genai.GenerationConfig:
     config = genai.GenerationConfig()
     config.max_new_tokens = max_new_tokens
     config.stop_token_ids = set(ends)
     config.ignore_eos = not ends  # else it takes the end token of the model's own files
+    if lookup:
+        config.num_assistant_tokens, config.max_ngram_size = lookup, _NGRAM
     config.repetition_penalty = sampling.repetition_penalty
     config.do_sample = sampling.temperature > 0
     if config.do_sample:
@@ -158,6 +167,11 @@ def properties(config: EngineConfig) -> dict[str, str | int]:
     if config.threads:
         chosen["INFERENCE_NUM_THREADS"] = config.threads
     return chosen
+
+
+def _speculation(config: EngineConfig) -> dict[str, bool]:
+    """A pipeline that looks up cannot take requests that do not, so this is one choice for all."""
+    return {"prompt_lookup": True} if config.prompt_lookup else {}
 
 
 def _scheduler(config: EngineConfig) -> genai.SchedulerConfig:

@@ -1,6 +1,7 @@
 """The transformers engine on tiny models of several architectures, without a server."""
 
 import functools
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -263,13 +264,15 @@ def test_more_sequences_than_places(tiny_llama):
     assert together == [run(engine, [p], Sampling(max_new_tokens=12))[0][0] for p in prompts]
 
 
-def test_offload_to_disk_gives_the_same_text(tiny_llama, tmp_path):
+@pytest.mark.parametrize("folder", ["offload", None])
+def test_offload_to_disk_gives_the_same_text(tiny_llama, tmp_path, monkeypatch, folder):
     """`max_memory` leaves no room in RAM: accelerate reads the layers from disk at every step."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     plain = create_engine(tiny_llama, EngineConfig(**TORCH))
-    config = EngineConfig(
-        name="transformers", max_memory={"cpu": 300_000}, offload_folder=str(tmp_path / "offload")
-    )
-    offloaded = create_engine(tiny_llama, config)
+    place = str(tmp_path / folder) if folder else None
+    settings = {"max_memory": {"cpu": 300_000}, "offload_folder": place}
+    offloaded = create_engine(tiny_llama, EngineConfig(**TORCH, **settings))
+    assert [p.name for p in tmp_path.iterdir()] == ([folder] if folder else []), "nothing is left"
     assert "disk" in offloaded.description, offloaded.description
     assert run(offloaded, PROMPTS) == run(plain, PROMPTS)
 
@@ -311,3 +314,18 @@ def test_without_dynamic_quantization_a_batch_is_exact(quantized: Path):
     prompts = [f"Number {i}. Write a story about a river and {i} lanterns." for i in range(12)]
     together, _ = run(engine, prompts, Sampling(max_new_tokens=32))
     assert together == [run(engine, [p], Sampling(max_new_tokens=32))[0][0] for p in prompts]
+
+
+def test_prompt_lookup_changes_the_speed_not_the_text(tiny_llama: Path, tmp_path: Path):
+    """Greedy texts that repeat themselves; sampled ones end where they should."""
+    settings = {"name": "openvino", "precision": "fp16", "dynamic_quantization": 0}
+    folder = export(tiny_llama, EngineConfig(**settings), tmp_path)
+    plain = create_engine(folder, EngineConfig(**settings))
+    looking = create_engine(folder, EngineConfig(**settings, prompt_lookup=4))
+    assert "prompt lookup of 4" in looking.description
+    greedy = Sampling(max_new_tokens=40, ignore_eos=True)
+    assert run(looking, PROMPTS, greedy) == run(plain, PROMPTS, greedy)
+    one = Sampling(max_new_tokens=1, ignore_eos=True)
+    assert run(looking, PROMPTS, one) == run(plain, PROMPTS, one)
+    sampled = Sampling(max_new_tokens=20, temperature=1.0, seed=3, ignore_eos=True)
+    assert run(looking, PROMPTS, sampled)[1] == ["length"] * len(PROMPTS)

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -16,16 +19,33 @@ from handler.engine.folder import ModelFolder
 from tests import tiny
 
 
-def test_which_engine(monkeypatch: pytest.MonkeyPatch):
+def test_which_engine(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path):
+    def choose(**settings) -> tuple[str, str]:
+        return choose_engine(EngineConfig(**settings), tiny_llama, tmp_path)
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_engine(EngineConfig()) == ("openvino", "there is no GPU")
-    assert choose_engine(EngineConfig(name="transformers"))[0] == "transformers"
-    offload = EngineConfig(max_memory={"cpu": "2GiB"})
-    assert choose_engine(offload) == ("transformers", "max_memory and offload_folder need it")
+    assert choose() == ("openvino", "there is no GPU")
+    assert choose(offload_folder="x")[0] == "openvino", "only a place, should one be needed"
+    assert choose(name="transformers")[0] == "transformers"
+    assert choose(max_memory={"cpu": "2GiB"}) == ("transformers", "max_memory needs it")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_engine(EngineConfig()) == ("transformers", "there is a GPU")
+    assert choose() == ("transformers", "there is a GPU")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    assert choose_engine(EngineConfig()) == ("transformers", "OpenVINO is not installed")
+    assert choose() == ("transformers", "OpenVINO is not installed")
+
+
+def test_no_export_that_does_not_fit_into_memory(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    name, why = choose_engine(EngineConfig(), tiny_llama, tmp_path)
+    assert name == "transformers"
+    assert re.fullmatch(r"exporting for OpenVINO takes \d.\d GB of memory and 0.0 are free", why)
+    export(tiny_llama, EngineConfig(), tmp_path)
+    assert choose_engine(EngineConfig(), tiny_llama, tmp_path)[0] == "openvino", (
+        "it is made already"
+    )
 
 
 def test_an_export_is_made_once_and_again_for_other_settings(tiny_llama: Path, tmp_path: Path):
