@@ -12,31 +12,31 @@ COMMON = {"new_tokens": 6}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_closed_loop(tiny_server, stream: bool):
-    target = Target(tiny_server.url)
+def test_closed_loop(smollm2_server, stream: bool):
+    target = Target(smollm2_server.url)
     made = closed_loop(target, clients=3, requests_each=2, stream=stream, **COMMON)
     assert made.errors == {} and made.requests == 6
     assert made.tokens_per_second == pytest.approx(36 / made.seconds)
     assert (made.first_token_p50 is not None) == stream
 
 
-def test_open_loop(tiny_server):
-    made = open_loop(Target(tiny_server.url), rate=50, requests=10, **COMMON)
+def test_open_loop(smollm2_server):
+    made = open_loop(Target(smollm2_server.url), rate=50, requests=10, **COMMON)
     assert made.errors == {} and made.requests == 10
 
 
-def test_a_server_that_refuses(tiny_server):
-    target = Target(tiny_server.url, extra=(("instances", [1]),))
+def test_a_server_that_refuses(smollm2_server):
+    target = Target(smollm2_server.url, extra=(("instances", [1]),))
     made = closed_loop(target, clients=1, requests_each=2, warm_up=0, **COMMON)
     assert made.errors == {"status 400": 2}
 
 
-def test_a_short_soak(tiny_server, monkeypatch: pytest.MonkeyPatch):
+def test_a_short_soak(smollm2_server, monkeypatch: pytest.MonkeyPatch):
     """A few seconds of it: every kind of request is sent, and every reply is the expected one."""
 
     monkeypatch.setattr("benchmarks.soak.NONSENSE_EVERY", 7)
     monkeypatch.setattr("benchmarks.soak.LEAVE_EVERY", 5)
-    soak = Soak(tiny_server.url, tiny_server.process.pid, minutes=0.1)
+    soak = Soak(smollm2_server.url, smollm2_server.process.pid, minutes=0.1)
     with tqdm(total=0.1, disable=True) as progress:
         asyncio.run(soak.run(progress))
     assert set(soak.outcomes) == {"good 200", "nonsense 400", "left 200"}, soak.outcomes
