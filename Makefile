@@ -57,7 +57,7 @@ test: ## Send the original request to a running server and print the JSON
 quality: setup ## Measure what quantization costs (8 minutes)
 	@$(PY) -m benchmarks.quality
 
-bench-peers: setup ## Install vLLM and llama.cpp to compare with (1.3 GB, 12 minutes)
+bench-peers: setup ## Install vLLM and llama.cpp to compare with (3.8 GB, 12 minutes)
 	@$(PY) -m benchmarks.peers
 
 bench: setup ## Compare all systems that are installed (40 minutes with peers)
@@ -66,7 +66,7 @@ bench: setup ## Compare all systems that are installed (40 minutes with peers)
 bench-large: setup ## Measure the dolly-v2-3b shape: export, speed, memory (15 minutes)
 	@$(PY) -m benchmarks.large
 
-bench-offload: setup ## Measure it under a RAM budget, the rest on disk (20 minutes)
+bench-offload: setup ## Measure it under a RAM budget, the rest on disk
 	@$(PY) -m benchmarks.offload
 
 bench-soak: setup ## Half an hour of load with clients that leave and bad requests

@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from benchmarks.load import prompts
-from benchmarks.record import in_child, peak_memory_gb, summary, write
+from benchmarks.record import in_rounds, peak_memory_gb, write
 from deploy.archive import model_config
 from deploy.cli import command
 from deploy.export import export, exported_files
@@ -142,14 +142,7 @@ def main(arguments: list[str] | None) -> None:
         with watched() as figures:
             files_of(SYSTEMS[name])
         exports[name] = figures
-    values: dict[str, dict[str, list[float]]] = {name: {} for name in SYSTEMS}
-    for _ in range(ROUNDS):
-        for name, settings in SYSTEMS.items():
-            answer = in_child("benchmarks.large", settings)
-            print(name, {k: round(v, 2) for k, v in answer.items()}, flush=True)
-            for quantity, value in answer.items():
-                values[name].setdefault(quantity, []).append(value)
-    rows = {name: {q: summary(v) for q, v in values[name].items()} for name in SYSTEMS}
+    rows = in_rounds("benchmarks.large", SYSTEMS, ROUNDS)
     packages = ["torch", "transformers", "openvino", "openvino-genai", "optimum-intel", "nncf"]
     print(write("large", {"exports": exports, "engines": rows}, packages).name)
 

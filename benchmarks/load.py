@@ -7,10 +7,9 @@ Closed loop (`--clients`): each client sends its next request when it has the la
 (`--rate`): requests arrive at random moments, whether the server keeps up or not. Prompts are
 distinct and the same in every run of a seed; completions have a fixed length.
 
-Looked at first: guidellm speaks only OpenAI's API and needs `datasets`, a web server and a GB more;
-locust counts requests, where we need tokens and the first of them. aiohttp does the HTTP: httpx,
-used elsewhere, takes several times the CPU a chunk, and here the clients share two cores with the
-server.
+Looked at first: guidellm speaks only OpenAI's API and brings `datasets` and a web server; locust
+counts requests, where we need tokens and the first of them. aiohttp does the HTTP, whose parser is
+compiled: here the clients share two cores with the server.
 """
 
 import argparse

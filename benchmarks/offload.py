@@ -1,6 +1,6 @@
 """A model that does not fit: the dolly-v2-3b shape under a RAM budget, the rest read from disk.
 
-    python -m benchmarks.offload      # 20 minutes
+    python -m benchmarks.offload
 
 accelerate fills `max_memory` and leaves the other layers in their files; each step reads those
 again. Two states of the same machine: "warm" leaves the files in the page cache, as on a machine
@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from benchmarks.large import APP, decode_rate
-from benchmarks.record import in_child, peak_memory_gb, summary, write
+from benchmarks.record import in_rounds, peak_memory_gb, write
 from deploy.archive import model_config
 from deploy.cli import command
 from deploy.paths import BUILD
@@ -92,14 +92,8 @@ def main(arguments: list[str] | None) -> None:
         return
     cases = [(budget, state) for budget in BUDGETS for state in ("warm", "cold")]
     cases.remove(("all", "cold"))  # nothing is read then
-    values: dict[str, dict[str, list[float]]] = {}
-    for _ in range(ROUNDS):
-        for budget, state in cases:
-            answer = in_child("benchmarks.offload", {"budget": budget, "state": state})
-            print(budget, state, {k: round(v, 2) for k, v in answer.items()}, flush=True)
-            for quantity, value in answer.items():
-                values.setdefault(f"{budget} {state}", {}).setdefault(quantity, []).append(value)
-    rows = {case: {q: summary(v) for q, v in by.items()} for case, by in values.items()}
+    questions = {f"{budget} {state}": {"budget": budget, "state": state} for budget, state in cases}
+    rows = in_rounds("benchmarks.offload", questions, ROUNDS)
     print(write("offload", rows, ["torch", "transformers", "accelerate"]).name)
 
 

@@ -1,6 +1,6 @@
 """Install the servers we compare ourselves with, each into an environment of its own.
 
-    python -m benchmarks.peers               # all: 1.3 GB, 12 minutes on two cores
+    python -m benchmarks.peers               # all: 3.8 GB, 12 minutes on two cores
     python -m benchmarks.peers llama.cpp     # one
 
 They stay out of the lock: vLLM wants another transformers, llama.cpp is compiled here, for this

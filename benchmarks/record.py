@@ -53,14 +53,25 @@ def write(
     return path
 
 
-def in_child(module: str, question: dict) -> dict:
-    """Ask `python -m module --child QUESTION` and return its answer, the last line it prints.
+def in_rounds(module: str, questions: dict[str, dict], rounds: int) -> dict[str, dict[str, dict]]:
+    """Put every question to `python -m module --child QUESTION`, in turn, `rounds` times.
 
-    A process of its own gives its memory back, and its peak is its own.
+    The answer is the last line printed, figures as JSON. A process of its own gives its memory
+    back, and its peak is its own.
+
+    Returns:
+        Name of the question -> quantity -> `summary` over the rounds.
     """
-    command = [sys.executable, "-m", module, "--child", json.dumps(question)]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(run.stdout.splitlines()[-1])
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in questions}
+    for _ in range(rounds):
+        for name, question in questions.items():
+            command = [sys.executable, "-m", module, "--child", json.dumps(question)]
+            run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            answer = json.loads(run.stdout.splitlines()[-1])
+            print(name, {quantity: round(v, 2) for quantity, v in answer.items()}, flush=True)
+            for quantity, value in answer.items():
+                values[name].setdefault(quantity, []).append(value)
+    return {name: {q: summary(v) for q, v in found.items()} for name, found in values.items()}
 
 
 def peak_memory_gb() -> float:
