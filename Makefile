@@ -17,7 +17,7 @@ ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 export VENV TORCH
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
-        bench-large bench-offload bench-soak bench-check lock clean lab notebooks build-dev \
+        bench-large bench-startup bench-offload bench-soak bench-check lock clean lab notebooks chapters build-dev \
         build-pro run stop delete shell logs push deploy
 
 help: ## Show the targets
@@ -30,7 +30,7 @@ setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 quickstart: setup ## Set up, serve APP, ask it one question, print the answer, stop
 	@$(PY) -m deploy.server $(ARCHIVE) --port "$(PORT)" --quickstart
 
-check: setup lint unit ## Set up and pass every check
+check: setup lint unit chapters ## Set up and pass every check
 
 lint: setup ## ruff
 	@$(VENV)/bin/ruff check
@@ -38,6 +38,18 @@ lint: setup ## ruff
 
 unit: setup ## pytest
 	@$(PY) -m pytest
+
+chapters: setup ## Run every chapter and compare its outputs (pytest --nbval)
+	@env -u APP $(PY) -m pytest --nbval notebooks --nbval-sanitize-with notebooks/nbval.cfg
+
+notebooks: setup ## Run every chapter in place, to store new outputs
+	@$(PY) -m nbconvert --to notebook --execute --inplace \
+	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 \
+	  --CoalesceStreamsPreprocessor.enabled=True \
+	  notebooks/0*.ipynb
+
+lab: setup ## Open the course in JupyterLab
+	@$(PY) -m jupyterlab notebooks
 
 model: setup ## Get the weights of APP (MODEL_DIR=path to use yours, SHAPE_ONLY=1 for random ones)
 	@$(PY) -m deploy.weights $(WEIGHTS)
@@ -66,7 +78,10 @@ bench: setup ## Compare all systems that are installed (40 minutes with peers)
 bench-large: setup ## Measure the dolly-v2-3b shape: export, speed, memory (15 minutes)
 	@$(PY) -m benchmarks.large
 
-bench-offload: setup ## Measure it under a RAM budget, the rest on disk
+bench-startup: setup ## Measure starts and memory beside the engine alone (3 minutes)
+	@$(PY) -m benchmarks.startup
+
+bench-offload: setup ## Measure it under a RAM budget, the rest on disk (20 minutes)
 	@$(PY) -m benchmarks.offload
 
 bench-soak: setup ## Half an hour of load with clients that leave and bad requests
@@ -83,12 +98,6 @@ clean: ## Remove what was made: models, archives, logs (not .venv)
 
 # The original's targets whose rooms are still empty.
 not_yet = @echo "make $@: comes with chapter $(1), which is not written yet" >&2; exit 1
-
-lab: ## Open the course in JupyterLab (from chapter 01 on)
-	$(call not_yet,01)
-
-notebooks: ## Run all chapters in place (from chapter 01 on)
-	$(call not_yet,01)
 
 build-dev: ## Build the development image of APP (chapter 05)
 	$(call not_yet,05)

@@ -16,65 +16,83 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.large import APP, decode_rate
+from transformers import PreTrainedModel
+
+from benchmarks.large import decode_rate
 from benchmarks.record import in_rounds, peak_memory_gb, write
 from deploy.archive import model_config
 from deploy.cli import command
 from deploy.paths import BUILD
-from deploy.weights import get_weights
+from deploy.weights import get_weights, weight_files
 from handler.engine import create_engine
 
 ROUNDS = 3
-BUDGETS = ("1GiB", "2GiB", "3GiB", "4GiB", "5GiB", "all")
+BUDGETS = ("1GiB", "2GiB", "4GiB", "all")
 NEW_TOKENS = 3
 
 
-def tensors() -> list[Path]:
+def question(budget: str, state: str = "warm", *, app: str, random: bool, dtype: str) -> dict:
+    """What a child is asked: `budget` for accelerate's `max_memory`, or "all"."""
+    return {"app": app, "random": random, "dtype": dtype, "budget": budget, "state": state}
+
+
+def tensors(weights: Path) -> list[Path]:
     """The checkpoint's shards."""
-    return sorted(get_weights(APP, shape_only=True).glob("*.safetensors"))
+    return [path for path in weight_files(weights) if path.suffix == ".safetensors"]
 
 
-def forget() -> None:
+def forget(weights: Path) -> None:
     """Drop the shards from the page cache, as far as nobody has them mapped."""
-    for path in tensors():
+    for path in tensors(weights):
         with path.open("rb") as stream:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def disk_speed() -> float:
+def disk_speed(weights: Path) -> float:
     """Bytes a second when the shards are read from end to end, not from the cache."""
-    forget()
+    forget(weights)
     began = time.perf_counter()
-    for path in tensors():
+    for path in tensors(weights):
         with path.open("rb", buffering=0) as stream:
             while stream.read(2**24):
                 pass
-    return sum(path.stat().st_size for path in tensors()) / (time.perf_counter() - began)
+    return sum(p.stat().st_size for p in tensors(weights)) / (time.perf_counter() - began)
 
 
-def child(question: dict) -> None:
+def bytes_on_disk(model: PreTrainedModel) -> int:
+    """Of the weights, those that accelerate reads from disk at every step."""
+    device_map = getattr(model, "hf_device_map", {})
+    disk = tuple(f"{module}." for module, place in device_map.items() if place == "disk")
+    named = model.named_parameters()
+    return sum(p.numel() * p.element_size() for name, p in named if f"{name}.".startswith(disk))
+
+
+def child(asked: dict) -> None:
     """Load within the budget, decode a little, print the figures as JSON."""
-    settings = {"name": "transformers", "dtype": "bfloat16"}
-    if question["budget"] != "all":
-        settings["max_memory"] = {"cpu": question["budget"]}
+    settings = {"name": "transformers", "dtype": asked["dtype"]}
+    if asked["budget"] != "all":
+        settings["max_memory"] = {"cpu": asked["budget"]}
         settings["offload_folder"] = str(BUILD / "offload")
-    weights = get_weights(APP, shape_only=True)
-    _, config = model_config(APP, weights, settings)
-    speed = disk_speed()
+    weights = get_weights(asked["app"], shape_only=asked["random"])
+    _, config = model_config(asked["app"], weights, settings)
+    speed = disk_speed(weights)
     done = threading.Event()
 
     def keep_cold() -> None:
         while not done.wait(0.2):
-            forget()
+            forget(weights)
 
-    if question["state"] == "cold":
+    if asked["state"] == "cold":
         threading.Thread(target=keep_cold, daemon=True).start()
     engine = create_engine(weights, config)
     figures = {
         "disk_bytes_per_second": speed,
         "tokens_per_second": decode_rate(engine, 1, NEW_TOKENS),
+        "bytes_on_disk": bytes_on_disk(engine.model),
     }
     done.set()
+    if figures["bytes_on_disk"]:
+        figures["disk_limit_tokens_per_second"] = speed / figures["bytes_on_disk"]
     places = getattr(engine.model, "hf_device_map", {}).values()
     on_disk = sum(place == "disk" for place in places)
     figures |= {"modules_on_disk": on_disk, "modules": len(places) or 1}
@@ -92,7 +110,8 @@ def main(arguments: list[str] | None) -> None:
         return
     cases = [(budget, state) for budget in BUDGETS for state in ("warm", "cold")]
     cases.remove(("all", "cold"))  # nothing is read then
-    questions = {f"{budget} {state}": {"budget": budget, "state": state} for budget, state in cases}
+    dolly = {"app": "dolly-v2-3b", "random": True, "dtype": "bfloat16"}
+    questions = {f"{budget} {state}": question(budget, state, **dolly) for budget, state in cases}
     rows = in_rounds("benchmarks.offload", questions, ROUNDS)
     print(write("offload", rows, ["torch", "transformers", "accelerate"]).name)
 

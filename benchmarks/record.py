@@ -5,6 +5,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -53,7 +54,9 @@ def write(
     return path
 
 
-def in_rounds(module: str, questions: dict[str, dict], rounds: int) -> dict[str, dict[str, dict]]:
+def in_rounds(
+    module: str, questions: dict[str, dict], rounds: int, report: Callable[[str], None] = print
+) -> dict[str, dict[str, dict]]:
     """Put every question to `python -m module --child QUESTION`, in turn, `rounds` times.
 
     The answer is the last line printed, figures as JSON. A process of its own gives its memory
@@ -68,7 +71,8 @@ def in_rounds(module: str, questions: dict[str, dict], rounds: int) -> dict[str,
             command = [sys.executable, "-m", module, "--child", json.dumps(question)]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             answer = json.loads(run.stdout.splitlines()[-1])
-            print(name, {quantity: round(v, 2) for quantity, v in answer.items()}, flush=True)
+            shown = {quantity: round(v, 2) for quantity, v in answer.items()}
+            report(f"{name} {shown}")
             for quantity, value in answer.items():
                 values[name].setdefault(quantity, []).append(value)
     return {name: {q: summary(v) for q, v in found.items()} for name, found in values.items()}

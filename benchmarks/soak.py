@@ -11,6 +11,7 @@ and a 99th percentile of the time per token that stays where it was.
 import argparse
 import asyncio
 import json
+import os
 import random
 import sys
 import time
@@ -30,6 +31,7 @@ from deploy.paths import UserError
 CLIENTS = 16
 LENGTHS = (8, 16, 32, 64, 128, 256)
 WARM_UP_MINUTES = 3
+EVERY_MINUTES = 2
 LEAVE_EVERY, NONSENSE_EVERY = 20, 100
 
 
@@ -105,6 +107,10 @@ class Soak:
             clients = (self.client(session, number) for number in range(CLIENTS))
             await asyncio.gather(self.watch(progress), *clients)
 
+    def p99(self, begin: float, minutes: float) -> float:
+        """Of the good requests that ended in these minutes: 99th percentile, seconds a token."""
+        return percentile([t for m, t in self.times if begin <= m < begin + minutes], 99)
+
     def figures(self) -> dict:
         """What is written down. Slope in MB a minute, after the warm-up."""
         minutes = self.samples[-1][0]
@@ -112,18 +118,19 @@ class Soak:
         after = [(m, mb) for m, mb in self.samples if m >= warm]
         slope = float(np.polyfit(*zip(*after, strict=True), 1)[0])
         third = (minutes - warm) / 3
-        p99 = [
-            percentile([t for m, t in self.times if low <= m < low + third], 99)
-            for low in (warm, warm + third, warm + 2 * third)
-        ]
+        pieces = [warm + i * third for i in range(3)]
+        slices = [EVERY_MINUTES * i for i in range(int(minutes / EVERY_MINUTES))]
         return {
             "minutes": round(minutes, 1),
             "clients": CLIENTS,
+            "cores_used": len(os.sched_getaffinity(0)),  # `taskset` leaves the others to others
             "requests": dict(sorted(self.outcomes.items())),
             "memory_mb_after_warm_up": after[0][1],
             "memory_mb_at_the_end": after[-1][1],
             "memory_mb_a_minute": slope,
-            "p99_seconds_a_token_by_third": p99,
+            "p99_seconds_a_token_by_third": [self.p99(m, third) for m in pieces],
+            "p99_seconds_a_token": [(m, self.p99(m, EVERY_MINUTES)) for m in slices],
+            "memory_mb": [(round(m, 2), round(mb, 1)) for m, mb in self.samples],
         }
 
 
@@ -139,7 +146,8 @@ def main(arguments: list[str] | None) -> None:
         with tqdm(total=options.minutes, unit="min") as progress:
             asyncio.run(soak.run(progress))
     figures = soak.figures()
-    print(json.dumps(figures, indent=2))
+    shown = {name: value for name, value in figures.items() if name != "memory_mb"}
+    print(json.dumps(shown, indent=2))
     print(write(options.output, figures, ["torchserve", "openvino", "openvino-genai"]).name)
     if unexpected := set(soak.outcomes) - {"good 200", "nonsense 400", "left 200"}:
         raise UserError(f"unexpected replies: {', '.join(sorted(unexpected))}")

@@ -47,7 +47,7 @@ class System:
 
     def missing(self) -> str | None:
         """Why it cannot be measured here, if so."""
-        if self.peer and not peers.python_of(self.peer).exists():
+        if self.peer and not peers.installed(self.peer):
             return f"{peers.version_of(self.peer)} is not installed (python -m benchmarks.peers)"
         return None
 

@@ -25,18 +25,6 @@ def engine_batching(record: dict) -> str:
     return "\n".join(lines)
 
 
-def engines(record: dict) -> str:
-    """Tokens per second of each engine as multiples of the first one's, which is the original's."""
-    figures = record["figures"]["tokens_per_second"]
-    cases = list(next(iter(figures.values())))
-    base = next(iter(figures.values()))
-    lines = [f"| | {' | '.join(cases)} |", "|---" * (len(cases) + 1) + "|"]
-    for name, rates in figures.items():
-        cells = [f"{rates[c]['median'] / base[c]['median']:.1f} x" for c in cases]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def serving(record: dict) -> str:
     """Everybody beside `ours int8`: the median over the rounds of the ratio within a round."""
     figures = record["figures"]
@@ -52,6 +40,15 @@ def serving(record: dict) -> str:
         cells.append(f"{memory['median'] / 1000:.1f} GB" if memory else "")
         cells.append(f"{start['median']:.0f} s" if memory else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def http(record: dict) -> str:
+    """What is left of the engine's speed behind HTTP."""
+    lines = ["| | through HTTP / engine alone, tokens per second |", "|---|---|"]
+    for clients, pairs in record["figures"].items():
+        spread = f"({pairs['min']:.2f} to {pairs['max']:.2f}, {pairs['rounds']} pairs)"
+        lines.append(f"| {clients} | **{pairs['median']:.2f}** {spread} |")
     return "\n".join(lines)
 
 
@@ -121,12 +118,64 @@ def large(record: dict) -> str:
     return "\n".join(lines)
 
 
+def startup(record: dict) -> str:
+    """Start of the server beside the load of its engine, and memory."""
+    head = "engine alone", "server READY", "ratio", "memory, loaded", "after 32 clients"
+    lines = [f"| | {' | '.join(head)} |", "|---" * 6 + "|"]
+    for name, row in record["figures"].items():
+        middle = {quantity: found["median"] for quantity, found in row.items()}
+        cells = [f"{middle['engine_seconds']:.1f} s", f"{middle['ready_seconds']:.1f} s"]
+        cells += [f"{middle['ready_to_engine']:.2f}"]
+        cells += [f"{middle[q] / 1000:.2f} GB" for q in ("loaded_mb", "served_mb")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def offload(record: dict) -> str:
+    """The dolly-v2-3b shape under a RAM budget: speed, its limit, memory."""
+    head = "on disk", "tokens per second", "the disk allows", "of that", "peak memory"
+    lines = [f"| RAM for weights | {' | '.join(head)} |", "|---" * 6 + "|"]
+    for name, row in record["figures"].items():
+        rate = row["tokens_per_second"]
+        cells = [f"{row['bytes_on_disk']['median'] / 1e9:.1f} GB"]
+        cells += [f"{rate['median']:.2f} ({rate['min']:.2f} to {rate['max']:.2f})"]
+        if limit := row.get("disk_limit_tokens_per_second"):
+            shares = [r / d for r, d in zip(rate["values"], limit["values"], strict=True)]
+            cells += [f"{limit['median']:.2f}", f"{statistics.median(shares):.2f}"]
+        else:
+            cells += ["", ""]
+        lines.append(f"| {name} | {' | '.join(cells)} | {row['peak_memory_gb']['median']:.1f} GB |")
+    return "\n".join(lines)
+
+
+def soak(record: dict) -> str:
+    """Half an hour of load, in one line a quantity."""
+    figures = record["figures"]
+    thirds = ", ".join(f"{1000 * s:.1f}" for s in figures["p99_seconds_a_token_by_third"])
+    replies = ", ".join(f"{count:,} {outcome}" for outcome, count in figures["requests"].items())
+    rows = {
+        "clients, minutes, cores": f"{figures['clients']}, {figures['minutes']:.0f}, "
+        f"{figures['cores_used']} of {record['machine']['cores']}",
+        "requests and their status": replies,
+        "memory after the warm-up, at the end": " and ".join(
+            f"{figures[q]:,.0f} MB" for q in ("memory_mb_after_warm_up", "memory_mb_at_the_end")
+        ),
+        "slope of the memory": f"{figures['memory_mb_a_minute']:+.2f} MB a minute",
+        "99th percentile by third, ms a token": thirds,
+    }
+    lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(lines)
+
+
 TABLES = {
     "large": large,
     "engine_batching": engine_batching,
-    "engines": engines,
+    "http": http,
+    "offload": offload,
     "quality": quality,
     "serving": serving,
+    "soak": soak,
+    "startup": startup,
     "targets": targets,
 }
 SOURCES = {"targets": "serving"}

@@ -41,7 +41,8 @@ def main() -> int:
         print(f"error: TORCH={flavour}: use cpu or cuda", file=sys.stderr)
         return 1
     done = venv / ".setup-done"
-    state = f"{hashlib.sha256(LOCK.read_bytes()).hexdigest()} {flavour} {ROOT}"
+    inputs = LOCK.read_bytes() + (ROOT / "pyproject.toml").read_bytes()
+    state = f"{hashlib.sha256(inputs).hexdigest()} {flavour} {ROOT}"
     if not (done.is_file() and done.read_text() == state):
         try:
             install(venv, flavour)

@@ -23,6 +23,9 @@ def load_model(weights: Path, config: EngineConfig) -> PreTrainedModel:
     `offload_folder` for that.
 
     Source: accelerate's "big model inference", through transformers' `device_map`.
+
+    Raises:
+        ValueError: `max_memory` leaves room for no module at all.
     """
     options: dict = {"dtype": getattr(torch, config.dtype), "local_files_only": True}
     if config.device_map:
@@ -36,6 +39,13 @@ def load_model(weights: Path, config: EngineConfig) -> PreTrainedModel:
     if not config.offload_folder:
         with suppress(OSError):  # safetensors are read where they are, so it has stayed empty
             Path(options["offload_folder"]).rmdir()
+    if model.device.type == "meta" and not hasattr(model, "hf_device_map"):
+        # transformers 5.5 attaches accelerate's hooks only where there are two places or more.
+        needed = model.get_input_embeddings().weight.nbytes / 1e6
+        raise ValueError(
+            f"app.engine.max_memory: {config.max_memory} leaves no module in memory; allow at "
+            f"least {needed:.0f}MB and one layer more, for the embeddings"
+        )
     return model
 
 

@@ -277,6 +277,11 @@ def test_offload_to_disk_gives_the_same_text(tiny_llama, tmp_path, monkeypatch, 
     assert run(offloaded, PROMPTS) == run(plain, PROMPTS)
 
 
+def test_memory_for_no_module_at_all(tiny_llama):
+    with pytest.raises(ValueError, match=r"app\.engine\.max_memory: \{'cpu': 0\} leaves no module"):
+        create_engine(tiny_llama, EngineConfig(**TORCH, max_memory={"cpu": 0}))
+
+
 def test_stop_tokens_must_be_tokens(tiny_llama):
     with pytest.raises(ValueError, match="'### End' is 7 tokens"):
         create_engine(tiny_llama, EngineConfig(**TORCH, stop_tokens=["### End"]))

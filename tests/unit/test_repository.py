@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.plots import FIGURES, save
+from benchmarks.record import RESULTS
 from benchmarks.tables import DOCUMENTS, with_tables
 from deploy import setup_env
 from deploy.java import MINIMUM, find_java, java_version
@@ -134,7 +136,7 @@ def test_java_is_found_and_an_old_one_is_not_used(monkeypatch, tmp_path):
 ORIGINAL = ["build-dev", "build-pro", "run", "stop", "delete", "shell", "logs", "push", "deploy"]
 
 
-@pytest.mark.parametrize("target", [*ORIGINAL, "notebooks", "lab"])
+@pytest.mark.parametrize("target", ORIGINAL)
 def test_a_target_whose_room_is_empty_says_which_chapter_brings_it(target):
     run = make(target, "APP=gpt2")
     assert run.returncode != 0
@@ -160,6 +162,13 @@ def test_tables_are_those_of_the_results():
     for name in DOCUMENTS:
         text = (ROOT / name).read_text()
         assert with_tables(text) == text, f"{name}: run python -m benchmarks.tables"
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_are_those_of_the_results(name, tmp_path):
+    save(name, tmp_path / "made.svg")
+    committed = (RESULTS / f"{name}.svg").read_text()
+    assert (tmp_path / "made.svg").read_text() == committed, "run python -m benchmarks.plots"
 
 
 def test_links_in_the_documents_lead_somewhere():

@@ -1,0 +1,176 @@
+"""Figures in one look: of the result files for the documents, and the chapters' own.
+
+python -m benchmarks.plots      # rewrites benchmarks/results/*.svg; a test compares
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.record import RESULTS
+from deploy.cli import command
+
+BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#222222", "#8a8a8a"
+"""Colours that people with any kind of colour vision tell apart. Source: Okabe and Ito, 2008."""
+
+STYLE = {
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+    "svg.hashsalt": "serving-llms",  # else every run names its shapes anew
+}
+
+
+def figure(columns: int = 1, *, width: float = 5.0, height: float = 3.0) -> tuple[Figure, ...]:
+    """An empty figure and its `columns` axes side by side. Sizes in inches.
+
+    Whatever is drawn from then on has our look: matplotlib asks for it at each step.
+    """
+    matplotlib.rcParams.update(STYLE)
+    made = Figure(figsize=(width, height))
+    return made, *(made.add_subplot(1, columns, i + 1) for i in range(columns))
+
+
+SYSTEMS = {
+    "ours int8": ("this handler, int8", BLUE, "o-"),
+    "ours int4": ("this handler, int4", SKY, "o-"),
+    "ours transformers": ("this handler, transformers bfloat16", GREEN, "o-"),
+    "vllm": ("vLLM, bfloat16", RED, "s--"),
+    "llama.cpp Q8_0": ("llama.cpp, 8 bits", ORANGE, "^--"),
+    "llama.cpp Q4_0": ("llama.cpp, 4 bits", PURPLE, "^--"),
+    "batched": ("TorchServe's own batching", GREY, "d:"),
+    "seed": ("one request at a time", BLACK, "d:"),
+}
+"""Systems of results/serving.json -> how a figure shows them."""
+
+CLIENTS = (1, 8, 32)
+
+
+def serving(record: dict) -> Figure:
+    """Tokens per second of every system over the number of clients, as multiples of the seed's.
+
+    Each point is the median of the ratios within a round, each bar their spread.
+    """
+    figures = record["figures"]
+    base = figures["seed"]["tokens_per_second 1"]["values"]
+    made, axes = figure(width=6.4, height=3.8)
+    for name, (label, colour, line) in SYSTEMS.items():
+        points = []
+        for clients in CLIENTS:
+            if found := figures[name].get(f"tokens_per_second {clients}"):
+                ratios = [a / b for a, b in zip(found["values"], base, strict=True)]
+                points.append((clients, statistics.median(ratios), min(ratios), max(ratios)))
+        if points:
+            x, y, least, most = zip(*points, strict=True)
+            spread = [
+                [m - a for m, a in zip(y, least, strict=True)],
+                [b - m for m, b in zip(y, most, strict=True)],
+            ]
+            axes.errorbar(x, y, spread, fmt=line, color=colour, label=label, capsize=2)
+    _doubling(axes, CLIENTS)
+    axes.set(
+        xlabel="clients that always wait for an answer",
+        ylabel="times the original's way, 1 client",
+        title="Tokens per second, SmolLM2-135M on 2 cores",
+    )
+    made.legend(loc="outside right upper", fontsize=8)
+    return made
+
+
+def offload(record: dict) -> Figure:
+    """Speed and peak memory of the dolly-v2-3b shape over the RAM it was allowed."""
+    figures = record["figures"]
+    made, speed, memory = figure(2, width=7.2, height=3.0)
+    for state, colour, label in (
+        ("warm", BLUE, "files in the page cache"),
+        ("cold", ORANGE, "files read from the disk"),
+    ):
+        rows = {name.split()[0]: row for name, row in figures.items() if name.endswith(state)}
+        budgets = list(rows)
+        places = range(len(budgets))
+        for axes, quantity in ((speed, "tokens_per_second"), (memory, "peak_memory_gb")):
+            found = [row[quantity] for row in rows.values()]
+            middle = [f["median"] for f in found]
+            spread = [
+                [f["median"] - f["min"] for f in found],
+                [f["max"] - f["median"] for f in found],
+            ]
+            axes.errorbar(places, middle, spread, fmt="o-", color=colour, label=label, capsize=2)
+            if state == "warm":
+                axes.set_xticks(places, budgets)
+        if state == "cold":
+            limit = [row["disk_limit_tokens_per_second"]["median"] for row in rows.values()]
+            speed.plot(places, limit, ":", color=GREY, label="what the disk allows")
+    speed.set(yscale="log", xlabel="RAM for weights", ylabel="tokens per second", title="Speed")
+    speed.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
+    speed.minorticks_off()
+    memory.set(xlabel="RAM for weights", ylabel="GB", title="Peak memory of the process")
+    memory.set_ylim(bottom=0)
+    lines, labels = speed.get_legend_handles_labels()
+    made.legend(lines, labels, loc="outside lower center", ncol=3, fontsize=8)
+    return made
+
+
+def soak(record: dict) -> Figure:
+    """Memory of the server, and the slowest requests, over the half hour."""
+    figures = record["figures"]
+    made, memory, times = figure(2, width=7.2, height=2.6)
+    minutes, held = zip(*figures["memory_mb"], strict=True)
+    memory.plot(minutes, held, color=BLUE)
+    memory.set(xlabel="minute", ylabel="MB", title="Memory of the server (PSS)")
+    memory.set_ylim(bottom=0)
+    minutes, slowest = zip(*figures["p99_seconds_a_token"], strict=True)
+    times.plot(minutes, [1000 * s for s in slowest], "o-", color=ORANGE)
+    times.set(xlabel="minute", ylabel="ms a token", title="99th percentile of the requests")
+    times.set_ylim(bottom=0)
+    return made
+
+
+def _doubling(axes: Axes, values: tuple[int, ...]) -> None:
+    """Both axes logarithmic, with the ticks people read."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(values, [str(v) for v in values])
+    axes.yaxis.set_major_formatter("{x:g} x")
+
+
+FIGURES: dict[str, Callable[[dict], Figure]] = {
+    "serving": serving,
+    "offload": offload,
+    "soak": soak,
+}
+
+
+def save(name: str, path: Path) -> None:
+    """Draw one figure of FIGURES from its result file."""
+    made = FIGURES[name](json.loads((RESULTS / f"{name}.json").read_text()))
+    made.savefig(path, metadata={"Date": None})
+
+
+@command
+def main(arguments: list[str] | None) -> None:
+    """Draw all of them."""
+    for name in FIGURES:
+        save(name, RESULTS / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Figures of what a chapter has just measured. Those of committed results: benchmarks/plots.py."""
+
+from collections.abc import Sequence
+
+from matplotlib.figure import Figure
+
+from benchmarks.plots import BLUE, GREEN, GREY, ORANGE, SKY, figure
+
+PARTS = {"embeddings": ORANGE, "attention": BLUE, "MLP": GREEN}
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
+PLACES = {"cpu": BLUE, "disk": ORANGE}
+
+
+def parts(models: dict[str, dict[str, int]]) -> Figure:
+    """Where models have their parameters, and what they weigh in four precisions.
+
+    Args:
+        models: title -> part of PARTS -> number of parameters.
+    """
+    made, share, memory = figure(2, width=7.2, height=2.6)
+    totals = {title: sum(counts.values()) for title, counts in models.items()}
+    left = dict.fromkeys(models, 0.0)
+    for part, colour in PARTS.items():
+        values = {title: 100 * counts[part] / totals[title] for title, counts in models.items()}
+        share.barh(
+            list(values), list(values.values()), left=list(left.values()), color=colour, label=part
+        )
+        left = {title: left[title] + values[title] for title in left}
+    share.set(xlabel="% of the parameters", title="Where the parameters are")
+    colours = (ORANGE, GREY, BLUE, SKY)
+    for i, ((dtype, size), colour) in enumerate(zip(BYTES.items(), colours, strict=True)):
+        gigabytes = [size * total / 1e9 for total in totals.values()]
+        rows = [row + 0.3 - 0.2 * i for row in range(len(models))]
+        memory.barh(rows, gigabytes, height=0.18, label=dtype, color=colour)
+    memory.set(xscale="log", xlabel="GB", title="What they weigh", yticks=[])
+    memory.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
+    memory.grid(axis="x")
+    for axes in (share, memory):
+        axes.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -0.25), ncol=4, columnspacing=0.8, fontsize=8
+        )
+    return made
+
+
+def token_times(
+    kept: Sequence[float], recomputed: Sequence[float], prefill: dict[int, float]
+) -> Figure:
+    """Seconds of each token with the KV cache and without; seconds of prefills by their length."""
+    made, steps, per_token = figure(2, width=7.2, height=2.8)
+    numbers = range(1, len(kept) + 1)
+    steps.plot(
+        numbers, [1000 * s for s in recomputed], "o-", color=ORANGE, label="without the cache"
+    )
+    steps.plot(numbers, [1000 * s for s in kept], "o-", color=BLUE, label="with the KV cache")
+    steps.set(xlabel="token of the completion", ylabel="ms", title="Time of each token")
+    per_token.plot(
+        list(prefill),
+        [1000 * s / n for n, s in prefill.items()],
+        *("o-",),
+        color=GREEN,
+        label="reading a token (prefill)",
+    )
+    decode = sorted(kept[1:])[len(kept) // 2]
+    per_token.axhline(1000 * decode, color=BLUE, label="writing a token (decode)")
+    per_token.set(
+        xlabel="length of the prompt", ylabel="ms a token", title="Reading is cheaper than writing"
+    )
+    for axes in (steps, per_token):
+        axes.set_ylim(bottom=0)
+        axes.legend(fontsize=8)
+    return made
+
+
+def device_map(places: dict[str, str]) -> Figure:
+    """The modules of a model in the order of a forward pass, coloured by where they are."""
+    places = dict(sorted(places.items(), key=lambda item: item[0] == "lm_head"))  # it comes last
+    made, axes = figure(width=7.2, height=1.4)
+    for i, place in enumerate(places.values()):
+        axes.barh(0, 1, left=i, color=PLACES[place], edgecolor="white")
+    names = [name.removeprefix("model.").removeprefix("transformer.") for name in places]
+    axes.set_xticks([i + 0.5 for i in range(len(names))], names, rotation=90, fontsize=7)
+    axes.set(yticks=[], title="One forward pass, left to right: blue is in RAM, orange on disk")
+    axes.grid(False)
+    return made
+
+
+def budgets(measured: dict[str, dict[str, dict]], title: str) -> Figure:
+    """Tokens per second and peak memory over the RAM that weights were allowed.
+
+    Args:
+        measured: budget -> quantity -> summary, as `benchmarks.offload` measures them.
+        title: of the left side.
+    """
+    made, speed, peak = figure(2, width=7.2, height=2.6)
+    names = list(measured)
+    rates = [measured[name]["tokens_per_second"]["median"] for name in names]
+    speed.plot(names, rates, "o-", color=BLUE)
+    speed.set(xlabel="RAM for weights", ylabel="tokens per second", title=title)
+    held = [measured[name]["peak_memory_gb"]["median"] for name in names]
+    peak.plot(names, held, "o-", color=ORANGE)
+    peak.set(xlabel="RAM for weights", ylabel="GB", title="Peak memory of the process")
+    for axes in (speed, peak):
+        axes.set_ylim(bottom=0)
+    return made
+
+
+def waiting(ways: dict[str, dict[str, tuple[float, float]]]) -> Figure:
+    """For each way, from when to when each request waited, in seconds."""
+    made, *columns = figure(len(ways), width=7.2, height=2.2)
+    latest = max(end for times in ways.values() for _, end in times.values())
+    for axes, colour, (title, times) in zip(columns, (ORANGE, BLUE), ways.items(), strict=True):
+        for name, (sent, answered) in times.items():
+            axes.barh(name, answered - sent, left=sent, color=colour)
+        axes.set(title=title, xlabel="seconds", xlim=(0, 1.05 * latest))
+        axes.invert_yaxis()
+        axes.grid(axis="x")
+    return made
+
+
+def bars(values: dict[str, float], xlabel: str, title: str) -> Figure:
+    """One bar a name."""
+    made, axes = figure(width=5, height=0.7 + 0.35 * len(values))
+    axes.barh(list(values), list(values.values()), color=(GREY, BLUE, SKY, GREEN)[: len(values)])
+    axes.set(xlabel=xlabel, title=title)
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    return made
+
+
+def columns(rows: Sequence[dict], name: str, quantities: Sequence[str]) -> Figure:
+    """Rows of a table as bars, one panel a quantity."""
+    made, *panels = figure(len(quantities), width=7.2, height=1.9)
+    for axes, quantity, colour in zip(panels, quantities, (ORANGE, BLUE, GREY), strict=False):
+        axes.barh([row[name] for row in rows], [row[quantity] for row in rows], color=colour)
+        axes.set(title=quantity)
+        axes.invert_yaxis()
+        axes.grid(axis="x")
+        if axes is not panels[0]:
+            axes.set_yticks([])
+    return made
+
+
+def readiness(healthy: float, ready: float) -> Figure:
+    """From when on /ping says yes, and from when on a worker does, in seconds."""
+    made, axes = figure(width=6.4, height=1.6)
+    end = 1.15 * ready
+    axes.barh("/ping says Healthy", end - healthy, left=healthy, color=ORANGE)
+    axes.barh("a worker is READY", end - ready, left=ready, color=GREEN)
+    axes.set(xlabel="seconds since the start", xlim=(0, end))
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    return made
+
+
+def counter(samples: Sequence[tuple[float, float]], title: str) -> Figure:
+    """A counter over time, from zero. `samples`: (seconds, value)."""
+    made, axes = figure(width=5, height=2.4)
+    began, base = samples[0]
+    seconds, values = [t - began for t, _ in samples], [n - base for _, n in samples]
+    axes.step(seconds, values, where="post", color=BLUE)
+    axes.set(xlabel="seconds", ylabel="tokens", title=title)
+    return made

@@ -1,0 +1,131 @@
+"""What all chapters share: bars, tables, figures, sources, servers. Nothing here knows a model."""
+
+import atexit
+import inspect
+import io
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from IPython.display import HTML, Image, Markdown, display
+from matplotlib.figure import Figure
+from PIL import Image as Picture
+
+from benchmarks.record import RESULTS
+from deploy.paths import BUILD, ROOT
+from deploy.server import Server, port_holder
+
+T = TypeVar("T")
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A moving bar while the block runs. What the block prints goes to build/notebook.log."""
+    bar = display(HTML(f"<progress></progress> {what}"), display_id=True)
+    try:
+        with _log() as log, _descriptors(log.fileno()), redirect_stdout(log), redirect_stderr(log):
+            yield
+    except BaseException:
+        bar.update(HTML(f"✗ {what}"))
+        raise
+    bar.update(HTML(f"✓ {what}"))
+
+
+def _log() -> TextIO:
+    BUILD.mkdir(exist_ok=True)
+    return (BUILD / "notebook.log").open("a")
+
+
+def progress(values: Sequence[T], what: str) -> Iterator[T]:
+    """Go through `values` with a bar that fills."""
+
+    def shown(done: int) -> HTML:
+        return HTML(f'<progress max="{len(values)}" value="{done}"></progress> {what}')
+
+    bar = display(shown(0), display_id=True)
+    for done, value in enumerate(values, start=1):
+        yield value
+        bar.update(shown(done))
+    bar.update(HTML(f"✓ {what}"))
+
+
+@contextmanager
+def _descriptors(log: int) -> Iterator[None]:
+    """Send what child processes write to a log as well: they know nothing of sys.stdout."""
+    sys.stdout.flush(), sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    os.dup2(log, 1), os.dup2(log, 2)
+    try:
+        yield
+    finally:
+        for number, copy in enumerate(kept, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def table(rows: Sequence[dict[str, object]]) -> None:
+    """Rows with the same keys, as a table. Numbers stand on the right."""
+    names = list(rows[0])
+    right = {n: all(isinstance(row[n], int | float) for row in rows) for n in names}
+    lines = [f"| {' | '.join(names)} |"]
+    lines.append("|" + "|".join("---:" if right[n] else "---" for n in names) + "|")
+    for row in rows:
+        cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in (row[n] for n in names))
+        lines.append(f"| {' | '.join(cells)} |")
+    display(Markdown("\n".join(lines)))
+
+
+def show(drawing: Figure, alt: str) -> None:
+    """Put a figure into the notebook, in few bytes. `alt` says what one sees, to who cannot."""
+    stream = io.BytesIO()
+    drawing.savefig(stream, format="png", dpi=110)
+    small = io.BytesIO()
+    Picture.open(stream).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+    display(Image(small.getvalue(), alt=alt, metadata={"alt": alt}))
+
+
+def source(thing: Callable | type | Path, start: str = "", end: str = "") -> None:
+    """Show tested code as it is: a function, a class, or a file from one line to before another.
+
+    Args:
+        thing: what to show; a path is relative to the project.
+        start: begin at the first line that contains this.
+        end: stop before the first line after that which contains this.
+    """
+    path = ROOT / thing if isinstance(thing, Path) else Path(inspect.getsourcefile(thing))
+    text = path.read_text() if isinstance(thing, Path) else inspect.getsource(thing)
+    lines = textwrap.dedent(text).splitlines()
+    if start:
+        lines = lines[next(i for i, line in enumerate(lines) if start in line) :]
+    if end:
+        lines = lines[: next(i for i, line in enumerate(lines) if i and end in line)]
+    language = {".py": "python", ".yaml": "yaml"}.get(path.suffix, "")
+    code = textwrap.dedent("\n".join(lines)).strip()
+    display(Markdown(f"`{path.relative_to(ROOT)}`\n```{language}\n{code}\n```"))
+
+
+def result(name: str) -> dict:
+    """A benchmark's record, as committed in benchmarks/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def start(archive: Path, port: int, **settings: object) -> Server:
+    """Start TorchServe with one archive; it ends with the notebook at the latest."""
+    server = Server(archive, port=port, **settings)
+    atexit.register(server.stop)
+    with busy(f"starting TorchServe with {server.name}"):
+        server.start()
+    return server
+
+
+def stop(server: Server) -> None:
+    """Stop a server, and make sure that nobody listens on its ports any more."""
+    server.stop()
+    for port in server.ports:
+        assert port_holder(port) is None, f"port {port} is still taken by {port_holder(port)}"
+    print(f"stopped; ports {server.ports[0]} to {server.ports[-1]} are free")

@@ -1,0 +1,76 @@
+"""The checks of the chapters, checked: what should be noticed is."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from deploy.paths import ROOT
+from tests.notebooks import test_policy as policy
+
+CHAPTER = ROOT / "notebooks" / "04_serve_with_torchserve.ipynb"
+QUICK = ROOT / "notebooks" / "02_solutions.ipynb"
+
+
+@pytest.fixture
+def planted(request):
+    """Write a notebook beside the real ones, where it finds their modules; gone afterwards."""
+    path = ROOT / "notebooks" / "planted.ipynb"
+
+    def plant(source: Path, change) -> Path:
+        notebook = nbformat.read(source, as_version=4)
+        change([cell for cell in notebook.cells if cell.cell_type == "code"])
+        nbformat.write(notebook, path)
+        return path
+
+    yield plant
+    path.unlink(missing_ok=True)
+
+
+def nbval(path: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "--nbval", path, "-p", "no:cacheprovider"]
+    sanitize = ["--nbval-sanitize-with", ROOT / "notebooks" / "nbval.cfg"]
+    return subprocess.run([*command, *sanitize], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_chapter_as_it_is_passes(planted):
+    run = nbval(planted(QUICK, lambda cells: None))
+    assert run.returncode == 0, run.stdout
+
+
+def test_a_wrong_number_in_an_output(planted):
+    def change(cells):
+        output = next(o for c in cells for o in c.outputs if "429" in o.get("text", ""))
+        output["text"] = output["text"].replace("429", "428")
+
+    run = nbval(planted(QUICK, change))
+    assert run.returncode == 1 and "Cell outputs differ" in run.stdout, run.stdout
+
+
+def test_a_cell_that_was_not_run(planted):
+    def change(cells):
+        cells[2].execution_count, cells[2].outputs = None, []
+
+    with pytest.raises(AssertionError):
+        policy.test_its_outputs_come_from_one_run_from_top_to_bottom(planted(QUICK, change))
+
+
+def test_a_server_that_is_left_running(planted):
+    def change(cells):
+        cells[-1].source = re.sub(r"\bstop\(server\)", "print('bye')", cells[-1].source)
+
+    with pytest.raises(AssertionError):
+        policy.test_every_server_is_stopped(planted(CHAPTER, change))
+    policy.test_every_server_is_stopped(CHAPTER)
+
+
+def test_a_number_in_the_prose(planted):
+    path = planted(CHAPTER, lambda cells: None)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[2].source = "It answers after 34 ms."
+    nbformat.write(notebook, path)
+    with pytest.raises(AssertionError):
+        policy.test_no_measured_number_is_typed_into_prose(path)
