@@ -17,8 +17,8 @@ ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 export VENV TORCH
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
-        bench-large bench-startup bench-offload bench-soak bench-check lock clean lab notebooks chapters build-dev \
-        build-pro run stop delete shell logs push deploy
+        bench-large bench-startup bench-offload bench-soak bench-check lock clean lab notebooks \
+        chapters build-dev build-pro run stop delete shell logs push deploy
 
 help: ## Show the targets
 	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
@@ -39,13 +39,15 @@ lint: setup ## ruff
 unit: setup ## pytest
 	@$(PY) -m pytest
 
-chapters: setup ## Run every chapter and compare its outputs (pytest --nbval)
+chapters: setup ## Run every chapter and compare its outputs (pytest --nbval, 5 minutes)
 	@env -u APP $(PY) -m pytest --nbval notebooks --nbval-sanitize-with notebooks/nbval.cfg
 
-notebooks: setup ## Run every chapter in place, to store new outputs
+notebooks: setup ## Run every chapter in place, to store new outputs (5 minutes)
 	@$(PY) -m nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 \
-	  --CoalesceStreamsPreprocessor.enabled=True \
+	  notebooks/0*.ipynb
+	@# What a stream was split into while it ran is joined after that.
+	@$(PY) -m nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True \
 	  notebooks/0*.ipynb
 
 lab: setup ## Open the course in JupyterLab

@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from IPython import get_ipython
 from IPython.display import HTML, Image, Markdown, display
 from matplotlib.figure import Figure
 from PIL import Image as Picture
@@ -21,6 +22,11 @@ from deploy.paths import BUILD, ROOT
 from deploy.server import Server, port_holder
 
 T = TypeVar("T")
+
+
+def short_errors() -> None:
+    """From now on an error is shown in one line: the deliberate ones need no traceback."""
+    get_ipython().InteractiveTB.set_mode("Minimal")
 
 
 @contextmanager
