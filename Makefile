@@ -80,10 +80,10 @@ bench: setup ## Compare all systems that are installed (40 minutes with peers)
 bench-large: setup ## Measure the dolly-v2-3b shape: export, speed, memory (15 minutes)
 	@$(PY) -m benchmarks.large
 
-bench-startup: setup ## Measure starts and memory beside the engine alone (3 minutes)
+bench-startup: setup ## Measure starts and memory beside the engine alone (6 minutes)
 	@$(PY) -m benchmarks.startup
 
-bench-offload: setup ## Measure it under a RAM budget, the rest on disk (20 minutes)
+bench-offload: setup ## Measure it under a RAM budget, the rest on disk (12 minutes)
 	@$(PY) -m benchmarks.offload
 
 bench-soak: setup ## Half an hour of load with clients that leave and bad requests

@@ -1,6 +1,6 @@
 """From an archive to READY: how long a start takes beside loading the engine alone, and memory.
 
-    python -m benchmarks.startup        # three minutes
+    python -m benchmarks.startup        # six minutes
 
 The engine alone is a fresh process that imports it, loads the archive's model and warms up. The
 server is everything: Java, the worker, TorchServe's imports, the same load, and the management API

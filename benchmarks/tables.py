@@ -139,7 +139,8 @@ def offload(record: dict) -> str:
         rate = row["tokens_per_second"]
         cells = [f"{row['bytes_on_disk']['median'] / 1e9:.1f} GB"]
         cells += [f"{rate['median']:.2f} ({rate['min']:.2f} to {rate['max']:.2f})"]
-        if limit := row.get("disk_limit_tokens_per_second"):
+        limit = row.get("disk_limit_tokens_per_second")
+        if limit and name.endswith("cold"):
             shares = [r / d for r, d in zip(rate["values"], limit["values"], strict=True)]
             cells += [f"{limit['median']:.2f}", f"{statistics.median(shares):.2f}"]
         else:

@@ -44,7 +44,7 @@ def load_model(weights: Path, config: EngineConfig) -> PreTrainedModel:
         needed = model.get_input_embeddings().weight.nbytes / 1e6
         raise ValueError(
             f"app.engine.max_memory: {config.max_memory} leaves no module in memory; allow at "
-            f"least {needed:.0f}MB and one layer more, for the embeddings"
+            f"least {needed:.0f}MB for the embeddings, and one layer more"
         )
     return model
 

@@ -16,7 +16,7 @@ QUICK = ROOT / "notebooks" / "02_solutions.ipynb"
 
 
 @pytest.fixture
-def planted(request):
+def planted():
     """Write a notebook beside the real ones, where it finds their modules; gone afterwards."""
     path = ROOT / "notebooks" / "planted.ipynb"
 
