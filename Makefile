@@ -7,6 +7,11 @@ MODEL_DIR ?=
 ENGINE    ?=
 SHAPE_ONLY ?=
 TORCH     ?= cpu
+TARGET    ?=
+TAG       ?= dev
+MEMORY    ?=
+REGISTRY  ?=
+BAKED     ?= yes
 VENV      ?= .venv
 PYTHON    ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 
@@ -18,7 +23,7 @@ export VENV TORCH
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
         bench-large bench-startup bench-offload bench-soak bench-check lock clean lab notebooks \
-        chapters build-dev build-pro run stop delete shell logs push deploy
+        chapters build-dev build-pro run stop delete shell logs push image-report deploy
 
 help: ## Show the targets
 	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
@@ -98,32 +103,33 @@ lock: setup ## Resolve pyproject.toml into requirements.lock
 clean: ## Remove what was made: models, archives, logs (not .venv)
 	rm -rf models model_store build
 
-# The original's targets whose rooms are still empty.
-not_yet = @echo "make $@: comes with chapter $(1), which is not written yet" >&2; exit 1
+build-dev: setup ## Build an image of APP with both engines (Docker or podman)
+	@$(PY) -m deploy.image build $(WEIGHTS) --tag dev --target $(or $(TARGET),cpu) $(if $(filter no,$(BAKED)),--without-weights)
 
-build-dev: ## Build the development image of APP (chapter 05)
-	$(call not_yet,05)
+build-pro: setup ## Build the smallest image of APP (TARGET=gpu for CUDA, BAKED=no without weights)
+	@$(PY) -m deploy.image build $(WEIGHTS) --tag pro $(if $(TARGET),--target $(TARGET)) $(if $(filter no,$(BAKED)),--without-weights)
 
-build-pro: ## Build the production image of APP (chapter 05)
-	$(call not_yet,05)
+run: setup ## Run the image of APP, hardened, on PORT (TAG=pro, MEMORY=2g)
+	@$(PY) -m deploy.image run "$(APP)" --tag "$(TAG)" --port "$(PORT)" $(if $(MEMORY),--memory $(MEMORY))
 
-run: ## Run the image of APP (chapter 05)
-	$(call not_yet,05)
+stop: setup ## Stop the container of APP: requests in flight are answered
+	@$(PY) -m deploy.image stop "$(APP)"
 
-stop: ## Stop the container of APP (chapter 05)
-	$(call not_yet,05)
+delete: setup ## Delete the container of APP
+	@$(PY) -m deploy.image delete "$(APP)"
 
-delete: ## Delete the container of APP (chapter 05)
-	$(call not_yet,05)
+shell: setup ## Open a shell in the container of APP
+	@$(PY) -m deploy.image shell "$(APP)"
 
-shell: ## Open a shell in the container of APP (chapter 05)
-	$(call not_yet,05)
+logs: setup ## Follow the container's log
+	@$(PY) -m deploy.image logs "$(APP)"
 
-logs: ## Follow the container's log (chapter 05)
-	$(call not_yet,05)
+push: setup ## Push the image of APP (REGISTRY=host/project/repository, TAG=pro)
+	@$(PY) -m deploy.image push "$(APP)" --tag "$(TAG)" --registry "$(REGISTRY)"
 
-push: ## Push the image of APP to Artifact Registry (chapter 06)
-	$(call not_yet,06)
+image-report: setup ## Show what is in the image of APP, by part
+	@$(PY) -m deploy.image_report "$(APP)" --tag "$(TAG)"
 
+# The original's target whose room is still empty.
 deploy: ## Deploy APP on Vertex AI (chapter 06)
-	$(call not_yet,06)
+	@echo "make $@: comes with chapter 06, which is not written yet" >&2; exit 1

@@ -88,10 +88,21 @@ def machine() -> dict[str, str | int | float]:
     """Processor, cores, memory and system: no names, no paths."""
     return {
         "processor": _processor(),
+        "bits8_and_bfloat16": _instructions(),
         "cores": psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _instructions() -> str:
+    """Which instructions for small numbers there are: `processor` often does not tell."""
+    wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return "unknown"
+    return ", ".join(name for name in wanted if name in flags) or "none"
 
 
 def _processor() -> str:

@@ -16,8 +16,9 @@ import httpx
 
 from benchmarks import peers
 from benchmarks.load import Target
-from deploy.archive import build_archive, model_config, pack
+from deploy.archive import build_archive, model_config
 from deploy.export import export
+from deploy.pack import pack
 from deploy.paths import BUILD, UserError
 from deploy.server import Server
 from deploy.weights import get_weights, weight_files

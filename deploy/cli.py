@@ -31,9 +31,13 @@ def command(main: Main) -> Callable[[list[str] | None], int]:
     return run
 
 
-def app_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """A parser with what every command about an app's weights takes."""
+def app_parser(
+    name: str, description: str, actions: list[str] | None = None
+) -> argparse.ArgumentParser:
+    """A parser with what every command about an app's weights takes, after an action if any."""
     parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
+    if actions:
+        parser.add_argument("action", choices=actions)
     parser.add_argument("app", type=_name, help="a name in handler/apps, or any with --model-dir")
     parser.add_argument("--model-dir", type=Path, help="a folder in Hugging Face layout to use")
     parser.add_argument("--shape-only", action="store_true", help="random weights of true size")

@@ -3,8 +3,8 @@
     python -m deploy.server smollm2-135m                 # archive and serve, until Ctrl-C
     python -m deploy.server smollm2-135m --quickstart    # one request, then stop
 
-Java is started directly, not through the `torchserve` command: that wrapper, when stopped, leaves
-Java running, and does not tell when Java has died.
+How it is started and set is shared with the container: `deploy/launch.py` and
+`docker/config.properties`.
 """
 
 import argparse
@@ -23,19 +23,21 @@ from types import TracebackType
 
 import httpx
 import psutil
-import ts
 
-from deploy.archive import add_archive_options, archive_path, build_app
+from deploy.archive import add_archive_options, build_app
 from deploy.cli import app_parser, command
 from deploy.client import predict
 from deploy.java import find_java
-from deploy.paths import BUILD, UserError, shown
+from deploy.launch import java_command, read_properties
+from deploy.pack import archive_path
+from deploy.paths import BUILD, ROOT, UserError, shown
 
 PORT = 7080
 OMELETTE = {"instances": ["How to prepare a spanish omelette:"]}
 """The original project's request."""
 
-_LOG4J = Path(__file__).with_name("log4j2.xml")
+_LOG4J = ROOT / "docker" / "log4j2.xml"
+_SETTINGS = ROOT / "docker" / "config.properties"
 _LOAD_FAILED = ("Failed to load model", "Backend worker process died", "Load model failed")
 
 
@@ -196,40 +198,27 @@ class Server:
     ) -> None:
         self.stop()
 
-    def _command(self, java: Path) -> list[str | Path]:
-        home = Path(ts.__file__).parent.parent
+    def _command(self, java: Path) -> list[str]:
         config = self._temporary / "config.properties"
         lines = [f"{key}={value}" for key, value in (self._properties() | self.settings).items()]
         config.write_text("\n".join(lines) + "\n")
-        return [
-            *(java, "-Xmx512m", f"-Dmodel_server_home={home}"),
-            *(f"-Djava.io.tmpdir={self._temporary}", f"-Dlog4j.configurationFile={_LOG4J}"),
-            *("-cp", home / "ts" / "frontend" / "*", "org.pytorch.serve.ModelServer"),
-            *("--python", sys.executable, "-f", config, "-ncs"),
-            *("-s", self.archive.parent.resolve(), "-m", f"{self.name}={self.archive.name}"),
-        ]
+        return java_command(
+            java,
+            config=config,
+            log4j=_LOG4J,
+            store=self.archive.parent.resolve(),
+            archive=self.archive.name,
+            temporary=self._temporary,
+        )
 
     def _properties(self) -> dict[str, str]:
-        """config.properties. What it closes: see docs of TorchServe 0.12, "security"."""
-        port = self.port
-        return {
-            "inference_address": f"http://{self.host}:{port}",
-            "management_address": f"http://127.0.0.1:{port + 1}",
-            "metrics_address": f"http://127.0.0.1:{port + 2}",
-            "grpc_inference_address": "127.0.0.1",
-            "grpc_inference_port": str(port + 3),
-            "grpc_management_address": "127.0.0.1",
-            "grpc_management_port": str(port + 4),
-            "disable_token_authorization": "true",  # it would guard /ping too
-            "enable_model_api": "false",
-            "install_py_dep_per_model": "false",
-            "allowed_urls": "file:///nowhere/.*",  # models come from the model store alone
-            "decode_input_request": "false",  # the handler reads the bytes itself
-            "max_request_size": str(10 * 2**20),
-            "max_response_size": str(64 * 2**20),
-            "metrics_mode": "prometheus",
-            "model_metrics_auto_detect": "true",  # else the handler's own metrics are dropped
-            "disable_system_metrics": "true",
+        """The container's config.properties, with addresses of our own."""
+        return read_properties(_SETTINGS) | {
+            "inference_address": f"http://{self.host}:{self.port}",
+            "management_address": f"http://127.0.0.1:{self.port + 1}",
+            "metrics_address": f"http://127.0.0.1:{self.port + 2}",
+            "grpc_inference_port": str(self.port + 3),
+            "grpc_management_port": str(self.port + 4),
         }
 
     def _environment(self) -> dict[str, str]:

@@ -110,13 +110,14 @@ def torch_source(python: Path, flavour: str, block: str) -> tuple[list[str], str
     if sys.platform == "darwin":
         return [], "PyPI (macOS)"
     version = re.match(r"torch==([\d.]+)", block).group(1)
-    for folder in _find_links(python):
+    for folder in find_links(python):
         if list(Path(folder).glob(f"torch-{version}*.whl")):
             return [], "a wheel in the folder that pip's find-links names (CPU)"
     return ["--index-url", CPU_INDEX], f"{CPU_INDEX} (CPU)"
 
 
-def _find_links(python: Path) -> list[str]:
+def find_links(python: Path) -> list[str]:
+    """Folders of wheels that pip's configuration names."""
     run = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True)
     values = re.findall(r"find-links='(.*)'", run.stdout)
     return [folder.removeprefix("file://") for value in values for folder in value.split()]

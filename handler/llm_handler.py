@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from handler.config import parse_app
+from handler.drain import Drain
 from handler.engine import create_engine
 from handler.live import LiveRequest, Reply, error_reply
 from handler.metrics import Metrics
@@ -49,6 +50,7 @@ class LLMHandler:
         self.engine = create_engine(folder / "weights", self.app.engine)
         self.metrics = Metrics(context.metrics, context.model_name)
         self.live: dict[str, LiveRequest] = {}
+        self.drain = Drain()
         self.initialized = True
         random = " (random weights: the text means nothing)" if self.app.random_weights else ""
         chosen = f" (chosen because {self.app.engine.chosen})" if self.app.engine.chosen else ""
@@ -77,6 +79,7 @@ class LLMHandler:
         except Exception:  # whatever this was, the engine's state is not known any more
             logger.critical("a tick failed; leaving", exc_info=True)
             os._exit(1)
+        self.drain.report(len(self.live))
         return self._send(ids, replies, context)
 
     def _tick(self, ids: dict[int, str], data: list[dict]) -> dict[str, Reply]:
@@ -141,6 +144,8 @@ class LLMHandler:
         return error_reply(refused, retry_after=RETRY_AFTER_SECONDS)
 
     def _check_capacity(self, wanted: int) -> None:
+        if self.drain.requested():
+            raise RequestError(503, "the server is shutting down; ask again, another one answers")
         config = self.app.engine
         in_use = sum(live.unfinished for live in self.live.values())
         if in_use and in_use + wanted > config.max_batch + config.max_queue:

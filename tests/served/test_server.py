@@ -13,7 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from deploy.archive import FORMATS, build_archive
+from deploy.archive import build_archive
+from deploy.pack import FORMATS
 from deploy.paths import MODEL_STORE, ROOT
 from deploy.server import Server, ServerError, port_holder
 from tests.bad_input import OK

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import handler.config
-from deploy.archive import HANDLER, build_archive
+from deploy.archive import build_archive
+from deploy.pack import HANDLER
 from deploy.paths import UserError
 from deploy.weights import get_weights
 from handler.config import ConfigError, app_names, app_yaml, load_app, parse_app

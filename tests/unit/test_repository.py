@@ -102,7 +102,7 @@ def test_setup_parses_on_older_pythons():
 
 def test_which_torch(monkeypatch, tmp_path):
     python, block = Path(sys.executable), BLOCKS["torch"]
-    monkeypatch.setattr(setup_env, "_find_links", lambda _: [str(tmp_path)])
+    monkeypatch.setattr(setup_env, "find_links", lambda _: [str(tmp_path)])
     monkeypatch.setattr(sys, "platform", "linux")
     options, origin = setup_env.torch_source(python, "cpu", block)
     assert options == ["--index-url", setup_env.CPU_INDEX] and "download.pytorch.org" in origin

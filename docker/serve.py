@@ -1,0 +1,123 @@
+"""The container's entry: start TorchServe, drain it when the platform says stop, tell how it ended.
+
+Environment, all of it optional:
+    AIP_HTTP_PORT     where to listen (Vertex AI sets it)
+    AIP_STORAGE_URI   gs://bucket/folder with the archive, for an image without weights (likewise)
+    MODEL_STORE       where archives are, default /models
+    DRAIN_SECONDS     how long requests in flight may take after SIGTERM, default 20
+
+Exit codes: 0 after SIGTERM or SIGINT, 2 for a mistake in the environment, 1 if TorchServe ended by
+itself, whatever its own code was: the platform should start the container again.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from threading import Event
+
+from launch import java_command
+
+HERE = Path(__file__).parent
+TEMPORARY = Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108  the one place that is writable
+STATE = TEMPORARY / "serving"
+QUIET_SECONDS = 1.0
+"""No request may have been in flight for so long before TorchServe is stopped: replies need time to
+leave, and requests to get from the frontend to the worker."""
+
+
+def main() -> int:
+    """Run until told to stop, or until TorchServe ends; return the exit code."""
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        drain_seconds = float(os.environ.get("DRAIN_SECONDS", "20"))
+        port = int(os.environ.get("AIP_HTTP_PORT", "7080"))
+        if not 1 <= port <= 65535 or 7081 <= port <= 7084:
+            raise ValueError(f"AIP_HTTP_PORT={port}: use 1 to 65535, but not 7081 to 7084")
+        store = model_store()
+        archive = only_archive(store)
+    except (ValueError, OSError, LookupError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    STATE.mkdir(exist_ok=True)
+    for leftover in STATE.iterdir():
+        leftover.unlink()
+    command = java_command(
+        "java",
+        config=HERE / "config.properties",
+        log4j=HERE / "log4j2.xml",
+        store=store,
+        archive=archive,
+        temporary=TEMPORARY,
+    )
+    server = subprocess.Popen(command, env=os.environ | {"SERVING_STATE": str(STATE)})
+    while server.poll() is None:
+        if stop.wait(0.2):
+            drain(drain_seconds, server)
+            end(server)
+            return 0
+    print(f"TorchServe ended by itself, with code {server.returncode}", file=sys.stderr, flush=True)
+    return 1
+
+
+def model_store() -> Path:
+    """The folder with the archive; filled from AIP_STORAGE_URI if the image has none."""
+    store = Path(os.environ.get("MODEL_STORE", "/models"))
+    uri = os.environ.get("AIP_STORAGE_URI", "")
+    if not uri or (store.is_dir() and any(store.iterdir())):
+        return store
+    from fetch import fetch  # the library it needs is loaded by nobody else
+
+    target = TEMPORARY / "models"
+    fetch(uri, target)
+    return target
+
+
+def only_archive(store: Path) -> str:
+    """The name of the one archive in the store.
+
+    Raises:
+        LookupError: there is none, or more than one.
+    """
+    found = sorted(path.name for path in store.iterdir()) if store.is_dir() else []
+    if len(found) != 1:
+        seen = f"holds {', '.join(found)}" if found else "is empty"
+        raise LookupError(
+            f"{store} {seen}; one archive is wanted. Mount a folder with one there, or let "
+            "AIP_STORAGE_URI name a gs:// folder with one"
+        )
+    return found[0]
+
+
+def drain(seconds: float, server: subprocess.Popen) -> None:
+    """Let requests in flight finish; new ones are refused with 503 (`handler/drain.py`)."""
+    (STATE / "draining").touch()
+    print(f"stopping: requests in flight have {seconds:g} s", flush=True)
+    now = time.monotonic()
+    deadline, last_busy = now + seconds, now
+    while now < deadline and now - last_busy < QUIET_SECONDS and server.poll() is None:
+        time.sleep(0.1)
+        now = time.monotonic()
+        if (STATE / "busy").exists():
+            last_busy = now
+    if now >= deadline:
+        print("time is up; requests are cut off", flush=True)
+
+
+def end(server: subprocess.Popen) -> None:
+    """Stop Java, which stops its worker."""
+    server.terminate()
+    try:
+        server.wait(5)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+    print("stopped", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Take out of an installed environment what a server never opens, and compile what it always does.
+
+    python3 slim.py /opt/venv
+
+Runs in the image's build, after pip. Each entry says what it is; a part that is not installed is
+passed over. Then what a worker imports is imported once, so that exactly those modules have
+bytecode: a read-only container could not keep it, and would compile at every start.
+"""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+UNUSED = {
+    "torch": [
+        "bin/[!t]*",  # protoc; torch_shm_manager is looked for at every import
+        "bin/test*",
+        "include",  # C++ headers
+        "share",  # CMake files
+        "test",
+        "lib/*.a",  # static libraries
+        "lib/*test*.so",
+        "lib/libbackend_with_compiler.so",  # a test's
+    ],
+    "openvino": [
+        "include",
+        "cmake",
+        "tools",  # converters; the model was converted in stage 1
+        "libs/libopenvino_intel_gpu_plugin.so",  # other devices
+        "libs/libopenvino_intel_npu_plugin.so",
+        "libs/cache.json",  # the GPU's tuning data
+        "libs/libopenvino_jax_frontend*",  # readers of other formats
+        "libs/libopenvino_onnx_frontend*",
+        "libs/libopenvino_paddle_frontend*",
+        "libs/libopenvino_pytorch_frontend*",
+        "libs/libopenvino_tensorflow_*",
+        "libs/libopenvino_gguf_frontend*",
+    ],
+    "sympy": ["**/tests"],  # torch imports both to compile models
+    "networkx": ["**/tests"],
+    "numpy": ["**/tests", "f2py", "distutils", "_core/include", "_core/lib", "random/lib"],
+    "ts": ["torch_handler/unit_tests", "examples"],
+    "pip": ["*"],
+    "setuptools": ["*"],
+    "pkg_resources": ["*"],
+    "_distutils_hack": ["*"],
+}
+
+WORKER = "ts.model_service_worker ts.metrics.metric_cache_yaml_impl yaml pydantic jinja2 psutil"
+ENGINES = {
+    "openvino_genai": "openvino openvino_genai numpy tokenizers",
+    "transformers": "torch transformers accelerate transformers.models.auto.modeling_auto "
+    "transformers.models.llama.modeling_llama transformers.models.gpt2.modeling_gpt2 "
+    "transformers.models.gpt_neox.modeling_gpt_neox transformers.generation.utils",
+    "google": "google.cloud.storage",
+}
+
+
+def main(environment: Path) -> None:
+    """Slim one virtual environment in place."""
+    packages = next(environment.glob("lib/python3*/site-packages"))
+    for package, patterns in UNUSED.items():
+        for pattern in patterns:
+            for path in list((packages / package).glob(pattern)):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for folder in packages.glob("*"):
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+    for left in (*packages.glob("pip-*"), *packages.glob("setuptools-*")):
+        shutil.rmtree(left)
+    (packages / "distutils-precedence.pth").unlink(missing_ok=True)  # setuptools', too
+    for program in environment.glob("bin/pip*"):
+        program.unlink()
+    modules = [*WORKER.split()]
+    for name, more in ENGINES.items():
+        if (packages / name).is_dir():
+            modules += more.split()
+    code = "import importlib\n" + "\n".join(f"importlib.import_module({m!r})" for m in modules)
+    subprocess.run([environment / "bin" / "python", "-c", code], check=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

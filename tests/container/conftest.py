@@ -1,0 +1,67 @@
+"""The images, built for real, once. Without Docker or podman all of this is skipped, loudly.
+
+CI sets REQUIRE_DOCKER=1: there a missing engine is a failure.
+"""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy import image
+from deploy.paths import UserError
+
+APP = "smollm2-135m"
+PORT = 7240
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    try:
+        image.engine()
+    except UserError as error:
+        if os.environ.get("REQUIRE_DOCKER"):
+            raise
+        skip = pytest.mark.skip(reason=f"no container engine: {error}")
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(skip)
+
+
+def docker(*arguments: str, check: bool = True) -> str:
+    run = subprocess.run([image.engine(), *arguments], capture_output=True, text=True)
+    assert run.returncode == 0 or not check, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def lean(smollm2: Path) -> str:
+    """The image without torch."""
+    return image.build_image(APP, smollm2, tag="lean-test", target="cpu-lean")
+
+
+@pytest.fixture(scope="session")
+def bare(smollm2: Path) -> str:
+    """The same without weights."""
+    return image.build_image(APP, smollm2, tag="bare-test", target="cpu-lean", baked=False)
+
+
+@pytest.fixture(scope="session")
+def full(smollm2: Path) -> str:
+    """The image with both engines."""
+    return image.build_image(APP, smollm2, tag="full-test", target="cpu")
+
+
+@pytest.fixture
+def container(lean: str) -> Iterator[str]:
+    """A container of the lean image as `make run` starts it, with 2 GB of memory."""
+    name = image.run_container(APP, tag="lean-test", port=PORT, memory="2g")
+    yield name
+    docker("rm", "--force", name)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    docker("rm", "--force", image.container_name(APP), check=False)

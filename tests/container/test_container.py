@@ -1,0 +1,210 @@
+"""The image, run as `make run` runs it: hardened, asked, killed, stopped, restarted."""
+
+import json
+import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from benchmarks.load import Target, closed_loop
+from deploy import image
+from deploy.client import predict, stream
+from deploy.paths import UserError
+from tests.container.conftest import APP, PORT, docker
+
+URL = f"http://127.0.0.1:{PORT}/predictions/{APP}"
+FRANCE = {
+    "instances": [{"messages": [{"role": "user", "content": "What is the capital of France?"}]}]
+}
+LONG = {
+    "instances": ["Once upon a time"],
+    "parameters": {"max_new_tokens": 150, "ignore_eos": True},
+}
+
+
+def state(name: str, what: str) -> str:
+    return docker("inspect", "--format", f"{{{{.State.{what}}}}}", name)
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def restart(name: str) -> None:
+    docker("start", name)
+    image.wait_until_ready(image.engine(), name)
+
+
+def test_it_answers_and_streams(container):
+    assert "Paris" in predict(URL, FRANCE)["predictions"][0]
+    events = list(stream(URL, FRANCE))
+    assert len(events) > 2 and "Paris" in "".join(event["text"] for event in events)
+    with pytest.raises(UserError, match=r"parameters\.temperature"):
+        predict(URL, FRANCE | {"parameters": {"temperature": 9}})
+
+
+def test_it_is_hardened(container):
+    host = json.loads(docker("inspect", container))[0]["HostConfig"]
+    assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"]
+    assert host["SecurityOpt"] == ["no-new-privileges"] and host["PidsLimit"] == 512
+    published = json.loads(docker("inspect", container))[0]["NetworkSettings"]["Ports"]
+    assert {key for key, value in published.items() if value} == {"7080/tcp"}
+
+    def run(command: str) -> str:
+        return docker("exec", container, "sh", "-c", command, check=False)
+
+    assert run("id -u") == "1000"
+    assert run("touch /models/x /opt/x /x 2>/dev/null; ls /x /opt/x /models/x 2>/dev/null") == ""
+    assert run("grep CapEff /proc/1/status").split()[1] == "0" * 16
+    assert run("grep NoNewPrivs /proc/1/status").split()[1] == "1"
+
+
+def test_management_is_reachable_from_inside_only(container):
+    address = docker("inspect", "--format", "{{.NetworkSettings.IPAddress}}", container)
+    assert httpx.get(f"http://{address}:7080/ping", timeout=5).status_code == 200
+    for port in (7081, 7082, 7083, 7084):
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"http://{address}:{port}/models", timeout=5)
+
+
+def test_memory_under_two_hundred_requests(container):
+    report = closed_loop(
+        Target(URL), clients=16, requests_each=13, new_tokens=64, seed=0, warm_up=0
+    )
+    assert not report.errors
+    assert state(container, "OOMKilled") == "false"
+    used = docker("stats", "--no-stream", "--format", "{{.MemPerc}}", container)
+    assert float(used.rstrip("%")) < 95, used
+
+
+def test_docker_sees_it_healthy(container):
+    wait_for(lambda: state(container, "Health.Status") == "healthy", 30)
+
+
+def test_a_stop_answers_what_is_in_flight_and_refuses_what_is_new(container):
+    with ThreadPoolExecutor() as pool:
+        requests = [pool.submit(predict, URL, LONG) for _ in range(4)]
+        streamed = pool.submit(lambda: list(stream(URL, LONG)))
+        time.sleep(1)
+        stop = pool.submit(docker, "stop", "--time", "30", container)
+        time.sleep(0.7)
+        late = httpx.post(URL, json=LONG, timeout=30)
+        for request in requests:
+            assert request.result()["predictions"][0].startswith("Once upon a time")
+        assert streamed.result()[-1]["completion_tokens"] == 150
+        stop.result()
+    assert late.status_code == 503 and late.headers["retry-after"]
+    assert late.json()["error"]["message"].startswith("the server is shutting down")
+    assert state(container, "ExitCode") == "0"
+
+
+def test_a_drain_has_a_limit(lean):
+    name = image.run_container(APP, tag="lean-test", port=PORT, environment={"DRAIN_SECONDS": "1"})
+    endless = {
+        "instances": ["Once"] * 8,
+        "parameters": {"max_new_tokens": 1000, "ignore_eos": True},
+    }
+    with ThreadPoolExecutor() as pool:
+        request = pool.submit(httpx.post, URL, json=endless, timeout=60)
+        time.sleep(2)
+        began = time.monotonic()
+        docker("stop", "--time", "30", name)
+        assert time.monotonic() - began < 10
+        with pytest.raises(httpx.TransportError):
+            request.result()
+    assert state(name, "ExitCode") == "0"
+    assert "time is up" in docker("logs", name)
+
+
+def test_a_dead_frontend_ends_the_container(container):
+    find = "for p in /proc/[0-9]*; do grep -q java $p/comm && basename $p; done"
+    (java,) = docker("exec", container, "sh", "-c", find).split()
+    docker("exec", container, "kill", "-9", java)
+    wait_for(lambda: state(container, "Running") == "false")
+    assert state(container, "ExitCode") == "1"
+    restart(container)
+    assert "Paris" in predict(URL, FRANCE)["predictions"][0]
+
+
+def test_a_dead_worker_is_replaced_inside(container):
+    find = "for p in /proc/[0-9]*; do grep -qa model_service_worker $p/cmdline && basename $p; done"
+    workers = docker("exec", container, "sh", "-c", find).split()
+    docker("exec", container, "kill", "-9", workers[-1])
+    wait_for(lambda: docker("exec", container, "/opt/serving/ready", check=False).startswith("not"))
+    image.wait_until_ready(image.engine(), container)
+    assert "Paris" in predict(URL, FRANCE)["predictions"][0]
+    assert state(container, "Running") == "true"
+
+
+def ask_until(done: threading.Event, statuses: list[int]) -> None:
+    """Ask again and again; 0 stands for a connection that broke or was refused."""
+    while not done.is_set():
+        try:
+            statuses.append(httpx.post(URL, json=LONG, timeout=60).status_code)
+        except httpx.TransportError:
+            statuses.append(0)
+            time.sleep(0.05)
+
+
+@pytest.mark.timeout(1200)
+def test_twenty_rounds_of_stop_kill_and_restart_under_load(container):
+    """Ten stops and ten kills in turn, each in the middle of requests."""
+    for number in range(20):
+        polite = number % 2 == 0
+        statuses: list[int] = []
+        done = threading.Event()
+        with ThreadPoolExecutor() as pool:
+            clients = [pool.submit(ask_until, done, statuses) for _ in range(3)]
+            time.sleep(1.5)
+            docker(*(("stop", "--time", "30") if polite else ("kill",)), container)
+            done.set()
+        assert all(client.exception() is None for client in clients)
+        assert state(container, "ExitCode") == ("0" if polite else "137"), number
+        assert set(statuses) <= {200, 503, 0}, statuses
+        if polite:  # what was in flight has been answered
+            assert statuses.count(200) >= 3, statuses
+        restart(container)
+        assert predict(URL, {"instances": ["Hello"]})["predictions"]
+    processes = docker("top", container, "-eo", "pid,comm").splitlines()[1:]
+    names = sorted(line.split()[1] for line in processes)
+    assert names == ["java", "python", "python", "tini"], "the entry, Java, one worker, no orphan"
+
+
+def test_the_platforms_port(lean):
+    """As Vertex AI starts it: its own port, and its other variables."""
+    name = image.run_container(
+        APP,
+        tag="lean-test",
+        port=PORT,
+        environment={"AIP_HTTP_PORT": "8080", "AIP_MODE": "PREDICTION"},
+    )
+    assert httpx.get(f"http://127.0.0.1:{PORT}/ping", timeout=5).json()["status"] == "Healthy"
+    assert "Paris" in predict(URL, FRANCE)["predictions"][0]
+    docker("rm", "--force", name)
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("AIP_HTTP_PORT=7081", "AIP_HTTP_PORT=7081: use 1 to 65535, but not 7081 to 7084"),
+        ("AIP_HTTP_PORT=http", "invalid literal"),
+        ("MODEL_STORE=/srv", "/srv is empty; one archive is wanted"),
+        ("DRAIN_SECONDS=long", "could not convert"),
+    ],
+)
+def test_a_mistake_in_the_environment_is_named(lean, variable, message):
+    command = [image.engine(), "run", "--rm", *image.HARDENED, "--env", variable, lean]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and run.stderr.startswith("error: ") and message in run.stderr
+    assert len(run.stderr.splitlines()) == 1
+
+
+def test_the_full_image_serves_with_torch(full):
+    image.run_container(APP, tag="full-test", port=PORT, memory="2g")
+    assert "Paris" in predict(URL, FRANCE)["predictions"][0]
