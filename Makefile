@@ -22,7 +22,7 @@ ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 export VENV TORCH
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
-        bench-large bench-startup bench-offload bench-soak bench-check lock clean lab notebooks \
+        bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
         chapters build-dev build-pro run stop delete shell logs push image-report deploy
 
 help: ## Show the targets
@@ -90,6 +90,9 @@ bench-startup: setup ## Measure starts and memory beside the engine alone (6 min
 
 bench-offload: setup ## Measure it under a RAM budget, the rest on disk (12 minutes)
 	@$(PY) -m benchmarks.offload
+
+bench-image: setup ## Measure the images: sizes, builds, starts (15 minutes, Docker)
+	@$(PY) -m benchmarks.image
 
 bench-soak: setup ## Half an hour of load with clients that leave and bad requests
 	@$(PY) -m benchmarks.soak

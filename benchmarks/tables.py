@@ -6,6 +6,7 @@ python -m benchmarks.tables         # rewrite them; a test compares
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.record import RESULTS
@@ -168,7 +169,31 @@ def soak(record: dict) -> str:
     return "\n".join(lines)
 
 
+def image(record: dict) -> str:
+    """Images by part, and what building and starting them takes."""
+    figures = record["figures"]
+    names = [name for name in figures if "bytes" in figures[name]]
+    lines = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 1) + "|"]
+
+    def row(title: str, value: Callable[[dict], str]) -> None:
+        lines.append(f"| {title} | {' | '.join(value(figures[name]) for name in names)} |")
+
+    for part in ("torch", "transformers", "OpenVINO", "TorchServe", "other packages"):
+        row(f"{part}, MB", lambda f, part=part: f"{f['bytes'].get(part, 0) / 1e6:.0f}")
+    for part in ("Python", "Java", "Debian"):
+        row(f"{part}, MB", lambda f, part=part: f"{f['bytes'][part] / 1e6:.0f}")
+    row("**all without weights, MB**", lambda f: f"**{f['bytes_without_weights'] / 1e6:.0f}**")
+    row("SmolLM2's weights, int8, MB", lambda f: f"{f['bytes']['weights'] / 1e6:.0f}")
+    row("compressed, weights included, MB", lambda f: f"{f['compressed_bytes'] / 1e6:.0f}")
+    row("build without layers in the cache", lambda f: f"{f['cold_seconds']:.0f} s")
+    row("build after an edit of the handler", lambda f: f"{f['edit_seconds']['median']:.0f} s")
+    row("ready, beside the bare process", lambda f: f"{f['ready_to_process']['median']:.2f} x")
+    row("memory when ready, MB", lambda f: f"{f['memory_mb']['median']:.0f}")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "image": image,
     "large": large,
     "engine_batching": engine_batching,
     "http": http,

@@ -1,6 +1,6 @@
 """Build, run and look into the image of an app, with Docker or podman.
 
-    python -m deploy.image build smollm2-135m --tag dev      # make build-dev
+    python -m deploy.image build smollm2-135m --tag pro      # make build-pro
     python -m deploy.image run smollm2-135m                  # make run
     python -m deploy.image stop smollm2-135m                 # make stop; also delete, shell, logs
     python -m deploy.image push smollm2-135m --registry europe-west4-docker.pkg.dev/PROJECT/serving
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from deploy.archive import prepare
 from deploy.cli import app_parser, command
+from deploy.export import EXPORTED
 from deploy.lock import IMAGE_LOCKS
 from deploy.pack import archive_path
 from deploy.paths import BUILD, MODEL_STORE, ROOT, UserError, link_or_copy
@@ -88,12 +89,7 @@ def build_image(
         UserError: the build failed; its last lines were printed.
     """
     program = engine()
-    chosen = {"name": "transformers"} if target == "gpu" else None
-    prepared = prepare(app, weights, CONTEXT / "prepared" / app, engine=chosen)
-    if target is None:
-        lean = (prepared / "weights" / "openvino_model.xml").is_file()
-        target = "cpu-lean" if lean else "cpu"
-    collect_wheels(CONTEXT / "wheels")
+    target = prepare_context(app, weights, target)
     arguments = ["--file", DOCKERFILE, "--target", target, "--tag", image_name(app, tag)]
     arguments += ["--build-arg", f"APP={app}"]
     arguments += ["--build-arg", f"WEIGHTS={'baked' if baked else 'none'}"]
@@ -104,6 +100,16 @@ def build_image(
     if run.returncode != 0:
         raise UserError(f"the build of {image_name(app, tag)} failed; see above")
     return image_name(app, tag)
+
+
+def prepare_context(app: str, weights: Path, target: str | None = None) -> str:
+    """Put into build/image what the Dockerfile takes beside the sources; return the target."""
+    chosen = {"name": "transformers"} if target == "gpu" else None
+    prepared = prepare(app, weights, CONTEXT / "prepared" / app, engine=chosen)
+    collect_wheels(CONTEXT / "wheels")
+    if target is None:
+        target = "cpu-lean" if (prepared / "weights" / EXPORTED).is_file() else "cpu"
+    return target
 
 
 def collect_wheels(folder: Path) -> None:
@@ -125,6 +131,7 @@ def run_container(
     tag: str = "dev",
     port: int = PORT,
     memory: str | None = None,
+    store: Path | None = None,
     environment: dict[str, str] | None = None,
     arguments: list[str] | None = None,
 ) -> str:
@@ -135,6 +142,7 @@ def run_container(
         tag: of the image.
         port: on this machine's loopback; the container's other ports are not published.
         memory: the most it may use, such as "2g".
+        store: where the app's archive is, to be mounted if the image has no weights.
         environment: variables for the container.
         arguments: further arguments of `docker run`.
 
@@ -153,8 +161,8 @@ def run_container(
     options += ["--publish", f"127.0.0.1:{port}:{(environment or {}).get('AIP_HTTP_PORT', PORT)}"]
     options += ["--memory", memory] if memory else []
     options += ["--gpus", "all"] if '"serving-llms.target":"gpu"' in labels else []
-    if '"serving-llms.weights":"none"' in labels and not environment:
-        archive = archive_path(app, "no-archive", MODEL_STORE)
+    if '"serving-llms.weights":"none"' in labels and store:
+        archive = archive_path(app, "no-archive", store)
         if not archive.exists():
             raise UserError(f"the image has no weights; run `make archive APP={app}` to mount some")
         options += ["--volume", f"{archive}:/models/{app}:ro"]
@@ -230,13 +238,23 @@ def _commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
+def _weights(options: argparse.Namespace) -> Path:
+    return get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
+
+
+def _prepare(options: argparse.Namespace) -> None:
+    print(prepare_context(options.app, _weights(options), options.target))
+
+
 def _build(options: argparse.Namespace) -> None:
     engine()  # before the minutes that weights may take
-    weights = get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
-    target = options.target or ("cpu" if options.tag == "dev" else None)
+    weights = _weights(options)
     began = time.monotonic()
     name = build_image(
-        options.app, weights, target=target, tag=options.tag, baked=not options.without_weights
+        *(options.app, weights),
+        target=options.target,
+        tag=options.tag,
+        baked=not options.without_weights,
     )
     print(f"{name}: built in {time.monotonic() - began:.0f} s", flush=True)
 
@@ -244,7 +262,11 @@ def _build(options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace) -> None:
     began = time.monotonic()
     name = run_container(
-        options.app, tag=options.tag, port=options.port, memory=options.memory or None
+        options.app,
+        tag=options.tag,
+        port=options.port,
+        memory=options.memory or None,
+        store=MODEL_STORE,
     )
     print(f"{name}: ready after {time.monotonic() - began:.1f} s on port {options.port}")
 
@@ -273,7 +295,7 @@ def _push(options: argparse.Namespace) -> None:
     print(push(options.app, options.registry, options.tag))
 
 
-ACTIONS = {"build": _build, "run": _run, "push": _push} | dict.fromkeys(
+ACTIONS = {"prepare": _prepare, "build": _build, "run": _run, "push": _push} | dict.fromkeys(
     ("stop", "delete", "shell", "logs"), _act
 )
 

@@ -9,7 +9,9 @@ import os
 import time
 from pathlib import Path, PurePosixPath
 
+from google.api_core.exceptions import GoogleAPIError
 from google.auth.credentials import AnonymousCredentials
+from google.auth.exceptions import GoogleAuthError
 from google.cloud import storage
 
 
@@ -22,7 +24,7 @@ def fetch(uri: str, target: Path) -> None:
 
     Raises:
         ValueError: not such an address.
-        LookupError: nothing is there.
+        LookupError: nothing is there, or it may not be read; Google's own words.
     """
     bucket_name, _, prefix = uri.removeprefix("gs://").partition("/")
     if not uri.startswith("gs://") or not bucket_name:
@@ -31,17 +33,27 @@ def fetch(uri: str, target: Path) -> None:
     emulated = "STORAGE_EMULATOR_HOST" in os.environ
     credentials = {"credentials": AnonymousCredentials(), "project": "none"} if emulated else {}
     bucket = storage.Client(**credentials).bucket(bucket_name)
-    began, size = time.monotonic(), 0
-    for blob in bucket.list_blobs(prefix=prefix):
-        name = PurePosixPath(blob.name.removeprefix(prefix))
-        if blob.name.endswith("/"):
-            continue
-        if name.is_absolute() or ".." in name.parts:
-            raise ValueError(f"{uri}: {blob.name} would be written outside of {target}")
-        path = target / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        blob.download_to_filename(path)  # checks the object's checksum
-        size += path.stat().st_size
+    began = time.monotonic()
+    try:
+        size = sum(
+            _download(blob, blob.name.removeprefix(prefix), target)
+            for blob in bucket.list_blobs(prefix=prefix)
+            if not blob.name.endswith("/")
+        )
+    except (GoogleAPIError, GoogleAuthError) as error:
+        reason = " ".join(str(error).split())
+        raise LookupError(f"AIP_STORAGE_URI={uri}: {reason}") from error
     if not size:
         raise LookupError(f"AIP_STORAGE_URI={uri}: there is nothing")
     print(f"{size / 1e6:.0f} MB from {uri} in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def _download(blob: storage.Blob, name: str, target: Path) -> int:
+    """Bring one object; return its size in bytes."""
+    parts = PurePosixPath(name)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise ValueError(f"{blob.name} would be written outside of {target}")
+    path = target / parts
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blob.download_to_filename(path)  # checks the object's checksum
+    return path.stat().st_size

@@ -29,6 +29,12 @@ def state(name: str, what: str) -> str:
     return docker("inspect", "--format", f"{{{{.State.{what}}}}}", name)
 
 
+def processes(name: str, pattern: str) -> list[str]:
+    """Ids, inside, of the processes whose command matches; the pattern must not match itself."""
+    find = f"for p in /proc/[0-9]*; do if grep -qa '{pattern}' $p/cmdline; then echo $p; fi; done"
+    return [p.removeprefix("/proc/") for p in docker("exec", name, "sh", "-c", find).split()]
+
+
 def wait_for(condition, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -123,9 +129,8 @@ def test_a_drain_has_a_limit(lean):
 
 
 def test_a_dead_frontend_ends_the_container(container):
-    find = "for p in /proc/[0-9]*; do grep -q java $p/comm && basename $p; done"
-    (java,) = docker("exec", container, "sh", "-c", find).split()
-    docker("exec", container, "kill", "-9", java)
+    (java,) = processes(container, "ModelServe[r]")
+    docker("exec", container, "sh", "-c", f"kill -9 {java}")
     wait_for(lambda: state(container, "Running") == "false")
     assert state(container, "ExitCode") == "1"
     restart(container)
@@ -133,9 +138,8 @@ def test_a_dead_frontend_ends_the_container(container):
 
 
 def test_a_dead_worker_is_replaced_inside(container):
-    find = "for p in /proc/[0-9]*; do grep -qa model_service_worker $p/cmdline && basename $p; done"
-    workers = docker("exec", container, "sh", "-c", find).split()
-    docker("exec", container, "kill", "-9", workers[-1])
+    (worker,) = processes(container, "model_service_worke[r]")
+    docker("exec", container, "sh", "-c", f"kill -9 {worker}")
     wait_for(lambda: docker("exec", container, "/opt/serving/ready", check=False).startswith("not"))
     image.wait_until_ready(image.engine(), container)
     assert "Paris" in predict(URL, FRANCE)["predictions"][0]

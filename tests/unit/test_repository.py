@@ -133,14 +133,17 @@ def test_java_is_found_and_an_old_one_is_not_used(monkeypatch, tmp_path):
         find_java()
 
 
-ORIGINAL = ["build-dev", "build-pro", "run", "stop", "delete", "shell", "logs", "push", "deploy"]
+ORIGINAL = {"build-dev", "build-pro", "run", "stop", "delete", "shell", "logs", "push", "deploy"}
 
 
-@pytest.mark.parametrize("target", ORIGINAL)
-def test_a_target_whose_room_is_empty_says_which_chapter_brings_it(target):
-    run = make(target, "APP=gpt2")
+def test_the_originals_targets_are_there():
+    assert set(re.findall(r"^  ([a-z-]+) ", make("help").stdout, re.MULTILINE)) >= ORIGINAL
+
+
+def test_a_target_whose_room_is_empty_says_which_chapter_brings_it():
+    run = make("deploy", "APP=gpt2")
     assert run.returncode != 0
-    assert re.search(rf"make {target}: comes with chapter 0\d", run.stderr)
+    assert "make deploy: comes with chapter 06" in run.stderr
 
 
 def test_readme_shows_make_help():

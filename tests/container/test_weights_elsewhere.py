@@ -1,0 +1,125 @@
+"""Images without weights, and images on their way: mounted, from Cloud Storage, from a registry."""
+
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from deploy import image
+from deploy.archive import build_archive
+from deploy.client import predict
+from deploy.paths import UserError
+from tests.container.conftest import APP, PORT, docker
+from tests.container.test_container import FRANCE, URL
+
+REGISTRY_PORT = 7249
+NETWORK, BUCKETS = "serving-llms-test", "serving-llms-gcs"
+
+
+@pytest.fixture(scope="module")
+def store(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    build_archive(APP, smollm2, store=folder)
+    for path in [folder.parent.parent, folder.parent, *folder.rglob("*"), folder]:
+        path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
+    return folder
+
+
+@pytest.fixture
+def cloud_storage(lean: str, store: Path):
+    """The stand-in in a container of its own, on a network that leads nowhere else."""
+    server = Path(__file__).with_name("gcs_server.py")
+    docker("network", "create", "--internal", NETWORK)
+    mounts = ["--volume", f"{server}:/gcs_server.py:ro"]
+    mounts += ["--volume", f"{store}:/buckets/artifacts:ro"]
+    command = ["--entrypoint", "python", lean, "/gcs_server.py", "/buckets", "8000"]
+    docker("run", "--detach", "--name", BUCKETS, "--network", NETWORK, *mounts, *command)
+    yield {"STORAGE_EMULATOR_HOST": f"http://{BUCKETS}:8000"}
+    docker("rm", "--force", BUCKETS, image.container_name(APP), check=False)
+    docker("network", "rm", NETWORK)
+
+
+def test_an_archive_is_mounted(bare, store):
+    image.run_container(APP, tag="bare-test", port=PORT, store=store)
+    assert "Paris" in predict(URL, FRANCE)["predictions"][0]
+
+
+def test_without_an_archive_to_mount_it_says_so(bare, tmp_path):
+    with pytest.raises(UserError, match=f"has no weights; run `make archive APP={APP}`"):
+        image.run_container(APP, tag="bare-test", port=PORT, store=tmp_path)
+    with pytest.raises(UserError, match=r"/models is empty; one archive is wanted"):
+        image.run_container(APP, tag="bare-test", port=PORT)
+
+
+def test_an_archive_comes_from_cloud_storage(bare, cloud_storage):
+    name = image.run_container(
+        *(APP,),
+        tag="bare-test",
+        port=PORT,
+        environment=cloud_storage | {"AIP_STORAGE_URI": "gs://artifacts"},
+        arguments=["--network", NETWORK],
+    )
+    form = f"{{{{(index .NetworkSettings.Networks {NETWORK!r}).IPAddress}}}}".replace("'", '"')
+    address = docker("inspect", "--format", form, name)
+    reply = predict(f"http://{address}:7080/predictions/{APP}", FRANCE)
+    assert "Paris" in reply["predictions"][0]
+    assert "MB from gs://artifacts" in docker("logs", name)
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("s3://artifacts", "should be gs://bucket/folder"),
+        ("gs://artifacts/nothing", "there is nothing"),
+        ("gs://unknown", "404"),
+    ],
+)
+def test_a_wrong_address_is_named(bare, cloud_storage, uri, message):
+    variables = cloud_storage | {"AIP_STORAGE_URI": uri}
+    flags = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
+    command = [image.engine(), "run", "--rm", "--network", NETWORK, *image.HARDENED, *flags, bare]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and message in run.stderr, run.stderr
+    assert run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
+
+
+@pytest.fixture
+def registry(tmp_path: Path):
+    """Debian's docker-registry, on loopback."""
+    program = shutil.which("docker-registry")
+    if not program:
+        pytest.skip("docker-registry is not installed (Debian's package of that name)")
+    address = f"127.0.0.1:{REGISTRY_PORT}"
+    config = {
+        "version": 0.1,
+        "log": {"level": "error"},
+        "storage": {"filesystem": {"rootdirectory": str(tmp_path / "registry")}},
+        "http": {"addr": address},
+    }
+    (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
+    process = subprocess.Popen([program, "serve", tmp_path / "config.yml"])
+    for _ in range(50):
+        try:
+            httpx.get(f"http://{address}/v2/", timeout=2)
+            break
+        except httpx.ConnectError:
+            time.sleep(0.1)
+    yield address
+    process.terminate()
+    process.wait()
+
+
+def test_pushed_and_pulled(lean, registry):
+    address = image.push(APP, f"{registry}/project/serving", "lean-test")
+    assert address.startswith(f"{registry}/project/serving/{APP}@sha256:")
+    before = docker("image", "inspect", "--format", "{{.Id}}", lean)
+    docker("image", "rm", f"{registry}/project/serving/{APP}:lean-test")
+    docker("pull", address)
+    assert docker("image", "inspect", "--format", "{{.Id}}", address) == before
+    docker("image", "rm", address)
+    with pytest.raises(UserError, match=r"push .*refused"):
+        image.push(APP, "127.0.0.1:9/project/serving", "lean-test")

@@ -1,0 +1,123 @@
+"""What an image is made of, without an engine: names, parts, the build in the cloud, the drain."""
+
+import re
+import stat
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy import image
+from deploy.image_report import PARTS, REST, part_of, table
+from deploy.launch import java_command, read_properties
+from deploy.paths import ROOT, UserError
+from handler.drain import BUSY, DRAINING, VARIABLE, Drain
+
+DOCKERFILE = image.DOCKERFILE.read_text()
+
+
+def test_without_an_engine_it_says_so(monkeypatch, tmp_path):
+    monkeypatch.delenv("DOCKER", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="neither docker nor podman is installed"):
+        image.engine()
+
+
+def test_an_engine_that_does_not_work_is_named_with_its_reason(monkeypatch, tmp_path):
+    program = tmp_path / "docker"
+    program.write_text("#!/bin/sh\necho 'Cannot connect to the Docker daemon' >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("DOCKER", str(program))
+    with pytest.raises(UserError, match="docker does not work here: Cannot connect"):
+        image.engine()
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("opt/venv/lib/python3.11/site-packages/torch/lib/libtorch.so", "torch"),
+        (
+            "opt/venv/lib/python3.11/site-packages/torchserve-0.12.0.dist-info/RECORD",
+            "TorchServe",
+        ),
+        ("opt/venv/lib/python3.11/site-packages/ts/frontend/model-server.jar", "TorchServe"),
+        ("opt/venv/lib/python3.11/site-packages/jinja2/lexer.py", "other packages"),
+        ("opt/java/lib/modules", "Java"),
+        ("models/gpt2/weights/openvino_model.bin", "weights"),
+        ("usr/lib/x86_64-linux-gnu/libc.so.6", REST),
+    ],
+)
+def test_parts_of_an_image(path, part):
+    assert part_of(path) == part
+
+
+def test_the_report_names_every_part_that_is_there():
+    parts = Counter({"torch": 2_000_000, REST: 1_000_000})
+    shown = table({"x": {"parts": dict(parts), "total": 3_000_000, "without_weights": 3_000_000}})
+    assert [line.split()[0] for line in shown.splitlines()] == [
+        *("MB", "torch", "Debian", "total", "without")
+    ]
+    assert not set(parts) - {*PARTS, REST}
+
+
+def test_the_dockerfile_has_the_targets_and_arguments_that_are_asked_for():
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
+    assert stages >= set(image.TARGETS)
+    for target in image.TARGETS:
+        assert f"serving-llms.target={target} " in DOCKERFILE
+    assert "ARG APP=" in DOCKERFILE and "ARG WEIGHTS=baked" in DOCKERFILE
+
+
+def test_what_the_dockerfile_copies_is_in_the_context():
+    kept = (ROOT / "docker" / "Dockerfile.dockerignore").read_text()
+    kept = [line[1:] for line in kept.splitlines() if line.startswith("!")]
+    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE):
+        for path in line.split():
+            assert (ROOT / path).exists(), path
+            assert any(path == k or path.startswith(f"{k}/") for k in kept), path
+
+
+def test_the_build_in_the_cloud_is_the_build_here():
+    cloud = yaml.safe_load((ROOT / "deploy" / "cloudbuild.yaml").read_text())
+    _, build = cloud["steps"]
+    named = set(re.findall(r"--build-arg=(\w+)", " ".join(build["args"])))
+    assert named == {"APP", "WEIGHTS"}
+    assert cloud["substitutions"]["_TARGET"] in image.TARGETS
+    assert all(step["name"].count(":latest") == 0 for step in cloud["steps"])
+
+
+def test_the_command_and_its_configuration():
+    settings = read_properties(ROOT / "docker" / "config.properties")
+    assert settings["inference_address"] == "http://0.0.0.0:$$AIP_HTTP_PORT$$"
+    loopback = ("management_address", "metrics_address")
+    assert all(settings[name].startswith("http://127.0.0.1:") for name in loopback)
+    assert all(settings[f"grpc_{n}_address"] == "127.0.0.1" for n in ("inference", "management"))
+    x = Path("/somewhere")
+    command = java_command("java", config=x, log4j=x, store=x, archive="a.mar", temporary=x)
+    assert command[0] == "java" and command[-2:] == ["-m", "a=a.mar"]
+
+
+def test_scripts_of_the_image_can_be_run():
+    for name in ("docker/ready", ".ci/run", ".ci/base-image"):
+        assert (ROOT / name).stat().st_mode & stat.S_IXUSR, name
+
+
+def test_the_drain_keeps_busy_in_step(monkeypatch, tmp_path):
+    (tmp_path / BUSY).touch()  # a worker died
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    drain = Drain()
+    assert not (tmp_path / BUSY).exists() and not drain.requested()
+    for live, there in ((2, True), (1, True), (0, False), (0, False), (3, True)):
+        drain.report(live)
+        assert (tmp_path / BUSY).exists() == there
+    (tmp_path / DRAINING).touch()
+    assert drain.requested()
+
+
+def test_without_the_variable_nothing_is_written(monkeypatch, tmp_path):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.chdir(tmp_path)
+    drain = Drain()
+    drain.report(1)
+    assert not drain.requested() and not list(tmp_path.iterdir())
