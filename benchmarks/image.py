@@ -1,6 +1,7 @@
 """The images: what is in them, how long a build and a start take. Needs Docker or podman.
 
-    python -m benchmarks.image       # ten minutes
+    python -m benchmarks.image                 # fifteen minutes
+    python -m benchmarks.image --sizes-only    # three
 
 "Cold" builds without the engine's cache of layers; pip's cache of downloads stays, so unpacking is
 timed and not the network. "Edit" appends one line to the handler and builds again. Starts alternate
@@ -8,6 +9,7 @@ with those of the same archive as a process of this machine (`deploy/server.py`)
 same question to the management port in both.
 """
 
+import argparse
 import subprocess
 import sys
 import time
@@ -86,14 +88,26 @@ def start_process() -> float:
 @command
 def main(arguments: list[str] | None) -> None:
     """Measure, and write results/image.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.image")
+    parser.add_argument("--sizes-only", action="store_true")
+    sizes_only = parser.parse_args(arguments).sizes_only
     figures: dict[str, dict] = {}
     for target in TARGETS:
-        figures[target] = builds(target)
+        if sizes_only:
+            build(target)
+        figures[target] = {} if sizes_only else builds(target)
         name = image.image_name(APP, f"bench-{target}")
         parts = bytes_by_part(name)
         figures[target]["bytes"] = dict(parts)
         figures[target]["bytes_without_weights"] = parts.total() - parts["weights"]
         figures[target]["compressed_bytes"] = compressed_bytes(name)
+    if not sizes_only:
+        measure_starts(figures)
+    print(write("image", figures, ["torch", "torchserve", "openvino"], {"engine": _version()}).name)
+
+
+def measure_starts(figures: dict[str, dict]) -> None:
+    """Add the times to ready, and the memory then, of containers and of the process."""
     starts: dict[str, list[float]] = {"process": [], **{t: [] for t in TARGETS}}
     memory: dict[str, list[float]] = {t: [] for t in TARGETS}
     for number in tqdm(range(ROUNDS + 1), unit="round"):
@@ -110,7 +124,6 @@ def main(arguments: list[str] | None) -> None:
         figures[target]["ready_to_process"] = summary([a / b for a, b in pairs])
         figures[target]["memory_mb"] = summary(memory[target])
     figures["process"] = {"ready_seconds": summary(starts["process"])}
-    print(write("image", figures, ["torch", "torchserve", "openvino"], {"engine": _version()}).name)
 
 
 def _version() -> str:

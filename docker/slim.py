@@ -19,6 +19,8 @@ UNUSED = {
         "include",  # C++ headers
         "share",  # CMake files
         "test",
+        "fx/passes/tests",
+        "**/*.h",
         "lib/*.a",  # static libraries
         "lib/*test*.so",
         "lib/libbackend_with_compiler.so",  # a test's
@@ -37,8 +39,14 @@ UNUSED = {
         "libs/libopenvino_tensorflow_*",
         "libs/libopenvino_gguf_frontend*",
     ],
+    "torchgen": ["packaged"],
     "sympy": ["**/tests"],  # torch imports both to compile models
     "networkx": ["**/tests"],
+    "mpmath": ["tests"],
+    "regex": ["tests"],
+    "fsspec": ["tests"],
+    "certifi": ["tests"],
+    "cffi": ["*.h"],
     "numpy": ["**/tests", "f2py", "distutils", "_core/include", "_core/lib", "random/lib"],
     "ts": ["torch_handler/unit_tests", "examples"],
     "pip": ["*"],

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.plots import BLUE, GREEN, GREY, ORANGE, SKY, figure
+from benchmarks.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, figure
 
 PARTS = {"embeddings": ORANGE, "attention": BLUE, "MLP": GREEN}
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
@@ -27,13 +27,13 @@ def parts(models: dict[str, dict[str, int]]) -> Figure:
         )
         left = {title: left[title] + values[title] for title in left}
     share.set(xlabel="% of the parameters", title="Where the parameters are")
-    colours = (ORANGE, GREY, BLUE, SKY)
-    for i, ((dtype, size), colour) in enumerate(zip(BYTES.items(), colours, strict=True)):
+    looks = ((BLACK, "o"), (GREY, "s"), (PURPLE, "^"), (SKY, "D"))
+    for (dtype, size), (colour, marker) in zip(BYTES.items(), looks, strict=True):
         gigabytes = [size * total / 1e9 for total in totals.values()]
-        rows = [row + 0.3 - 0.2 * i for row in range(len(models))]
-        memory.barh(rows, gigabytes, height=0.18, label=dtype, color=colour)
-    memory.set(xscale="log", xlabel="GB", title="What they weigh", yticks=[])
+        memory.scatter(gigabytes, list(totals), label=dtype, color=colour, marker=marker)
+    memory.set(xscale="log", xlabel="GB", title="What they weigh", ylim=share.get_ylim())
     memory.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
+    memory.tick_params(axis="y", labelleft=False, length=0)
     memory.grid(axis="x")
     for axes in (share, memory):
         axes.legend(

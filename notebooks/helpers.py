@@ -1,6 +1,7 @@
 """What all chapters share: bars, tables, figures, sources, servers. Nothing here knows a model."""
 
 import atexit
+import base64
 import inspect
 import io
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from IPython import get_ipython
-from IPython.display import HTML, Image, Markdown, display
+from IPython.display import HTML, display
 from matplotlib.figure import Figure
 from PIL import Image as Picture
 
@@ -83,16 +84,29 @@ def table(rows: Sequence[dict[str, object]]) -> None:
     for row in rows:
         cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in (row[n] for n in names))
         lines.append(f"| {' | '.join(cells)} |")
-    display(Markdown("\n".join(lines)))
+    _markdown("\n".join(lines))
+
+
+def _markdown(text: str) -> None:
+    """Show it, and as it is where a viewer knows no Markdown."""
+    display({"text/markdown": text, "text/plain": text}, raw=True)
 
 
 def show(drawing: Figure, alt: str) -> None:
-    """Put a figure into the notebook, in few bytes. `alt` says what one sees, to who cannot."""
+    """Put a figure into the notebook, in few bytes, with a caption.
+
+    Args:
+        drawing: the figure.
+        alt: one sentence that says what one sees. It is the caption as well, because neither
+            JupyterLab nor nbconvert shows the alt text of an output.
+    """
     stream = io.BytesIO()
     drawing.savefig(stream, format="png", dpi=110)
     small = io.BytesIO()
     Picture.open(stream).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
-    display(Image(small.getvalue(), alt=alt, metadata={"alt": alt}))
+    picture = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": alt}
+    display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
+    _markdown(f"*{alt}*")
 
 
 def source(thing: Callable | type | Path, start: str = "", end: str = "") -> None:
@@ -110,9 +124,9 @@ def source(thing: Callable | type | Path, start: str = "", end: str = "") -> Non
         lines = lines[next(i for i, line in enumerate(lines) if start in line) :]
     if end:
         lines = lines[: next(i for i, line in enumerate(lines) if i and end in line)]
-    language = {".py": "python", ".yaml": "yaml"}.get(path.suffix, "")
+    language = {".py": "python", ".yaml": "yaml", ".properties": "properties"}.get(path.suffix, "")
     code = textwrap.dedent("\n".join(lines)).strip()
-    display(Markdown(f"`{path.relative_to(ROOT)}`\n```{language}\n{code}\n```"))
+    _markdown(f"`{path.relative_to(ROOT)}`\n```{language}\n{code}\n```")
 
 
 def result(name: str) -> dict:
