@@ -31,7 +31,7 @@ def test_the_expected_reply(smollm2_server):
     for answer in (reply, json.loads(shown)):
         (text,) = answer["predictions"]
         assert answer.keys() == {"predictions"} and text.startswith(prompt)
-        assert len(text) > len(prompt) + 100
+        assert len(text) > len(prompt) + 40
     cpuinfo = Path("/proc/cpuinfo")
     named = cpuinfo.exists() and "avx512_vnni" in cpuinfo.read_text() and os.cpu_count() == 2
     if named:
