@@ -37,9 +37,10 @@ quickstart: setup ## Set up, serve APP, ask it one question, print the answer, s
 
 check: setup lint unit chapters ## Set up and pass every check
 
-lint: setup ## ruff
+lint: setup ## ruff and hadolint
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
+	@$(VENV)/bin/hadolint docker/Dockerfile
 
 unit: setup ## pytest
 	@$(PY) -m pytest

@@ -34,10 +34,9 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
-        drain_seconds = float(os.environ.get("DRAIN_SECONDS", "20"))
-        port = int(os.environ.get("AIP_HTTP_PORT", "7080"))
-        if not 1 <= port <= 65535 or 7081 <= port <= 7084:
-            raise ValueError(f"AIP_HTTP_PORT={port}: use 1 to 65535, but not 7081 to 7084")
+        drain_seconds = whole_number("DRAIN_SECONDS", 20, most=86_400)
+        if whole_number("AIP_HTTP_PORT", 7080, least=1, most=65535) in range(7081, 7085):
+            raise ValueError("AIP_HTTP_PORT: 7081 to 7084 are taken, by management and metrics")
         store = model_store()
         archive = only_archive(store)
     except (ValueError, OSError, LookupError) as error:
@@ -64,6 +63,18 @@ def main() -> int:
     return 1
 
 
+def whole_number(name: str, default: int, *, least: int = 0, most: int) -> int:
+    """A variable of the environment, as a number.
+
+    Raises:
+        ValueError: it is none, or out of its range.
+    """
+    text = os.environ.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        raise ValueError(f"{name}: {text!r} is no whole number from {least} to {most}")
+    return int(text)
+
+
 def model_store() -> Path:
     """The folder with the archive; filled from AIP_STORAGE_URI if the image has none."""
     store = Path(os.environ.get("MODEL_STORE", "/models"))
@@ -87,16 +98,15 @@ def only_archive(store: Path) -> str:
     if len(found) != 1:
         seen = f"holds {', '.join(found)}" if found else "is empty"
         raise LookupError(
-            f"{store} {seen}; one archive is wanted. Mount a folder with one there, or let "
-            "AIP_STORAGE_URI name a gs:// folder with one"
+            f"{store} {seen}, but should hold one archive: mount it, or set AIP_STORAGE_URI"
         )
     return found[0]
 
 
-def drain(seconds: float, server: subprocess.Popen) -> None:
+def drain(seconds: int, server: subprocess.Popen) -> None:
     """Let requests in flight finish; new ones are refused with 503 (`handler/drain.py`)."""
     (STATE / "draining").touch()
-    print(f"stopping: requests in flight have {seconds:g} s", flush=True)
+    print(f"stopping: requests in flight have {seconds} s", flush=True)
     now = time.monotonic()
     deadline, last_busy = now + seconds, now
     while now < deadline and now - last_busy < QUIET_SECONDS and server.poll() is None:

@@ -1,10 +1,13 @@
 """Figures of what a chapter has just measured. Those of committed results: benchmarks/plots.py."""
 
+import re
 from collections.abc import Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-from benchmarks.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, figure
+from benchmarks.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, figure
 
 PARTS = {"embeddings": ORANGE, "attention": BLUE, "MLP": GREEN}
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
@@ -159,4 +162,100 @@ def counter(samples: Sequence[tuple[float, float]], title: str) -> Figure:
     seconds, values = [t - began for t, _ in samples], [n - base for _, n in samples]
     axes.step(seconds, values, where="post", color=BLUE)
     axes.set(xlabel="seconds", ylabel="tokens", title=title)
+    return made
+
+
+STAGES = {
+    "pip": (1.3, 2),
+    "java": (1.3, 1),
+    "packages-cpu-lean": (2.9, 1),
+    "archive": (4.3, 1),
+    "base": (0, 0),
+    "runtime": (1.3, 0),
+    "runtime-cpu-lean": (2.9, 0),
+    "cpu-lean": (4.3, 0),
+}
+"""Stages of the image without torch: where to draw each. What stands in row 0 is kept."""
+
+
+def stages(dockerfile: str) -> Figure:
+    """How the stages of the Dockerfile build on each other, and what is copied between them."""
+    made, axes = figure(width=7.2, height=2.6)
+    boxes = {stage: _box(axes, stage) for stage in STAGES}
+    name = ""
+    for line in dockerfile.splitlines():
+        if begin := re.match(r"FROM (\S+) AS (\S+)", line):
+            origin, name = begin.groups()
+            if origin in STAGES and name in STAGES:
+                _arrow(axes, boxes, (origin, name), GREY, "-")
+        elif (copy := re.match(r"COPY --from=(\S+)", line)) and name in STAGES:
+            _arrow(axes, boxes, (copy.group(1), name), BLUE, "--")
+    axes.plot([], [], "-", color=GREY, label="FROM: goes on from there")
+    axes.plot([], [], "--", color=BLUE, label="COPY --from: takes files out of it")
+    axes.legend(loc="upper right", fontsize=8)
+    axes.set(xlim=(-0.3, 4.7), ylim=(-0.3, 2.3))
+    axes.axis("off")
+    return made
+
+
+def _box(axes: Axes, stage: str) -> Text:
+    x, y = STAGES[stage]
+    look = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": GREY if y else BLUE}
+    return axes.text(x, y, stage, ha="center", va="center", bbox=look)
+
+
+def _arrow(axes: Axes, boxes: dict[str, Text], ends: tuple[str, str], colour: str, s: str) -> None:
+    """From one stage's box to another's."""
+    a, b = (boxes[end].get_bbox_patch() for end in ends)
+    look = {"arrowstyle": "->", "color": colour, "linestyle": s, "patchA": a, "patchB": b}
+    axes.annotate("", xy=STAGES[ends[1]], xytext=STAGES[ends[0]], arrowprops=look)
+
+
+CONTENTS = {
+    "Debian": GREY,
+    "Python": BLACK,
+    "Java": ORANGE,
+    "TorchServe": SKY,
+    "other packages": PURPLE,
+    "OpenVINO": BLUE,
+    "torch": RED,
+    "transformers": "#F0E442",
+    "weights": GREEN,
+}
+
+
+def image_sizes(official: dict[str, float], ours: dict[str, dict[str, int]]) -> Figure:
+    """Bars of images: those of others whole, ours by part.
+
+    Args:
+        official: name -> bytes.
+        ours: name -> part, as `deploy.image_report` names them -> bytes.
+    """
+    made, axes = figure(width=7.2, height=2.9)
+    axes.barh(list(official), [size / 1e9 for size in official.values()], color="#cccccc")
+    left = dict.fromkeys(ours, 0.0)
+    for part, colour in CONTENTS.items():
+        sizes = {name: parts.get(part, 0) / 1e9 for name, parts in ours.items()}
+        axes.barh(
+            list(sizes), list(sizes.values()), left=list(left.values()), color=colour, label=part
+        )
+        left = {name: left[name] + sizes[name] for name in left}
+    axes.set(xlabel="GB")
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower right", ncol=2, fontsize=8)
+    return made
+
+
+def layers(made_by: Sequence[tuple[str, float]], new: int) -> Figure:
+    """The layers of an image from the bottom to the top, in MB; the `new` topmost in orange."""
+    made, axes = figure(width=7.2, height=0.6 + 0.3 * len(made_by))
+    colours = [BLUE] * (len(made_by) - new) + [ORANGE] * new
+    rows = range(len(made_by))
+    axes.barh(rows, [size for _, size in made_by], color=colours)
+    axes.set_yticks(rows, [command for command, _ in made_by], family="monospace", fontsize=8)
+    axes.set(xlabel="MB")
+    axes.grid(axis="x")
+    axes.grid(axis="y", visible=False)
     return made

@@ -51,7 +51,7 @@ def test_an_archive_is_mounted(bare, store):
 def test_without_an_archive_to_mount_it_says_so(bare, tmp_path):
     with pytest.raises(UserError, match=f"has no weights; run `make archive APP={APP}`"):
         image.run_container(APP, tag="bare-test", port=PORT, store=tmp_path)
-    with pytest.raises(UserError, match=r"/models is empty; one archive is wanted"):
+    with pytest.raises(UserError, match=r"/models is empty, but should hold one archive"):
         image.run_container(APP, tag="bare-test", port=PORT)
 
 
