@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from textwrap import shorten
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -250,11 +251,12 @@ def image_sizes(official: dict[str, float], ours: dict[str, dict[str, int]]) -> 
 
 def layers(made_by: Sequence[tuple[str, float]], new: int) -> Figure:
     """The layers of an image from the bottom to the top, in MB; the `new` topmost in orange."""
+    names = [shorten(command, 32, placeholder="…") for command, _ in made_by]
     made, axes = figure(width=7.2, height=0.6 + 0.3 * len(made_by))
     colours = [BLUE] * (len(made_by) - new) + [ORANGE] * new
     rows = range(len(made_by))
     axes.barh(rows, [size for _, size in made_by], color=colours)
-    axes.set_yticks(rows, [command for command, _ in made_by], family="monospace", fontsize=8)
+    axes.set_yticks(rows, names, family="monospace", fontsize=8)
     axes.set(xlabel="MB")
     axes.grid(axis="x")
     axes.grid(axis="y", visible=False)
