@@ -275,7 +275,7 @@ def _act(options: argparse.Namespace) -> None:
     """Stop, delete, shell, logs: one command of the engine each."""
     name = container_name(options.app)
     arguments = {
-        "stop": ["stop", "--time", str(STOP_SECONDS), name],
+        "stop": ["stop", "-t", str(STOP_SECONDS), name],
         "delete": ["rm", "--force", name],
         "shell": ["exec", "--interactive", "--tty", name, "/bin/bash"],
         "logs": ["logs", "--follow", name],

@@ -76,7 +76,8 @@ def test_it_is_hardened(container):
 
 
 def test_management_is_reachable_from_inside_only(container):
-    address = docker("inspect", "--format", "{{.NetworkSettings.IPAddress}}", container)
+    form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
+    address = docker("inspect", "--format", form, container)
     assert httpx.get(f"http://{address}:7080/ping", timeout=5).status_code == 200
     for port in (7081, 7082, 7083, 7084):
         with pytest.raises(httpx.ConnectError):
@@ -102,7 +103,7 @@ def test_a_stop_answers_what_is_in_flight_and_refuses_what_is_new(container):
         requests = [pool.submit(predict, URL, LONG) for _ in range(4)]
         streamed = pool.submit(lambda: list(stream(URL, LONG)))
         time.sleep(1)
-        stop = pool.submit(docker, "stop", "--time", "30", container)
+        stop = pool.submit(docker, "stop", "-t", "30", container)
         time.sleep(0.7)
         late = httpx.post(URL, json=LONG, timeout=30)
         for request in requests:
@@ -124,7 +125,7 @@ def test_a_drain_has_a_limit(lean):
         request = pool.submit(httpx.post, URL, json=endless, timeout=60)
         time.sleep(2)
         began = time.monotonic()
-        docker("stop", "--time", "30", name)
+        docker("stop", "-t", "30", name)
         assert time.monotonic() - began < 10
         with pytest.raises(httpx.TransportError):
             request.result()
@@ -170,7 +171,7 @@ def test_rounds_of_stop_kill_and_restart_under_load(container):
         with ThreadPoolExecutor() as pool:
             clients = [pool.submit(ask_until, done, statuses) for _ in range(3)]
             time.sleep(1.5)
-            docker(*(("stop", "--time", "30") if polite else ("kill",)), container)
+            docker(*(("stop", "-t", "30") if polite else ("kill",)), container)
             done.set()
         assert all(client.exception() is None for client in clients)
         assert state(container, "ExitCode") == ("0" if polite else "137"), number
