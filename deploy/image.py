@@ -56,7 +56,10 @@ def engine() -> str:
         raise UserError(
             "neither docker nor podman is installed; see https://docs.docker.com/engine"
         )
-    run = subprocess.run([name, "version"], capture_output=True, text=True)
+    try:
+        run = subprocess.run([name, "version"], capture_output=True, text=True)
+    except OSError as error:  # DOCKER names what is not there, or is no program
+        raise UserError(f"{name} cannot be started: {error.strerror}") from error
     if run.returncode != 0:
         reason = (run.stderr.strip() or "no reason given").splitlines()[-1]
         raise UserError(f"{Path(name).name} does not work here: {reason}")

@@ -24,6 +24,12 @@ def test_without_an_engine_it_says_so(monkeypatch, tmp_path):
         image.engine()
 
 
+def test_an_engine_that_is_not_there_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("DOCKER", str(tmp_path / "docker"))
+    with pytest.raises(UserError, match="docker cannot be started: No such file or directory"):
+        image.engine()
+
+
 def test_an_engine_that_does_not_work_is_named_with_its_reason(monkeypatch, tmp_path):
     program = tmp_path / "docker"
     program.write_text("#!/bin/sh\necho 'Cannot connect to the Docker daemon' >&2; exit 1\n")
