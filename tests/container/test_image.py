@@ -66,7 +66,7 @@ def test_the_lean_image_has_no_torch(lean):
 def test_labels_and_user(kind, request):
     config = json.loads(docker("image", "inspect", request.getfixturevalue(kind)))[0]["Config"]
     labels = config["Labels"]
-    assert config["User"] == "model-server" and list(config["ExposedPorts"]) == ["7080/tcp"]
+    assert config["User"] == "1000" and list(config["ExposedPorts"]) == ["7080/tcp"]
     assert re.fullmatch(r"[0-9a-f]{40}", labels["org.opencontainers.image.revision"])
     assert labels["serving-llms.weights"] == ("none" if kind == "bare" else "baked")
     assert config["Healthcheck"]["Test"] == ["CMD", "/opt/serving/ready"]
