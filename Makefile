@@ -45,10 +45,10 @@ lint: setup ## ruff and hadolint
 unit: setup ## pytest
 	@$(PY) -m pytest
 
-chapters: setup ## Run every chapter and compare its outputs (pytest --nbval, 5 minutes)
+chapters: setup ## Run every chapter and compare its outputs (pytest --nbval)
 	@env -u APP $(PY) -m pytest --nbval notebooks --nbval-sanitize-with notebooks/nbval.cfg
 
-notebooks: setup ## Run every chapter in place, to store new outputs (5 minutes)
+notebooks: setup ## Run every chapter in place, to store new outputs
 	@$(PY) -m nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 \
 	  notebooks/0*.ipynb
