@@ -2,12 +2,13 @@
 
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -46,12 +47,19 @@ def write(
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages} | (others or {}),
+        "versions": {package: _version(package) for package in packages} | (others or {}),
         "machine": machine(),
         "figures": figures,
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def in_rounds(
@@ -92,7 +100,15 @@ def machine() -> dict[str, str | int | float]:
         "cores": psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
-    }
+    } | _gpu()
+
+
+def _gpu() -> dict[str, str]:
+    if shutil.which("nvidia-smi") is None:
+        return {}
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    run = subprocess.run(query, capture_output=True, text=True)
+    return {"gpu": "; ".join(run.stdout.split("\n")).strip("; ")} if run.returncode == 0 else {}
 
 
 def _instructions() -> str:

@@ -35,7 +35,7 @@ class SeedHandler(BaseHandler):
     @torch.inference_mode()
     def inference(self, data: tuple[list[str], int]) -> list[str]:
         prompts, length = data
-        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True)
+        inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
         ids = self.model.generate(
             **inputs, max_new_tokens=length, min_new_tokens=length, do_sample=False
         )

@@ -1,0 +1,134 @@
+"""The engine `transformers` on a GPU: how much of it one gets, and what offload costs there.
+
+    python -m benchmarks.gpu        # 5 minutes on one GPU, 6 GB of disk
+
+SmolLM2-135M with its real weights and the dolly-v2-3b shape with random ones, in bfloat16, decode
+only, at 1, 8 and 32 sequences: continuous batching as the handler drives it, one request at a time
+as the original did, and the same engine on the machine's processor. Then dolly's shape with
+`max_memory` spread over GPU, RAM and disk. One token of one sequence needs every weight once, so
+the GPU's memory bandwidth, measured in the same rounds, divided by the weights' bytes is the most
+that one sequence can get (the roofline).
+
+Not here: vLLM, whose CUDA build is what one would serve with on a GPU.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+
+from benchmarks.large import decode_rate, seconds_of
+from benchmarks.load import prompts
+from benchmarks.record import in_rounds, peak_memory_gb, write
+from deploy.archive import model_config
+from deploy.cli import command
+from deploy.paths import UserError
+from deploy.weights import get_weights, weight_files
+from handler.engine import Sampling
+from handler.engine.transformers_engine import TransformersEngine
+
+ROUNDS = 3
+NEW_TOKENS = 64
+SEQUENCES = (1, 8, 32)
+SMALL, LARGE = "smollm2-135m", "dolly-v2-3b"
+SPREAD = {0: "2GiB", "cpu": "2GiB"}
+"""Of the large model's 5.6 GB; the rest stays on disk."""
+
+SYSTEMS = {
+    "smollm2 gpu": {"app": SMALL},
+    "smollm2 gpu, one at a time": {"app": SMALL, "engine": {"max_batch": 1}},
+    "smollm2 cpu": {"app": SMALL, "engine": {"device_map": "cpu"}},
+    "dolly gpu": {"app": LARGE},
+    "dolly cpu": {"app": LARGE, "engine": {"device_map": "cpu"}, "new_tokens": 8},
+    "dolly gpu + cpu + disk": {"app": LARGE, "engine": {"max_memory": SPREAD}, "new_tokens": 4},
+}
+
+
+def bandwidth() -> float:
+    """Bytes a second that the GPU reads from its memory: the best of ten sums over 4 GB."""
+    values = torch.ones(2**30, dtype=torch.float32, device="cuda")
+    seconds = []
+    for _ in range(11):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        values.sum()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return values.nbytes / min(seconds[1:])
+
+
+def load(question: dict) -> TransformersEngine:
+    """The engine as the app's archive would have it, in bfloat16, with the question's settings."""
+    weights = get_weights(question["app"], shape_only=question["app"] == LARGE)
+    settings = {"name": "transformers", "dtype": "bfloat16", "max_batch": 32}
+    _, config = model_config(question["app"], weights, settings | question.get("engine", {}))
+    return TransformersEngine(weights, config)
+
+
+def first_tokens(engine: TransformersEngine) -> float:
+    """Prefill: prompt tokens a second of 8 prompts sent together."""
+    next_prompt = prompts(8)
+    tokens = sum(len(engine.folder.encode(next_prompt())) for _ in range(8))
+    return tokens / seconds_of(engine, 8, 1)
+
+
+def child(question: dict) -> None:
+    """Load one engine, measure it, print the figures as JSON."""
+    speed = bandwidth()
+    torch.cuda.empty_cache()
+    weights = get_weights(question["app"], shape_only=question["app"] == LARGE)
+    files = [f for f in weight_files(weights) if f.suffix == ".safetensors"]
+    began = time.perf_counter()
+    engine = load(question)
+    figures = {"load_seconds": time.perf_counter() - began, "bandwidth": speed}
+    figures["bytes"] = sum(f.stat().st_size for f in files)
+    new_tokens = question.get("new_tokens", NEW_TOKENS)
+    decode_rate(engine, 8, 2)  # warm-up
+    for sequences in SEQUENCES:
+        figures[f"tokens_per_second {sequences}"] = decode_rate(engine, sequences, new_tokens)
+    figures["prompt_tokens_per_second"] = first_tokens(engine)
+    if engine.model.device.type == "cuda":
+        figures["share_of_roofline"] = figures["tokens_per_second 1"] * figures["bytes"] / speed
+    figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    figures["peak_memory_gb"] = peak_memory_gb()
+    print(engine.description, file=sys.stderr)
+    print(json.dumps(figures))
+
+
+def same_text() -> dict[str, str]:
+    """What SmolLM2 answers to one greedy prompt, on the GPU and on the processor."""
+    texts = {}
+    for place in ("auto", "cpu"):
+        engine = load({"app": SMALL, "engine": {"device_map": place, "dtype": "float32"}})
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        prompt = engine.chat_prompt(question)
+        engine.submit(0, prompt, Sampling(max_new_tokens=24), stream=False)
+        text = ""
+        while engine.running or not text:
+            text += "".join(progress.text for progress in engine.advance(1))
+        texts[str(engine.model.device)] = text
+    return texts
+
+
+@command
+def main(arguments: list[str] | None) -> None:
+    """Measure, and write results/gpu.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--child", type=json.loads, help="used by the program itself")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise UserError("there is no GPU that torch can use here (`make setup TORCH=cuda`?)")
+    if options.child:
+        child(options.child)
+        return
+    get_weights(LARGE, shape_only=True)
+    figures = {"systems": in_rounds("benchmarks.gpu", SYSTEMS, options.rounds)}
+    figures["texts"] = same_text()
+    print(write("gpu", figures, ["torch", "transformers", "accelerate"]).name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
