@@ -85,7 +85,8 @@ def child(question: dict) -> None:
     figures = {"load_seconds": time.perf_counter() - began, "bandwidth": speed}
     figures["bytes"] = sum(f.stat().st_size for f in files)
     new_tokens = question.get("new_tokens", NEW_TOKENS)
-    decode_rate(engine, 8, 2)  # warm-up
+    for sequences in SEQUENCES:  # CUDA loads and chooses its kernels when they are first needed
+        decode_rate(engine, sequences, new_tokens)
     for sequences in SEQUENCES:
         figures[f"tokens_per_second {sequences}"] = decode_rate(engine, sequences, new_tokens)
     figures["prompt_tokens_per_second"] = first_tokens(engine)
@@ -117,6 +118,8 @@ def main(arguments: list[str] | None) -> None:
     """Measure, and write results/gpu.json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--output", default="gpu", help="name of the result file")
     parser.add_argument("--child", type=json.loads, help="used by the program itself")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -124,10 +127,10 @@ def main(arguments: list[str] | None) -> None:
     if options.child:
         child(options.child)
         return
-    get_weights(LARGE, shape_only=True)
-    figures = {"systems": in_rounds("benchmarks.gpu", SYSTEMS, options.rounds)}
+    systems = {name: SYSTEMS[name] for name in options.systems}
+    figures = {"systems": in_rounds("benchmarks.gpu", systems, options.rounds)}
     figures["texts"] = same_text()
-    print(write("gpu", figures, ["torch", "transformers", "accelerate"]).name)
+    print(write(options.output, figures, ["torch", "transformers", "accelerate"]).name)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_batched_greedy_equals_alone(engine):
 
 def test_greedy_equals_generate(transformers_engine):
     engine = transformers_engine
-    ids = torch.tensor([engine.folder.encode(PROMPTS[1])])
+    ids = torch.tensor([engine.folder.encode(PROMPTS[1])]).to(engine.model.device)
     out = engine.model.generate(
         ids, max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0
     )
