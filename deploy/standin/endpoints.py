@@ -107,9 +107,7 @@ class Endpoints:
         if region_of(model.name) != region_of(endpoint.name):
             raise invalid("deployed_model.model", "The Model is in another location.")
         if model.container_spec.invoke_route_prefix and not endpoint.dedicated_endpoint_enabled:
-            raise ApiError(
-                "FAILED_PRECONDITION", "invoke_route_prefix needs a dedicated endpoint."
-            )
+            raise ApiError("FAILED_PRECONDITION", "invoke_route_prefix needs a dedicated endpoint.")
         deployed.id = deployed.id or self.operations.new_id()
         busy = _ids(endpoint) + [i for i, (e, _) in self._deploying.items() if e == endpoint.name]
         if deployed.id in busy:
@@ -122,9 +120,7 @@ class Endpoints:
         deployed.model = f"{model.name}@{model.version_id}"
         deployed.model_version_id = model.version_id
         deployed.display_name = deployed.display_name or model.display_name
-        reference = model.deployed_models.add(
-            endpoint=endpoint.name, deployed_model_id=deployed.id
-        )
+        reference = model.deployed_models.add(endpoint=endpoint.name, deployed_model_id=deployed.id)
         self._deploying[deployed.id] = endpoint.name, deployed
         names: list[str] = []
 
@@ -233,7 +229,9 @@ class Endpoints:
 
     def _check_quota(self, endpoint: str, new: DeployedModel) -> None:
         prefix = endpoint.rsplit("/", 2)[0] + "/"
-        deployed = [d for n, e in self._all.items() if n.startswith(prefix) for d in e.deployed_models]
+        deployed = [
+            d for n, e in self._all.items() if n.startswith(prefix) for d in e.deployed_models
+        ]
         deployed += [d for n, d in self._deploying.values() if n.startswith(prefix)]
         used = Counter()
         for item in deployed:

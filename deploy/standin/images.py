@@ -94,11 +94,13 @@ class Registry(Images):
     async def ingest(self, spec: Message) -> str:
         path, reference = self._parts(spec.image_uri)
         url = f"http://{self.address}/v2/{path}/manifests/{reference}"
-        async with aiohttp.ClientSession() as http:
-            async with http.head(url, headers={"Accept": _ACCEPT}) as reply:
-                if reply.status != 200:
-                    raise self._missing(spec.image_uri)
-                return f"{self.address}/{path}@{reply.headers['Docker-Content-Digest']}"
+        async with (
+            aiohttp.ClientSession() as http,
+            http.head(url, headers={"Accept": _ACCEPT}) as reply,
+        ):
+            if reply.status != 200:
+                raise self._missing(spec.image_uri)
+            return f"{self.address}/{path}@{reply.headers['Docker-Content-Digest']}"
 
     async def start(self) -> None:
         port = free_port()
@@ -118,6 +120,7 @@ class Registry(Images):
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        self.pid = self._process.pid
         for _ in range(100):
             if can_connect(port):
                 return

@@ -19,7 +19,13 @@ class Journal:
     ) -> None:
         """One request that was answered."""
         self._write(
-            "calls", time=began, transport=transport, method=method, path=path, status=status, **more
+            "calls",
+            time=began,
+            transport=transport,
+            method=method,
+            path=path,
+            status=status,
+            **more,
         )
 
     def event(self, event: str, **details: Any) -> None:

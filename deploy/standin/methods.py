@@ -85,6 +85,7 @@ def raw(kind: type) -> type:
     return kind.pb() if hasattr(kind, "pb") else kind
 
 
+# Service, method, verb, path, reply, permission, body (- for none).
 _TABLE = """
 Model UploadModel POST {parent=LOCATION}/models:upload Operation models.upload *
 Model GetModel GET {name=MODEL} Model models.get -
@@ -101,7 +102,8 @@ Endpoint UpdateEndpoint PATCH {endpoint.name=ENDPOINT} Endpoint endpoints.update
 Endpoint DeleteEndpoint DELETE {name=ENDPOINT} Operation endpoints.delete -
 Endpoint DeployModel POST {endpoint=ENDPOINT}:deployModel Operation endpoints.deploy *
 Endpoint UndeployModel POST {endpoint=ENDPOINT}:undeployModel Operation endpoints.undeploy *
-Endpoint MutateDeployedModel POST {endpoint=ENDPOINT}:mutateDeployedModel Operation endpoints.deploy *
+Endpoint MutateDeployedModel POST {endpoint=ENDPOINT}:mutateDeployedModel Operation \
+    endpoints.deploy *
 Prediction Predict POST {endpoint=ENDPOINT}:predict PredictResponse endpoints.predict *
 Metadata GetMetadataStore GET {name=LOCATION/metadataStores/*} MetadataStore metadataStores.get -
 """
@@ -197,9 +199,7 @@ def parse(fields: Any, message: Message) -> Message:
     try:
         return json_format.ParseDict(fields, message, ignore_unknown_fields=False)
     except (json_format.ParseError, TypeError, AttributeError) as error:
-        raise ApiError(
-            "INVALID_ARGUMENT", f"Invalid JSON payload received. {error}"
-        ) from error
+        raise ApiError("INVALID_ARGUMENT", f"Invalid JSON payload received. {error}") from error
 
 
 def dump(message: Message, *, numbers: bool = False) -> dict[str, Any]:

@@ -147,7 +147,9 @@ class Models:
                 )
 
 
-def update(item: Message, new: Message, paths: list[str], allowed: tuple[str, ...], kind: str) -> None:
+def update(
+    item: Message, new: Message, paths: list[str], allowed: tuple[str, ...], kind: str
+) -> None:
     """Copy the fields that an update mask names.
 
     Raises:

@@ -20,7 +20,7 @@ _HOST = re.compile(
     r"(?:(?:-prediction)?-aiplatform\.googleapis\.com|-\d+\.prediction\.vertexai\.goog)"
 )
 _TERM = re.compile(
-    r'\s*(?P<field>display_?[nN]ame|labels\.[a-z][a-z0-9_-]*)\s*(?P<sign>!=|=|:)\s*'
+    r"\s*(?P<field>display_?[nN]ame|labels\.[a-z][a-z0-9_-]*)\s*(?P<sign>!=|=|:)\s*"
     r'(?P<value>"[^"]*"|[^\s"]+)\s*'
 )
 _LABEL = re.compile(r"[a-z0-9_-]{0,63}")

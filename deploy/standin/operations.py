@@ -51,7 +51,9 @@ class Operations:
         metadata.generic_metadata.update_time.GetCurrentTime()
         operation.metadata.Pack(metadata)
         self._all[operation.name] = operation
-        self.journal.event(f"{kind} started", resource=resource, operation=operation.name, **details)
+        self.journal.event(
+            f"{kind} started", resource=resource, operation=operation.name, **details
+        )
         self._tasks[operation.name] = asyncio.create_task(
             self._run(kind, resource, operation, work)
         )
@@ -98,9 +100,7 @@ class Operations:
             raise ApiError("NOT_FOUND", f"Operation {name} is not found.")
         return self._all[name]
 
-    async def _run(
-        self, kind: str, resource: str, operation: lro.Operation, work: Work
-    ) -> None:
+    async def _run(self, kind: str, resource: str, operation: lro.Operation, work: Work) -> None:
         outcome = "done"
         try:
             await asyncio.sleep(DURATIONS[kind] * self.settings.scale)

@@ -79,9 +79,12 @@ class Container:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.log, self.port = plan, plan.log, 0
-        self._helpers: list[subprocess.Popen] = []
+        self._follower: subprocess.Popen | None = None
+        self._waiter: subprocess.Popen | None = None
+        self._code: int | None = None
 
     async def start(self) -> None:
+        self._code = self._waiter = self._follower = None
         environment, command, args = self.plan.expanded()
         options = [*HARDENED, "--name", self.plan.name, "--network", self.plan.network]
         options += ["--label", f"{LABEL}={label_of_this_process()}"]
@@ -96,30 +99,28 @@ class Container:
         with self.log.open("ab") as log:
             if code != 0:  # such as an entry point that is not in the image
                 log.write(text.encode())
-                self._waiter = subprocess.Popen(["/bin/sh", "-c", "echo 127"], stdout=-1)
+                self._code = 127
                 return
-            self._helpers = [
-                subprocess.Popen(
-                    [engine(), "logs", "--follow", self.plan.name], stdout=log, stderr=log
-                )
-            ]
-        self._waiter = subprocess.Popen([engine(), "wait", self.plan.name], stdout=-1)
+            self._follower = subprocess.Popen(
+                [engine(), "logs", "--follow", self.plan.name], stdout=log, stderr=log
+            )
+        self._waiter = subprocess.Popen(
+            [engine(), "wait", self.plan.name], stdout=subprocess.PIPE, text=True
+        )
         _, text = await docker("port", self.plan.name, str(self.plan.port))
         self.port = int(text.split()[0].rsplit(":", 1)[1]) if text.strip() else 0
 
     def exit_code(self) -> int | None:
         """How the container ended; None while it runs."""
-        if self._waiter.poll() is None:
-            return None
-        if not self._waiter.stdout.closed:
-            text = self._waiter.stdout.read().decode().strip()
-            self._waiter.stdout.close()
+        if self._code is None and self._waiter is not None and self._waiter.poll() is not None:
+            text = self._waiter.stdout.read().strip()
             self._code = int(text) if text.isdecimal() else 1
         return self._code
 
     async def reachable(self) -> bool:
         """Whether the server inside takes connections. Docker's own proxy always does, and hangs
-        up at once if nobody inside listens where it can reach him."""
+        up at once if nobody inside listens where it can reach him.
+        """
         if not self.port:
             return False
         try:
@@ -143,10 +144,10 @@ class Container:
     async def stop(self) -> None:
         await docker("stop", "--time", str(int(GRACE)), self.plan.name)
         await docker("rm", "--force", self.plan.name)
-        for process in (*self._helpers, getattr(self, "_waiter", None)):
-            if process is not None:
-                process.kill()
-                process.wait()
+        for helper in (self._follower, self._waiter):
+            if helper is not None:
+                helper.kill()
+                helper.wait()
 
 
 class Process:

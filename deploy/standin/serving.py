@@ -176,7 +176,7 @@ class Watched:
     async def _passes_probes(self) -> bool:
         """Whether it came up; False if it ended before."""
         probe = self.deployment.spec.startup_probe
-        if command := list(getattr(probe, "exec_").command):
+        if command := list(probe.exec_.command):
             period = self._period(probe.period_seconds or limits.PROBE_PERIOD)
             timeout = probe.timeout_seconds or limits.STARTUP_TIMEOUT
             while not await self.replica.execute(command, timeout):
@@ -194,7 +194,7 @@ class Watched:
     async def _healthy(self) -> bool:
         probe = self.deployment.spec.health_probe
         timeout = probe.timeout_seconds or limits.HEALTH_TIMEOUT
-        if command := list(getattr(probe, "exec_").command):
+        if command := list(probe.exec_.command):
             return await self.replica.execute(command, timeout)
         if not await self.replica.reachable():
             return False

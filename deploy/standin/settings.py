@@ -6,6 +6,9 @@ from pathlib import Path
 PROJECT_NUMBER = "100000000001"
 """Vertex AI answers with the project's number in resource names, whatever the request named."""
 
+READY = "ready.json"
+"""In the folder, as soon as the doors are open: where they are."""
+
 
 @dataclass(frozen=True)
 class Settings:
