@@ -8,14 +8,13 @@ made at the start and live in the stand-in's folder only.
 import json
 import secrets
 import time
-from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth import exceptions, jwt
 
 from deploy.standin.errors import ApiError
-from deploy.standin.settings import Settings
+from deploy.standin.settings import Settings, write_private
 
 SECONDS = 3600
 READ_ONLY = (".get", ".list")
@@ -33,7 +32,7 @@ class Access:
             email = f"{role}@{settings.project}.iam.gserviceaccount.com"
             self._keys[email] = _make_account(settings, role, email)
         self.admin = next(iter(self._keys))
-        _write_private(settings.folder / "token", self._issue(self.admin, 10 * 365 * 86_400))
+        write_private(settings.folder / "token", self._issue(self.admin, 10 * 365 * 86_400))
 
     def grant(self, assertion: str) -> dict[str, str | int]:
         """The reply of the token endpoint to a signed assertion.
@@ -115,12 +114,7 @@ def _make_account(settings: Settings, role: str, email: str) -> bytes:
         "token_uri": "https://oauth2.googleapis.com/token",
         "universe_domain": "googleapis.com",
     }
-    _write_private(settings.folder / f"{role}.json", json.dumps(file, indent=1))
+    write_private(settings.folder / f"{role}.json", json.dumps(file, indent=1))
     return key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-
-
-def _write_private(path: Path, text: str) -> None:
-    path.touch(mode=0o600)
-    path.write_text(text)

@@ -14,6 +14,7 @@ from pathlib import Path
 import aiohttp
 from google.protobuf.message import Message
 
+from deploy.image import engine
 from deploy.paths import MODEL_STORE
 from deploy.standin.errors import ApiError, invalid
 from deploy.standin.settings import Settings
@@ -130,6 +131,24 @@ class Registry(Images):
     async def stop(self) -> None:
         self._process.terminate()
         self._process.wait()
+        # Names alone: what was pushed from this machine stays under its own.
+        listed = subprocess.run(
+            [
+                engine(),
+                "image",
+                "ls",
+                "--digests",
+                "--format",
+                "{{.Repository}} {{.Tag}} {{.Digest}}",
+            ],
+            capture_output=True,
+            text=True,
+        )
+        for line in listed.stdout.splitlines():
+            repository, tag, digest = line.split()
+            if repository.startswith(f"{self.address}/"):
+                names = [f"{repository}:{tag}", f"{repository}@{digest}"]
+                subprocess.run([engine(), "rmi", *names], capture_output=True)
 
 
 class Apps(Images):

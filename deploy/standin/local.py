@@ -10,6 +10,7 @@ when it opens its first connection.
 """
 
 import atexit
+import functools
 import json
 import os
 import shutil
@@ -21,10 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import trustme
+
 from deploy.image import engine
 from deploy.paths import ROOT, UserError
 from deploy.standin import journal
-from deploy.standin.settings import PROJECT_NUMBER, READY
+from deploy.standin.settings import PROJECT_NUMBER, READY, write_private
 
 
 class Standin:
@@ -84,6 +87,8 @@ class Standin:
         }
         command = [sys.executable, "-m", "deploy.standin.child", json.dumps(options)]
         command += [str(self.folder), "keep" if given else "remove", str(self._port)]
+        for name, pem in zip(("ca.pem", "ca.key"), _authority(), strict=True):
+            write_private(self.folder / name, pem)
         log = self.folder / "standin.log"
         with log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -165,6 +170,15 @@ class Standin:
         for name, value in self.environment.items():
             self._before[name] = os.environ.get(name)
             os.environ[name] = value
+
+
+@functools.cache
+def _authority() -> tuple[str, str]:
+    """A throwaway certificate authority, the same for all stand-ins of one process: gRPC reads the
+    certificates it trusts once, and a notebook may start a second stand-in.
+    """
+    authority = trustme.CA()
+    return authority.cert_pem.bytes().decode(), authority.private_key_pem.bytes().decode()
 
 
 def environment(standin: Standin, doors: dict[str, Any]) -> dict[str, str]:

@@ -20,7 +20,6 @@ from deploy.standin.proxy import Proxy
 from deploy.standin.settings import READY, Settings
 
 
-
 async def serve(settings: Settings, *, temporary: bool, port: int = 0) -> None:
     """Run until SIGTERM, SIGINT, or the end of standard input: whoever started us is gone.
 
@@ -63,13 +62,14 @@ async def serve(settings: Settings, *, temporary: bool, port: int = 0) -> None:
 
 async def _open_doors(api: Api, proxy: Proxy, stack: AsyncExitStack) -> None:
     folder: Path = api.settings.folder
-    authority = trustme.CA()
+    key_file = folder / "ca.key"
+    authority = trustme.CA.from_pem((folder / "ca.pem").read_bytes(), key_file.read_bytes())
+    key_file.unlink()
     number = api.settings.number
     certificate = authority.issue_cert(
         "*.googleapis.com",
         *(f"*.{region}-{number}.prediction.vertexai.goog" for region in sorted(SUPPORTED_REGIONS)),
     )
-    authority.cert_pem.write_to_path(folder / "ca.pem")
     key = certificate.private_key_pem.bytes()
     chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -33,3 +33,9 @@ class Settings:
     project: str = "standin-project"
     region: str = "europe-west4"
     number: str = PROJECT_NUMBER
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that nobody else can read."""
+    path.touch(mode=0o600)
+    path.write_text(text)
