@@ -7,6 +7,7 @@ its times to draw. So what changes something goes through the SDK's own generate
 """
 
 import datetime
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from deploy.vertex_config import Settings
 
 try:
     import google.auth
-    from google.api_core import exceptions, operation
+    from google.api_core import exceptions, operation, retry
     from google.api_core.exceptions import NotFound
     from google.cloud import aiplatform
     from google.cloud.aiplatform_v1 import types
@@ -26,6 +27,8 @@ except ImportError as error:
 SCOPES = ["https://www.googleapis.com/auth/cloud-platform"]
 FIRST_POLL, LONGEST_POLL = 0.2, 3.0
 """Seconds between two looks at an operation."""
+READ = {"retry": retry.Retry(timeout=30), "timeout": 30}
+"""For calls that change nothing: seconds for which passing faults are tried again."""
 
 
 class Event(NamedTuple):
@@ -68,7 +71,7 @@ class Vertex:
         settings: Settings,
         report: Callable[[str], Any] = print,
         tick: Callable[[str], Any] | None = None,
-    ):
+    ) -> None:
         self.settings, self.report, self.tick = settings, report, tick or (lambda line: None)
         self.parent = settings.parent
         self.credentials = _credentials()
@@ -86,7 +89,7 @@ class Vertex:
         while True:
             request = {"name": resource, "page_token": token}
             try:
-                page = self.endpoints.list_operations(request)
+                page = self.endpoints.list_operations(request, **READ)
             except NotFound:
                 return found
             found += [one for one in page.operations if not one.done]
@@ -95,15 +98,20 @@ class Vertex:
                 return found
 
     def finish(self, step: str, started: operation.Operation) -> Any:
-        """Wait for an operation that this program has just started; return its result.
+        """Wait for an operation that this program has just started; return its response.
 
         Raises:
             GoogleAPICallError: it failed; the class is the one that the SDK raises.
         """
         self.begun.append(step)
         self.report(step)
-        self.wait(step, started.operation)
-        return started.result()
+        final = self.wait(step, started.operation)
+        if final.error.code:
+            raise exceptions.from_grpc_status(final.error.code, final.error.message)
+        kind = final.response.type_url.rsplit(".", 1)[-1]
+        return (
+            getattr(types, kind).deserialize(final.response.value) if kind in dir(types) else None
+        )
 
     def wait(self, step: str, current: Any) -> Any:
         """Look at an operation until it is done, and return its last state, failed or not."""
@@ -113,7 +121,7 @@ class Vertex:
         while not current.done:
             time.sleep(pause)
             pause = min(pause * 1.5, LONGEST_POLL)
-            current = self.endpoints.get_operation({"name": name})
+            current = self.endpoints.get_operation({"name": name}, **READ)
             stage = self._note(step, current)
             self.tick(f"{step}: {stage or 'waiting'}, {time.monotonic() - began:.0f} s")
         if current.error.code:
@@ -161,7 +169,7 @@ def _spans(events: list[Event]) -> Iterator[Span]:
         looks = [event for event in events if event.operation == name]
         first, last = looks[0], looks[-1]
         yield Span(first.step, "", _since(zero, first.began), _since(zero, last.at))
-        for look, following in zip(looks, looks[1:], strict=False):
+        for look, following in itertools.pairwise(looks):
             if look.stage:
                 began = max(look.at, look.began)
                 yield Span(first.step, look.stage, _since(zero, began), _since(zero, following.at))
