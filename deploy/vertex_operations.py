@@ -74,7 +74,7 @@ class Vertex:
     ) -> None:
         self.settings, self.report, self.tick = settings, report, tick or (lambda line: None)
         self.parent = settings.parent
-        self.credentials = _credentials()
+        self.credentials = default_credentials()
         self.events: list[Event] = []
         self.begun: list[str] = []
         aiplatform.init(project=settings.project, location=settings.region)
@@ -179,7 +179,12 @@ def _since(zero: datetime.datetime, moment: datetime.datetime) -> float:
     return (moment - zero).total_seconds()
 
 
-def _credentials() -> Any:
+def default_credentials() -> Any:
+    """Application-default credentials.
+
+    Raises:
+        UserError: there are none.
+    """
     try:
         credentials, _ = google.auth.default(scopes=SCOPES)
     except google.auth.exceptions.DefaultCredentialsError as error:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from deploy.paths import UserError
-from deploy.vertex_operations import Event, Span, Vertex, kind_of, timeline
+from deploy.vertex_operations import Event, Span, Vertex, exceptions, kind_of, timeline
 from deploy.vertex_resources import (
     check_endpoint,
     create_endpoint,
@@ -82,6 +82,15 @@ def deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None = None) 
             f"image_uri: {image_uri} given; should be in Artifact Registry in the same region, "
             f"{vertex.settings.image_folder()}/..."
         )
+    try:
+        return _deploy(vertex, app, image_uri, canary)
+    except (
+        exceptions.AlreadyExists
+    ):  # begun by a run that was killed a moment ago, and not listed until now
+        return _deploy(vertex, app, image_uri, canary)
+
+
+def _deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None) -> types.Endpoint:
     settle(vertex, app)
     endpoint = get_endpoint(vertex, app)
     if endpoint:
@@ -163,11 +172,11 @@ def what_is_there(vertex: Vertex, app: str | None = None) -> Iterator[Resource]:
         vertex: the project and region.
         app: the APP. None lists all of them.
     """
-    names = set()
+    names = []
     if app:
-        names = {vertex.settings.endpoint_name(app), vertex.settings.model_name(app)}
+        names = [vertex.settings.endpoint_name(app), vertex.settings.model_name(app)]
     for endpoint in ours(vertex, app, "endpoints"):
-        names.add(endpoint.name)
+        names.append(endpoint.name)
         owner = endpoint.labels["app"]
         yield Resource("endpoint", endpoint.name, owner, endpoint.dedicated_endpoint_dns, False)
         for one in deployed_at(endpoint):
@@ -179,10 +188,11 @@ def what_is_there(vertex: Vertex, app: str | None = None) -> Iterator[Resource]:
             )
             yield Resource("deployed model", f"{endpoint.name} {one.id}", owner, detail, True)
     for model in ours(vertex, app, "models"):
-        names.add(model.name)
-        versions = f"newest version {model.version_id}"
-        yield Resource("model", model.name, model.labels["app"], versions, False)
-    for name in sorted(names):
+        names.append(model.name)
+        default = f"default version {model.version_id}"
+        yield Resource("model", model.name, model.labels["app"], default, False)
+    # Google answers with the project's number where we say its id: the same name, twice
+    for name in {name.split("/", 2)[2]: name for name in names}.values():
         for one in vertex.running(name):
             bills = kind_of(one) == "DeployModel"
             yield Resource("operation", one.name, app or "", kind_of(one), bills)
