@@ -69,6 +69,9 @@ class Settings(_Strict):
     port: Annotated[int, Field(ge=1, le=65535)]
     predict_route: Route | None = None
     health_route: Route
+    command: list[str] = []
+    args: list[str] = []
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     startup_probe: list[str] | None
     startup_probe_period: Annotated[int, Field(ge=1)]
     startup_probe_timeout: Annotated[int, Field(ge=1)]
@@ -91,6 +94,9 @@ class Settings(_Strict):
                 f"accelerator_type: {self.accelerator_type or 'none'}; "
                 f"{self.machine_type} has NVIDIA_L4 and no other"
             )
+        for name in self.environment:
+            if name.startswith("AIP_"):
+                raise ValueError(f"environment.{name}: names with AIP_ are set by the platform")
         if self.startup_probe_timeout > self.startup_probe_period:
             raise ValueError(
                 f"startup_probe_timeout: {self.startup_probe_timeout} is more than "

@@ -25,6 +25,9 @@ def container(vertex: Vertex, app: str, image_uri: str) -> types.ModelContainerS
     settings = vertex.settings
     spec = types.ModelContainerSpec(
         image_uri=image_uri,
+        command=settings.command,
+        args=settings.args,
+        env=[types.EnvVar(name=key, value=value) for key, value in settings.environment.items()],
         ports=[types.Port(container_port=settings.port)],
         predict_route=settings.route_for(app),
         health_route=settings.health_route,

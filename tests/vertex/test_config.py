@@ -51,6 +51,7 @@ def test_settings_cannot_be_changed():
         ({"service_account": "me"}, r"service_account: 'me' given"),
         ({"predict_route": "predict"}, r"predict_route: 'predict' given; .*'\^/'"),
         ({"startup_probe_timeout": 11}, r"startup_probe_timeout: 11 is more than"),
+        ({"environment": {"AIP_HTTP_PORT": "1"}}, r"environment\.AIP_HTTP_PORT: .*platform"),
         ({"project": "X"}, r"project: 'X' given"),
     ],
 )
