@@ -1,4 +1,4 @@
-"""What can be said about a deployment from its settings alone: no network, no credentials, no SDK."""
+"""What the settings alone say of a deployment: no network, no credentials, no SDK."""
 
 from deploy.vertex_config import Settings
 
