@@ -12,18 +12,23 @@ TAG       ?= dev
 MEMORY    ?=
 REGISTRY  ?=
 BAKED     ?= yes
+CANARY    ?=
+PROJECT   ?=
+REGION    ?=
 VENV      ?= .venv
 PYTHON    ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 
 PY      := $(VENV)/bin/python
 WEIGHTS := "$(APP)" $(if $(MODEL_DIR),--model-dir "$(MODEL_DIR)") $(if $(SHAPE_ONLY),--shape-only)
+GOOGLE  := $(if $(PROJECT),--project "$(PROJECT)") $(if $(REGION),--region "$(REGION)")
 ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 
 export VENV TORCH
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
         bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
-        chapters build-dev build-pro run stop delete shell logs push image-report deploy
+        chapters build-dev build-pro run stop delete shell logs push image-report \
+        plan deploy test-vertex undeploy cleanup standin rehearse
 
 help: ## Show the targets
 	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
@@ -134,6 +139,24 @@ push: setup ## Push the image of APP (REGISTRY=host/project/repository, TAG=pro)
 image-report: setup ## Show what is in the image of APP, by part
 	@$(PY) -m deploy.image_report "$(APP)" --tag "$(TAG)"
 
-# The original's target whose room is still empty.
-deploy: ## Deploy APP on Vertex AI (chapter 06)
-	@echo "make $@: comes with chapter 06, which is not written yet" >&2; exit 1
+plan: setup ## Show what deploy would make on Vertex AI, and its price (PROJECT=, REGION=)
+	@$(PY) -m deploy.vertex plan "$(APP)" $(GOOGLE)
+
+deploy: setup ## Push the image of APP and deploy it on Vertex AI (CANARY=20 for 20 %)
+	@exec $(PY) -m deploy.vertex deploy "$(APP)" $(GOOGLE) $(if $(CANARY),--canary "$(CANARY)") \
+	  $(if $(filter file,$(origin TAG)),,--tag "$(TAG)")
+
+test-vertex: setup ## Ask the endpoint of APP in three ways and print the answers
+	@$(PY) -m deploy.vertex test "$(APP)" $(GOOGLE)
+
+undeploy: setup ## Stop the replicas of APP on Vertex AI, and with them the bill
+	@$(PY) -m deploy.vertex undeploy "$(APP)" $(GOOGLE)
+
+cleanup: setup ## Remove everything of APP on Vertex AI and prove that it is gone
+	@$(PY) -m deploy.vertex cleanup "$(APP)" $(GOOGLE)
+
+standin: setup ## Start the local stand-in for Vertex AI, until Ctrl-C
+	@exec $(PY) -m deploy.standin
+
+rehearse: setup ## Deploy, ask, canary, roll back, clean up on the stand-in (no Google account)
+	@$(PY) -m deploy.rehearse "$(APP)"

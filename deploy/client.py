@@ -1,7 +1,7 @@
 """Ask a server, as the notebooks, the tests and `make quickstart` do. Plain HTTP."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import httpx
 
@@ -32,9 +32,18 @@ def stream(url: str, body: dict, timeout: float = 600.0) -> Iterator[dict]:
     ) as reply:
         if reply.status_code != 200:
             raise UserError(f"{reply.status_code} from {url}: {reply.read().decode().strip()}")
-        for line in reply.iter_lines():
-            if line.startswith("data: "):
-                event = json.loads(line.removeprefix("data: "))
-                if "error" in event:
-                    raise UserError(f"the stream from {url} broke off: {event['error']['message']}")
-                yield event
+        yield from server_sent_events(reply.iter_lines(), url)
+
+
+def server_sent_events(lines: Iterable[str], source: str) -> Iterator[dict]:
+    """The JSON objects in a stream's lines, as they arrive.
+
+    Raises:
+        UserError: one of them is an error.
+    """
+    for line in lines:
+        if line.startswith("data: "):
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise UserError(f"the stream from {source} broke off: {event['error']['message']}")
+            yield event

@@ -207,18 +207,19 @@ def log(name: str, lines: int = 20) -> str:
     return run.stdout
 
 
-def push(app: str, registry: str, tag: str) -> str:
+def push(app: str, registry: str, tag: str, *, remote_tag: str | None = None) -> str:
     """Push an app's image and return its address with the digest.
 
     Args:
         app: the APP.
         registry: host and folder, such as `europe-west4-docker.pkg.dev/PROJECT/serving`.
-        tag: of the image, here and there.
+        tag: of the image here.
+        remote_tag: of the image there; None takes the same.
 
     Raises:
         UserError: the registry refused; its message.
     """
-    program, address = engine(), f"{registry.rstrip('/')}/{app.lower()}:{tag}"
+    program, address = engine(), f"{registry.rstrip('/')}/{app.lower()}:{remote_tag or tag}"
     for arguments in (("tag", image_name(app, tag), address), ("push", address)):
         run = subprocess.run([program, *arguments], stderr=subprocess.PIPE, text=True)
         if run.returncode != 0:

@@ -140,12 +140,6 @@ def test_the_originals_targets_are_there():
     assert set(re.findall(r"^  ([a-z-]+) ", make("help").stdout, re.MULTILINE)) >= ORIGINAL
 
 
-def test_a_target_whose_room_is_empty_says_which_chapter_brings_it():
-    run = make("deploy", "APP=gpt2")
-    assert run.returncode != 0
-    assert "make deploy: comes with chapter 06" in run.stderr
-
-
 def test_readme_shows_make_help():
     assert f"$ make help\n{make('help').stdout}```" in README
 

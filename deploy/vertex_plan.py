@@ -1,0 +1,73 @@
+"""What the settings alone say of a deployment: no network, no credentials, no SDK."""
+
+from deploy.vertex_config import Settings
+
+
+def plan(settings: Settings, app: str) -> str:
+    """Every resource that `deploy` makes, what it costs as far as known, and the quota to check.
+
+    Needs no network, no credentials, and not even a project.
+    """
+    notes = []
+    if not settings.project:
+        settings = settings.model_copy(update={"project": "PROJECT"})
+        notes = ["project: not given yet; export GCP_PROJECT=..."]
+    region, size = settings.region, f"{settings.min_replicas} to {settings.max_replicas}"
+    machine = f"{size} x {settings.machine_type}{' (spot)' if settings.spot else ''}"
+    quota = "custom_model_serving_cpus"
+    if settings.accelerator_type:
+        machine += f" with {settings.accelerator_count} x {settings.accelerator_type}"
+        quota = f"custom_model_serving_{settings.accelerator_type.lower()}_gpus"
+    rows = [
+        ("image", settings.image_uri(app, "TAG"), region, "storage, by the gigabyte and month"),
+        ("model", settings.model_name(app), region, "nothing"),
+        ("endpoint", settings.endpoint_name(app), region, "nothing by itself"),
+        ("replicas", machine, region, hourly(settings)),
+        ("logs", "stdout and stderr of the replicas", region, "by volume, above a free allowance"),
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
+        for row in rows
+    ]
+    labels = ", ".join(f"{key}={value}" for key, value in settings.labels_for(app).items())
+    lines += [
+        *notes,
+        f"labels: {labels}",
+        f"quota to check: aiplatform.googleapis.com/{quota} in {region}, at "
+        "https://console.cloud.google.com/iam-admin/quotas",
+        "replicas bill from deploy until undeploy or cleanup, also when nobody asks",
+    ]
+    return "\n".join(lines)
+
+
+def hourly(settings: Settings) -> str:
+    """What the replicas cost per hour, with how well that is known."""
+    prices = settings.prices
+    each = prices.per_hour.get(settings.machine_type)
+    if each is None or (settings.accelerator_type and not settings.machine_type.startswith("g2-")):
+        return f"price of {settings.machine_type} not known here; see the price list"
+    least, most = (f"${each * n:.2f}" for n in (settings.min_replicas, settings.max_replicas))
+    state = "verified" if prices.verified else "unverified"
+    spot = ", before the discount for spot" if settings.spot else ""
+    return f"{least} to {most} per hour ({prices.region}, {prices.date}, {state}{spot})"
+
+
+def how_to_read_logs(settings: Settings, app: str) -> str:
+    """The commands that show what an app's replicas wrote. stderr shows as ERROR there."""
+    place = (
+        'resource.type="aiplatform.googleapis.com/Endpoint" '
+        f'resource.labels.endpoint_id="{settings.resource_id(app)}" '
+        f'resource.labels.location="{settings.region}"'
+    )
+    project = settings.parent.split("/")[1]
+    return (
+        f"gcloud logging read '{place}' --project={project} --limit=50 --freshness=1h\n"
+        f"gcloud beta logging tail '{place}' --project={project}"
+    )
+
+
+def delete_images(settings: Settings, app: str) -> str:
+    """The command that removes an app's images, which cost storage until then."""
+    address = settings.image_uri(app, "").rstrip(":")
+    return f"gcloud artifacts docker images delete {address} --delete-tags"
