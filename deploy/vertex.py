@@ -53,13 +53,13 @@ def push(
     Raises:
         UserError: no container engine, no such image, or the registry refused.
     """
-    stand_in = os.environ.get("VERTEX_REGISTRY")
+    registry = os.environ.get("VERTEX_REGISTRY")
     local = image.image_name(app, tag)
     try:
         program = image.engine()
     except UserError:
         archive = archive_path(app, "no-archive", MODEL_STORE)
-        if stand_in is None or not archive.exists():
+        if "VERTEX_STANDIN" not in os.environ or not archive.exists():
             raise
         report(f"no Docker: the stand-in will serve {shown(archive)} as a process")
         return settings.image_uri(app, tag)
@@ -70,8 +70,8 @@ def push(
     there = f"{tag}-{run.stdout.strip().removeprefix('sha256:')[:12]}"
     uri = settings.image_uri(app, there)
     folder = settings.image_folder()
-    if stand_in:
-        folder = f"{stand_in}/{folder.split('/', 1)[1]}"
+    if registry:
+        folder = f"{registry}/{folder.split('/', 1)[1]}"
     report(f"push {local} to {folder}")
     try:
         image.push(app, folder, tag, remote_tag=there)
