@@ -1,0 +1,1 @@
+"""A local Vertex AI, strict enough to rehearse a deployment on; see README.md in this folder."""
