@@ -100,9 +100,13 @@ def ask(vertex: "Vertex", app: str, body: dict) -> dict[str, Any]:
         UserError: an error came back; its message. (The SDK raises a bare ValueError for the first
             and looks at no status for the others.)
     """
+    from google.api_core.exceptions import NotFound
     from google.cloud import aiplatform
 
-    endpoint = aiplatform.Endpoint(vertex.settings.endpoint_name(app))
+    try:
+        endpoint = aiplatform.Endpoint(vertex.settings.endpoint_name(app))
+    except NotFound as error:
+        raise UserError(f"nothing of {app} is deployed; run deploy first") from error
     headers = {"Content-Type": "application/json"}
     try:
         predicted = endpoint.predict(body["instances"], parameters=body.get("parameters"))

@@ -9,6 +9,6 @@ from deploy.standin.local import Standin
 
 @pytest.fixture(scope="session")
 def standin() -> Iterator[Standin]:
-    """A stand-in that starts commands as processes, 200 times as fast as the platform."""
-    with Standin(scale=0.005, runner="process") as running:
+    """A stand-in that starts commands as processes, 500 times as fast as the platform."""
+    with Standin(scale=0.002, runner="process") as running:
         yield running

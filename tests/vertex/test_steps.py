@@ -1,9 +1,7 @@
 """The life of a deployment on the stand-in: twice the same, canary, rollback, failures, cleanup."""
 
-import sys
+import itertools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 from google.api_core import exceptions as errors
@@ -12,71 +10,8 @@ from google.cloud import aiplatform
 from deploy import vertex as commands
 from deploy.paths import UserError
 from deploy.standin.local import Standin
-from deploy.vertex_config import Settings, load_settings
-from deploy.vertex_steps import (
-    Vertex,
-    cleanup,
-    deploy,
-    rollback,
-    timeline,
-    undeploy,
-    what_is_there,
-)
-
-SERVER = Path(__file__).parent / "small_server.py"
-BODY = {"instances": ["a", "b"], "parameters": {"echo": True}}
-CHANGES = {
-    *("UploadModel", "DeleteModel", "CreateEndpoint", "UpdateEndpoint", "DeleteEndpoint"),
-    *("DeployModel", "UndeployModel"),
-}
-
-
-def small(**overrides: Any) -> Settings:
-    """The settings of deploy/vertex.yaml, with a server that is ready at once."""
-    given = {
-        "command": [sys.executable, str(SERVER)],
-        "predict_route": "/predict",
-        "health_route": "/health",
-        "startup_probe": [],
-        "max_replicas": 1,
-    }
-    return load_settings(**given | overrides)
-
-
-class Rehearsed:
-    """An app of one test: what is done to it, and what the platform was asked."""
-
-    def __init__(self, standin: Standin, app: str) -> None:
-        self.standin, self.app, self.lines = standin, app, []
-        standin.add_image(app)
-
-    def vertex(self, **overrides: Any) -> Vertex:
-        return Vertex(small(**overrides), self.lines.append)
-
-    def image(self, tag: str = "1") -> str:
-        return small().image_uri(self.app, tag)
-
-    def deploy(self, tag: str = "1", canary: int | None = None, **overrides: Any) -> Any:
-        return deploy(self.vertex(**overrides), self.app, self.image(tag), canary)
-
-    def changes(self) -> list[str]:
-        """The calls so far that changed something."""
-        return [c["method"] for c in self.standin.calls() if c["method"] in CHANGES]
-
-    def shares(self) -> dict[str, int]:
-        """Version -> per cent, of what is deployed."""
-        endpoint = aiplatform.Endpoint(small().endpoint_name(self.app))
-        split = endpoint.traffic_split
-        return {one.model_version_id: split.get(one.id, 0) for one in endpoint.list_models()}
-
-    def answers(self, count: int) -> dict[str, int]:
-        """Version -> how many of some requests it answered."""
-        endpoint = aiplatform.Endpoint(small().endpoint_name(self.app))
-        seen: dict[str, int] = {}
-        for _ in range(count):
-            version = endpoint.predict(BODY["instances"]).model_version_id
-            seen[version] = seen.get(version, 0) + 1
-        return seen
+from deploy.vertex_steps import cleanup, deploy, rollback, timeline, undeploy, what_is_there
+from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 
 @pytest.fixture
@@ -154,7 +89,7 @@ def test_a_canary_gets_its_share_and_is_promoted(app: Rehearsed):
 
 def test_rollback_of_a_canary_and_of_a_full_deployment(app: Rehearsed):
     app.deploy("1")
-    with pytest.raises(UserError, match="version 1 of .* is the first"):
+    with pytest.raises(UserError, match=r"version 1 of .* is the first"):
         rollback(app.vertex(), app.app)
     app.deploy("2", canary=20)
     rollback(app.vertex(), app.app)
@@ -169,7 +104,7 @@ def test_rollback_of_a_canary_and_of_a_full_deployment(app: Rehearsed):
 
 def test_what_cannot_be_done_is_refused_before_anything_is_made(app: Rehearsed):
     before = app.changes()
-    with pytest.raises(UserError, match="nothing of .* is deployed"):
+    with pytest.raises(UserError, match=r"nothing of .* is deployed"):
         rollback(app.vertex(), app.app)
     with pytest.raises(UserError, match="canary: 20 given, and nothing is deployed"):
         app.deploy(canary=20)
@@ -284,7 +219,7 @@ def test_the_timeline_is_in_order(app: Rehearsed):
     whole = [span for span in timeline(vertex.events) if not span.stage]
     assert [span.step.split()[0] for span in whole] == ["upload", "create", "deploy"]
     assert whole[0].began == 0
-    for one, following in zip(whole, whole[1:], strict=False):
+    for one, following in itertools.pairwise(whole):
         assert one.began < one.ended <= following.began
     stages = [span for span in timeline(vertex.events) if span.stage]
     assert stages == sorted(stages, key=lambda span: span.began)
