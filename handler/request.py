@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -82,19 +83,31 @@ class _Input(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _whole(value: Any) -> Any:
+    """Take 50.0 for 50. Every number is a double in `google.protobuf.Value`, so that is what comes
+    from Vertex AI for a client that uses gRPC.
+    """
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
+        return int(value)
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
 class Parameters(_Input):
     """What shapes one completion. A field that is not given falls back to the app's default."""
 
-    max_new_tokens: Annotated[int, Field(ge=1)] = None
+    max_new_tokens: Annotated[Whole, Field(ge=1)] = None
     temperature: Annotated[float, Field(ge=0, le=2)] = None
     top_p: Annotated[float, Field(gt=0, le=1)] = None
-    top_k: Annotated[int, Field(ge=0, le=1_000_000)] = None
+    top_k: Annotated[Whole, Field(ge=0, le=1_000_000)] = None
     repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = None
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=100)]],
         Field(max_length=8, fail_fast=True),
     ] = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = None
+    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = None
     ignore_eos: bool = None
     return_full_text: bool = None
 

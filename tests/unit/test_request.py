@@ -89,3 +89,14 @@ def test_a_wrong_default_is_named():
     app = APP.model_copy(update={"parameters": {"temperature": 5}})
     with pytest.raises(RequestError, match=r"app\.parameters\.temperature: .* not 5"):
         default_parameters(app)
+
+
+def test_whole_doubles_are_whole_numbers():
+    """gRPC's Struct has doubles only: 50 arrives as 50.0."""
+    body = b'{"instances": ["a"], "parameters": {"max_new_tokens": 5.0, "top_k": 6.0, "seed": 7e0}}'
+    sampling = parse(body).items[0].sampling
+    assert (sampling.max_new_tokens, sampling.top_k, sampling.seed) == (5, 6, 7)
+    assert isinstance(sampling.top_k, int)
+    for wrong in ("5.5", "true", '"5"', "1e300", "-1.0"):
+        with pytest.raises(RequestError, match="should be a whole number"):
+            parse(f'{{"instances": ["a"], "parameters": {{"top_k": {wrong}}}}}'.encode())
