@@ -44,6 +44,6 @@ def server_sent_events(lines: Iterable[str], source: str) -> Iterator[dict]:
     for line in lines:
         if line.startswith("data: "):
             event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
+            if isinstance(event, dict) and "error" in event:
                 raise UserError(f"the stream from {source} broke off: {event['error']['message']}")
             yield event

@@ -1,7 +1,87 @@
-"""The whole life of a deployment on the stand-in for Vertex AI: `make rehearse`.
+"""The whole life of a deployment, on the stand-in for Vertex AI: `make rehearse`.
 
     python -m deploy.rehearse smollm2-135m
 
-Runs the commands that `make plan`, `make deploy`, ... run, in processes of their own that know
-nothing of the stand-in but its environment variables. Then it counts what they asked.
+Runs the commands behind `make plan`, `make deploy`, ... as they are, each in a process of its own.
+They know nothing of the stand-in but the environment variables that lead to it. Then it counts the
+requests that they made. With Docker the image of `make build-pro` is pushed and started, without
+the archive of `make archive`.
 """
+
+import argparse
+import subprocess
+import sys
+import time
+from collections import Counter
+
+from deploy import image
+from deploy.cli import app_parser, command
+from deploy.paths import UserError
+from deploy.standin.local import Standin
+
+CANARY_TAG = "canary"
+
+
+def rehearse(app: str, tag: str, scale: float) -> None:
+    """From `plan` to `cleanup`; prints what each command prints, the seconds, and the requests.
+
+    Args:
+        app: the APP.
+        tag: of its image, if there is Docker.
+        scale: what the platform's own waiting is multiplied by.
+
+    Raises:
+        UserError: a command failed; it has printed why.
+    """
+    began = time.monotonic()
+    with Standin(scale=scale, limit_scale=1.0) as standin:
+        print(f"stand-in for Vertex AI: models run with {standin.runner}", flush=True)
+        second = ["--tag", _another_tag(app, tag, standin.runner)]
+        for step in (
+            ["plan"],
+            ["deploy", "--tag", tag],
+            ["test"],
+            ["deploy", *second, "--canary", "20"],
+            ["status"],
+            ["rollback"],
+            ["status"],
+            ["cleanup"],
+        ):
+            _run([step[0], app, *step[1:]])
+        calls = Counter(call["method"] for call in standin.calls())
+    print(f"\n{sum(calls.values())} requests in {time.monotonic() - began:.0f} s:")
+    for method, count in calls.most_common():
+        print(f"{count:5}  {method}")
+
+
+def _run(arguments: list[str]) -> None:
+    print(f"\n$ python -m deploy.vertex {' '.join(arguments)}", flush=True)
+    if subprocess.run([sys.executable, "-m", "deploy.vertex", *arguments]).returncode != 0:
+        raise UserError(f"{arguments[0]} failed; see above")
+
+
+def _another_tag(app: str, tag: str, runner: str) -> str:
+    """Another name for the same image: for Vertex AI it is another image, and enough to rehearse.
+
+    The first digits of its digest are the same, its tag in front of them is not.
+    """
+    if runner == "docker":
+        names = image.image_name(app, tag), image.image_name(app, CANARY_TAG)
+        run = subprocess.run([image.engine(), "tag", *names], capture_output=True, text=True)
+        if run.returncode != 0:
+            raise UserError(f"there is no image {names[0]}; run `make build-{tag} APP={app}`")
+    return CANARY_TAG
+
+
+@command
+def main(arguments: list[str] | None) -> None:
+    """The command line; see the module's docstring."""
+    parser: argparse.ArgumentParser = app_parser("deploy.rehearse", "rehearse a deployment")
+    parser.add_argument("--tag", default="pro", help="of the image")
+    parser.add_argument("--scale", type=float, default=0.02, help="of the platform's waiting")
+    options = parser.parse_args(arguments)
+    rehearse(options.app, options.tag, options.scale)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

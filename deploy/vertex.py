@@ -53,13 +53,13 @@ def push(
     Raises:
         UserError: no container engine, no such image, or the registry refused.
     """
-    stand_in = os.environ.get("VERTEX_REGISTRY")
+    registry = os.environ.get("VERTEX_REGISTRY")
     local = image.image_name(app, tag)
     try:
         program = image.engine()
     except UserError:
         archive = archive_path(app, "no-archive", MODEL_STORE)
-        if stand_in is None or not archive.exists():
+        if "VERTEX_STANDIN" not in os.environ or not archive.exists():
             raise
         report(f"no Docker: the stand-in will serve {shown(archive)} as a process")
         return settings.image_uri(app, tag)
@@ -70,8 +70,8 @@ def push(
     there = f"{tag}-{run.stdout.strip().removeprefix('sha256:')[:12]}"
     uri = settings.image_uri(app, there)
     folder = settings.image_folder()
-    if stand_in:
-        folder = f"{stand_in}/{folder.split('/', 1)[1]}"
+    if registry:
+        folder = f"{registry}/{folder.split('/', 1)[1]}"
     report(f"push {local} to {folder}")
     try:
         image.push(app, folder, tag, remote_tag=there)
@@ -100,9 +100,13 @@ def ask(vertex: "Vertex", app: str, body: dict) -> dict[str, Any]:
         UserError: an error came back; its message. (The SDK raises a bare ValueError for the first
             and looks at no status for the others.)
     """
+    from google.api_core.exceptions import NotFound
     from google.cloud import aiplatform
 
-    endpoint = aiplatform.Endpoint(vertex.settings.endpoint_name(app))
+    try:
+        endpoint = aiplatform.Endpoint(vertex.settings.endpoint_name(app))
+    except NotFound as error:
+        raise UserError(f"nothing of {app} is deployed; run deploy first") from error
     headers = {"Content-Type": "application/json"}
     try:
         predicted = endpoint.predict(body["instances"], parameters=body.get("parameters"))

@@ -72,7 +72,7 @@ class Settings(_Strict):
     command: list[str] = []
     args: list[str] = []
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
-    startup_probe: list[str] | None
+    startup_probe: list[str] = []
     startup_probe_period: Annotated[int, Field(ge=1)]
     startup_probe_timeout: Annotated[int, Field(ge=1)]
     labels: dict[LabelPart, LabelPart] = {}
@@ -156,7 +156,7 @@ class Settings(_Strict):
 
 
 def load_settings(path: Path = CONFIG, **overrides: Any) -> Settings:
-    """Read the file, put GCP_PROJECT and the keywords over it, and check all of it.
+    """Read the file, put GCP_PROJECT, GCP_REGION and the keywords over it, and check all of it.
 
     Args:
         path: a YAML file with the fields of `Settings`.
@@ -172,8 +172,9 @@ def load_settings(path: Path = CONFIG, **overrides: Any) -> Settings:
         raise UserError(f"{shown(path)}: {error}") from error
     if not isinstance(given, dict):
         raise UserError(f"{shown(path)}: should be a mapping of fields, not {given!r}")
-    if os.environ.get("GCP_PROJECT"):
-        given["project"] = os.environ["GCP_PROJECT"]
+    for name, variable in {"project": "GCP_PROJECT", "region": "GCP_REGION"}.items():
+        if os.environ.get(variable):
+            given[name] = os.environ[variable]
     given |= {name: value for name, value in overrides.items() if value is not None}
     try:
         return Settings(**given)

@@ -76,7 +76,7 @@ class Vertex:
         self.parent = settings.parent
         self.credentials = default_credentials()
         self.events: list[Event] = []
-        self.begun: list[str] = []
+        self.begun: list[str] = []  # what this object has changed, in words
         aiplatform.init(project=settings.project, location=settings.region)
         options = {"api_endpoint": f"{settings.region}-aiplatform.googleapis.com"}
         given = {"credentials": self.credentials, "client_options": options}

@@ -218,7 +218,8 @@ def set_traffic(vertex: Vertex, endpoint: types.Endpoint, split: dict[str, int])
     complete = dict.fromkeys((one.id for one in endpoint.deployed_models), 0) | split
     versions = {one.id: version_of(one) for one in endpoint.deployed_models}
     shares = ", ".join(f"version {versions[key]} {value} %" for key, value in split.items())
-    vertex.report(f"requests: {shares}")
+    vertex.begun.append(f"requests: {shares}")
+    vertex.report(vertex.begun[-1])
     vertex.endpoints.update_endpoint(
         endpoint=types.Endpoint(name=endpoint.name, traffic_split=complete),
         update_mask={"paths": ["traffic_split"]},

@@ -84,9 +84,8 @@ def deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None = None) 
         )
     try:
         return _deploy(vertex, app, image_uri, canary)
-    except (
-        exceptions.AlreadyExists
-    ):  # begun by a run that was killed a moment ago, and not listed until now
+    except exceptions.AlreadyExists:
+        # Begun by a run that was killed a moment ago, and not listed until now.
         return _deploy(vertex, app, image_uri, canary)
 
 
@@ -245,4 +244,6 @@ def _give(
     for one in endpoint.deployed_models:
         if one.id not in split:
             undeploy_model(vertex, endpoint, one)
+    if not vertex.begun:
+        vertex.report(f"{app} is deployed like this already: nothing to do")
     return get_endpoint(vertex, app)

@@ -1,42 +1,56 @@
 """Google's own clients, unchanged, against the stand-in: the SDK, gcloud, and curl.
 
-What they know of the stand-in is its environment variables, nothing else.
+What they know of the stand-in is its environment variables, nothing else. The same calls stand in
+chapter 06 side by side.
 """
 
 import json
-import os
 import shutil
 import subprocess
-import sys
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import pytest
 from google.cloud import aiplatform
 
-from deploy.vertex import token
-from tests.vertex.helpers import BODY, LABELS, Rehearsal
+from deploy import vertex as commands
+from deploy.paths import UserError
+from deploy.vertex_steps import cleanup, what_is_there
+from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 HEADERS = {"Content-Type": "application/json"}
 
 
-def test_the_sdk_by_its_convenient_classes(rehearsal: Rehearsal):
-    settings = rehearsal.settings
+@pytest.fixture
+def app(standin, request: pytest.FixtureRequest) -> Iterator[Rehearsed]:
+    rehearsed = Rehearsed(standin, "clients")
+    yield rehearsed
+    cleanup(rehearsed.vertex(), rehearsed.app)
+
+
+def nothing_is_left(app: Rehearsed) -> bool:
+    return not list(what_is_there(app.vertex(), app.app))
+
+
+def test_the_sdk_by_its_convenient_classes(app: Rehearsed):
+    settings, labels = small(), small().labels_for(app.app)
     aiplatform.init(project=settings.project, location=settings.region)
     model = aiplatform.Model.upload(
         display_name="by-sdk",
-        labels=LABELS,
-        serving_container_image_uri=rehearsal.image(),
+        labels=labels,
+        serving_container_image_uri=app.image(),
         serving_container_command=settings.command,
-        serving_container_predict_route=settings.route_for("small"),
+        serving_container_predict_route=settings.predict_route,
         serving_container_health_route=settings.health_route,
         serving_container_ports=[settings.port],
         serving_container_shared_memory_size_mb=256,
         serving_container_deployment_timeout=600,
     )
-    assert model.supported_deployment_resources_types and model.version_id == "1"
+    assert model.version_id == "1"
     endpoint = aiplatform.Endpoint.create(
-        display_name="by-sdk", labels=LABELS, dedicated_endpoint_enabled=True
+        display_name="by-sdk", labels=labels, dedicated_endpoint_enabled=True
     )
     model.deploy(endpoint=endpoint, machine_type="n2-standard-4", traffic_percentage=100)
     predicted = endpoint.predict(BODY["instances"], parameters=BODY["parameters"])
@@ -48,4 +62,161 @@ def test_the_sdk_by_its_convenient_classes(rehearsal: Rehearsal):
     endpoint.undeploy_all()
     endpoint.delete()
     model.delete()
-    assert aiplatform.Endpoint.list() == [] and aiplatform.Model.list() == []
+    assert nothing_is_left(app)
+
+
+def gcloud(*arguments: str, region: str = "europe-west4") -> Any:
+    """What a command of gcloud says, as JSON."""
+    command = ["gcloud", "ai", *arguments, f"--region={region}", "--format=json", "--quiet"]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout) if run.stdout.strip() else None
+
+
+@pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
+def test_gcloud(app: Rehearsed, tmp_path):
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(BODY))
+    labels = ",".join(f"{k}={v}" for k, v in small().labels_for(app.app).items())
+    gcloud(
+        *("models", "upload", "--display-name=by-gcloud", f"--container-image-uri={app.image()}"),
+        f"--container-command={','.join(small().command)}",
+        *("--container-predict-route=/predict", "--container-health-route=/health"),
+        "--container-ports=7080",
+    )
+    (model,) = gcloud("models", "list", "--filter=displayName=by-gcloud")
+    gcloud("endpoints", "create", "--display-name=by-gcloud", f"--labels={labels}")
+    (endpoint,) = gcloud("endpoints", "list", "--filter=displayName=by-gcloud")
+    model_id, endpoint_id = (one["name"].rsplit("/", 1)[1] for one in (model, endpoint))
+    gcloud(
+        *("endpoints", "deploy-model", endpoint_id, f"--model={model_id}"),
+        *("--display-name=by-gcloud", "--machine-type=n2-standard-4", "--traffic-split=0=100"),
+        *("--min-replica-count=1", "--max-replica-count=1"),
+    )
+    answer = gcloud("endpoints", "predict", endpoint_id, f"--json-request={request}")
+    assert [one["instance"] for one in answer["predictions"]] == ["a", "b"]
+    (deployed,) = gcloud("endpoints", "describe", endpoint_id)["deployedModels"]
+    gcloud("endpoints", "undeploy-model", endpoint_id, f"--deployed-model-id={deployed['id']}")
+    gcloud("endpoints", "delete", endpoint_id)
+    gcloud("models", "delete", model_id)
+    assert gcloud("models", "list") == [] and gcloud("endpoints", "list") == []
+
+
+class Curl:
+    """curl with a token, at one region's API."""
+
+    def __init__(self) -> None:
+        self.parent = small().parent
+        self.host = f"https://{small().region}-aiplatform.googleapis.com"
+        self.token = commands.token()
+
+    def __call__(self, verb: str, path: str, body: dict | None = None, host: str = "") -> Any:
+        url = f"{host or self.host}/v1/{path}"
+        command = ["curl", "--silent", "--show-error", "--fail-with-body", "-X", verb, url]
+        command += ["-H", f"Authorization: Bearer {self.token}"]
+        command += ["-H", "Content-Type: application/json"]
+        command += ["-d", json.dumps(body)] if body is not None else []
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return json.loads(run.stdout)
+
+    def wait(self, operation: dict) -> dict:
+        deadline = time.monotonic() + 60
+        while not operation.get("done"):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+            operation = self("GET", operation["name"])
+        assert "error" not in operation, operation
+        return operation.get("response", {})
+
+
+def test_curl(app: Rehearsed):
+    curl, labels = Curl(), small().labels_for(app.app)
+    container = {
+        "imageUri": app.image(),
+        "command": small().command,
+        "predictRoute": "/predict",
+        "healthRoute": "/health",
+        "ports": [{"containerPort": 7080}],
+    }
+    model = {"displayName": "by-curl", "labels": labels, "containerSpec": container}
+    model = curl.wait(curl("POST", f"{curl.parent}/models:upload", {"model": model}))["model"]
+    made = {"displayName": "by-curl", "labels": labels, "dedicatedEndpointEnabled": True}
+    endpoint = curl.wait(curl("POST", f"{curl.parent}/endpoints", made))["name"]
+    machine = {"machineSpec": {"machineType": "n2-standard-4"}, "minReplicaCount": 1}
+    deployment = {
+        "deployedModel": {"model": model, "dedicatedResources": machine},
+        "trafficSplit": {"0": 100},
+    }
+    curl.wait(curl("POST", f"{endpoint}:deployModel", deployment))
+    host = f"https://{curl('GET', endpoint)['dedicatedEndpointDns']}"
+    answer = curl("POST", f"{endpoint}:predict", BODY, host)
+    assert [one["instance"] for one in answer["predictions"]] == ["a", "b"]
+    (deployed,) = curl("GET", endpoint)["deployedModels"]
+    curl.wait(curl("POST", f"{endpoint}:undeployModel", {"deployedModelId": deployed["id"]}))
+    curl.wait(curl("DELETE", endpoint))
+    curl.wait(curl("DELETE", model))
+    assert nothing_is_left(app)
+
+
+def test_the_command_line(app: Rehearsed, tmp_path, capsys):
+    config = tmp_path / "vertex.json"
+    config.write_text(small().model_dump_json())  # JSON is YAML
+    given = [app.app, "--config", str(config)]
+    assert commands.main(["deploy", *given, "--image", app.image("1")]) == 0
+    assert "https://serving-llms-clients.europe-west4-" in capsys.readouterr().out
+    assert commands.main(["deploy", *given, "--image", app.image("2"), "--canary", "20"]) == 0
+    assert commands.main(["status", *given]) == 0
+    assert "2 of these bill" in capsys.readouterr().out
+    assert commands.main(["rollback", *given]) == 0
+    assert commands.main(["test", *given]) == 0
+    assert '"predict"' in capsys.readouterr().out
+    assert commands.main(["undeploy", *given]) == 0
+    assert commands.main(["cleanup", *given]) == 0
+    assert "nothing of clients is left" in capsys.readouterr().out
+    assert nothing_is_left(app)
+
+
+def test_errors_of_google_are_one_line(app: Rehearsed, standin, monkeypatch, tmp_path, capsys):
+    config = tmp_path / "vertex.json"
+    config.write_text(small(machine_type="n7-standard-4").model_dump_json())
+    given = [app.app, "--config", str(config), "--image", app.image()]
+    assert commands.main(["deploy", *given]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: INVALID_ARGUMENT: ") and "n7-standard-4" in error
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(standin.folder / "viewer.json"))
+    assert commands.main(["deploy", *given]) == 1
+    assert capsys.readouterr().err.startswith("error: PERMISSION_DENIED: ")
+
+
+def test_ctrl_c_says_what_still_bills(app: Rehearsed, monkeypatch, tmp_path, capsys):
+    config = tmp_path / "vertex.json"
+    config.write_text(small().model_dump_json())
+
+    def interrupted(line: str) -> None:
+        print(line)
+        if line.startswith("deploy version 1"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "reporters", lambda: (interrupted, None))
+    given = [app.app, "--config", str(config)]
+    assert commands.main(["deploy", *given, "--image", app.image()]) == 130
+    error = capsys.readouterr().err
+    assert "Stopping here stops nothing at Google" in error and "deploy version 1 on 1 x" in error
+    assert f"python -m deploy.vertex cleanup {app.app}" in error
+    kinds = {one.kind for one in what_is_there(app.vertex(), app.app) if one.bills}
+    assert kinds  # it goes on indeed
+
+
+def test_no_authentication(app: Rehearsed):
+    host = f"https://{small().region}-aiplatform.googleapis.com"
+    run = subprocess.run(
+        ["curl", "--silent", f"{host}/v1/{small().parent}/models"], capture_output=True, text=True
+    )
+    error = json.loads(run.stdout)["error"]
+    assert (error["code"], error["status"]) == (401, "UNAUTHENTICATED")
+
+
+def test_asking_what_is_not_there_names_it(app: Rehearsed):
+    with pytest.raises(UserError, match="nothing of clients is deployed"):
+        commands.ask(app.vertex(), app.app, BODY)

@@ -16,6 +16,7 @@ APP = "smollm2-135m"
 @pytest.fixture(autouse=True)
 def no_project(monkeypatch):
     monkeypatch.delenv("GCP_PROJECT", raising=False)
+    monkeypatch.delenv("GCP_REGION", raising=False)
 
 
 def test_the_environment_and_keywords_win_over_the_file(monkeypatch, tmp_path):

@@ -2,14 +2,13 @@
 
     GCP_PROJECT=my-project VERTEX_REAL=1 pytest tests/vertex/test_contract.py
 
-The latter costs a quarter of an hour of one small machine; it needs credentials, and Docker with
-the image of `make build-pro`. Each test runs on both and says the same of both: where the stand-in
-guesses, the real run tells.
+That costs about half an hour of one machine; it needs credentials, and Docker with the image of
+`make build-pro`. Each test says the same of both: where the stand-in guesses, the real run tells.
+Nobody has run them on the real service yet.
 """
 
 import json
 import os
-import uuid
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,30 +16,235 @@ import pytest
 import requests
 from google.api_core import exceptions as errors
 from google.cloud import aiplatform
+from google.cloud.aiplatform_v1 import types
 
 from deploy import vertex as commands
 from deploy.vertex_config import Settings, load_settings
+from deploy.vertex_operations import kind_of
+from deploy.vertex_resources import get_endpoint
 from deploy.vertex_steps import Vertex, cleanup, deploy, what_is_there
+from tests.vertex.rehearsed import BODY, small
 
-APP = f"contract-{uuid.uuid4().hex[:6]}"
+APP = "contract"
 
 
 class Platform(NamedTuple):
-    """Where the tests run: settings, an image for them, and what to ask of it."""
+    """Where the tests run: an app that is deployed there, and what to ask of it."""
 
     settings: Settings
+    vertex: Vertex
     image: str
     body: dict[str, Any]
-    vertex: Vertex
-    google: bool
 
 
-def _google() -> Platform:
+def on_the_stand_in(request: pytest.FixtureRequest) -> tuple[Settings, str, dict]:
+    request.getfixturevalue("standin").add_image(APP)
+    return small(), small().image_uri(APP, "1"), BODY
+
+
+def on_google() -> tuple[Settings, str, dict]:
     if os.environ.get("VERTEX_REAL") != "1":
-        pytest.skip("the real Vertex AI costs money: set VERTEX_REAL=1 to test it")
-    if not os.environ.get("GCP_PROJECT"):
-        pytest.skip("the real Vertex AI needs a project: set GCP_PROJECT")
+        pytest.skip("the real Vertex AI costs money: VERTEX_REAL=1 tests it")
+    if "VERTEX_STANDIN" in os.environ or not os.environ.get("GCP_PROJECT"):
+        pytest.skip("the real Vertex AI needs GCP_PROJECT, and no stand-in in this process")
     served = "smollm2-135m"
     settings = load_settings(predict_route=f"/predictions/{served}", max_replicas=1)
+    return settings, commands.push(settings, served), commands.ASKED
+
+
+@pytest.fixture(scope="module", params=["stand-in", "google"])
+def platform(request: pytest.FixtureRequest) -> Iterator[Platform]:
+    if request.param == "google":
+        settings, image, body = on_google()
+    else:
+        settings, image, body = on_the_stand_in(request)
     vertex = Vertex(settings)
-    return Platform(settings, commands.push(settings, served), commands.ASKED, vertex, True)
+    try:
+        deploy(vertex, APP, image)
+        yield Platform(settings, vertex, image, body)
+    finally:
+        cleanup(vertex, APP)
+    assert list(what_is_there(vertex, APP)) == []
+
+
+def endpoint_of(platform: Platform) -> aiplatform.Endpoint:
+    return aiplatform.Endpoint(platform.settings.endpoint_name(APP))
+
+
+def upload(platform: Platform, **wrong: Any) -> aiplatform.Model:
+    """Upload something that is to be refused."""
+    given = {
+        "serving_container_image_uri": platform.image,
+        "serving_container_predict_route": "/predict",
+        "serving_container_health_route": "/health",
+        "labels": platform.settings.labels_for(APP),
+    }
+    return aiplatform.Model.upload(display_name=APP, **given | wrong)
+
+
+# ---- names, versions, operations
+
+
+def test_names_come_back_with_the_projects_number(platform: Platform):
+    name = get_endpoint(platform.vertex, APP).name.split("/")
+    assert name[1].isdigit() and name[2:] == platform.settings.endpoint_name(APP).split("/")[2:]
+
+
+def test_ids_and_labels_are_the_ones_we_chose(platform: Platform):
+    endpoint, model = endpoint_of(platform), aiplatform.Model(platform.settings.model_name(APP))
+    wanted = platform.settings.labels_for(APP)
+    assert wanted.items() <= endpoint.labels.items() and wanted.items() <= model.labels.items()
+
+
+def test_an_id_that_is_taken_is_refused(platform: Platform):
+    name = platform.settings.resource_id(APP)
+    with pytest.raises(errors.AlreadyExists):
+        aiplatform.Endpoint.create(display_name=APP, endpoint_id=name)
+
+
+def test_a_model_gives_its_container_back(platform: Platform):
+    model = platform.vertex.models.get_model(name=f"{platform.settings.model_name(APP)}@1")
+    assert model.container_spec.image_uri == platform.image
+    assert model.container_spec.predict_route == platform.settings.predict_route
+    assert model.container_spec.ports[0].container_port == platform.settings.port
+    assert model.version_id == "1" and "default" in model.version_aliases
+
+
+def test_a_dedicated_endpoint_has_a_host_of_its_own(platform: Platform):
+    host = endpoint_of(platform).dedicated_endpoint_dns
+    assert host.endswith(".prediction.vertexai.goog") and platform.settings.region in host
+
+
+def test_operations_of_a_resource_are_listed_with_their_times(platform: Platform):
+    name = platform.settings.endpoint_name(APP)
+    found = list(platform.vertex.endpoints.list_operations({"name": name}).operations)
+    kinds = {kind_of(one) for one in found}
+    assert {"CreateEndpoint", "DeployModel"} <= kinds and all(one.done for one in found)
+    assert platform.vertex.running(name) == []
+
+
+def test_operations_of_what_does_not_exist_are_none(platform: Platform):
+    parent = platform.settings.parent
+    assert platform.vertex.running(f"{parent}/endpoints/there-is-no-such-endpoint") == []
+    assert platform.vertex.running(f"{parent}/models/there-is-no-such-model") == []
+
+
+def test_a_deployed_model_says_version_machine_and_traffic(platform: Platform):
+    endpoint = get_endpoint(platform.vertex, APP)
+    (deployed,) = endpoint.deployed_models
+    machine = deployed.dedicated_resources.machine_spec.machine_type
+    assert machine == platform.settings.machine_type and deployed.model_version_id == "1"
+    assert dict(endpoint.traffic_split) == {deployed.id: 100}
+
+
+# ---- asking
+
+
+def test_predict(platform: Platform):
+    answer = endpoint_of(platform).predict(
+        platform.body["instances"], parameters=platform.body["parameters"]
+    )
+    assert len(answer.predictions) == len(platform.body["instances"])
+    assert answer.model_version_id == "1" and answer.deployed_model_id
+    assert answer.model_resource_name.endswith(f"/models/{platform.settings.resource_id(APP)}")
+
+
+def test_raw_predict_passes_the_body_on_and_says_who_answered(platform: Platform):
+    body, headers = json.dumps(platform.body).encode(), {"Content-Type": "application/json"}
+    reply = endpoint_of(platform).raw_predict(body, headers)
+    assert reply.status_code == 200 and "predictions" in reply.json()
+    (deployed,) = get_endpoint(platform.vertex, APP).deployed_models
+    assert reply.headers["X-Vertex-AI-Deployed-Model-Id"] == deployed.id
+
+
+def test_stream_raw_predict(platform: Platform):
+    body = platform.body | {"parameters": platform.body["parameters"] | {"stream": True}}
+    headers = {"Content-Type": "application/json"}
+    lines = endpoint_of(platform).stream_raw_predict(json.dumps(body).encode(), headers)
+    assert any(line.startswith(b"data: ") for line in lines)
+
+
+def test_a_body_of_11_mb_is_refused(platform: Platform):
+    body, headers = b'"' + b"x" * 11_000_000 + b'"', {"Content-Type": "application/json"}
+    reply = endpoint_of(platform).raw_predict(body, headers)
+    assert reply.status_code in (400, 413)
+
+
+# ---- what is refused
+
+
+def test_a_reserved_variable(platform: Platform):
+    with pytest.raises(errors.InvalidArgument):
+        upload(platform, serving_container_environment_variables={"AIP_HTTP_PORT": "1"})
+
+
+def test_an_image_from_elsewhere(platform: Platform):
+    with pytest.raises(errors.BadRequest):
+        upload(platform, serving_container_image_uri="docker.io/library/busybox:latest")
+
+
+def test_an_image_that_is_not_there(platform: Platform):
+    absent = f"{platform.settings.image_folder()}/there-is-no-such-image:1"
+    with pytest.raises((errors.NotFound, errors.BadRequest)):
+        upload(platform, serving_container_image_uri=absent)
+
+
+def test_more_than_two_hours_to_become_ready(platform: Platform):
+    with pytest.raises(errors.InvalidArgument):
+        upload(platform, serving_container_deployment_timeout=7201)
+
+
+def test_a_field_that_is_misspelt(platform: Platform):
+    host = f"https://{platform.settings.region}-aiplatform.googleapis.com"
+    reply = requests.post(
+        f"{host}/v1/{platform.settings.parent}/models:upload",
+        json={"model": {"displayName": APP, "containerSpec": {"imageURI": platform.image}}},
+        headers={"Authorization": f"Bearer {commands.token()}"},
+        timeout=60,
+    )
+    assert reply.status_code == 400 and reply.json()["error"]["status"] == "INVALID_ARGUMENT"
+
+
+def test_no_credentials(platform: Platform):
+    host = f"https://{platform.settings.region}-aiplatform.googleapis.com"
+    reply = requests.get(f"{host}/v1/{platform.settings.parent}/models", timeout=60)
+    assert reply.status_code == 401 and reply.json()["error"]["status"] == "UNAUTHENTICATED"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"machine_type": "n7-standard-4"},
+        {"machine_type": "n2-standard-4", "accelerator_type": "NVIDIA_L4", "accelerator_count": 1},
+        {"machine_type": "n2-standard-4", "min_replica_count": 3, "max_replica_count": 2},
+    ],
+)
+def test_machines_that_do_not_exist(platform: Platform, wrong: dict):
+    model = aiplatform.Model(platform.settings.model_name(APP))
+    with pytest.raises((errors.BadRequest, ValueError)):
+        endpoint_of(platform).deploy(model, traffic_percentage=0, **wrong)
+
+
+def test_traffic_that_does_not_add_up(platform: Platform):
+    (deployed,) = get_endpoint(platform.vertex, APP).deployed_models
+    name = platform.settings.endpoint_name(APP)
+    with pytest.raises(errors.InvalidArgument):
+        platform.vertex.endpoints.update_endpoint(
+            endpoint=types.Endpoint(name=name, traffic_split={deployed.id: 90}),
+            update_mask={"paths": ["traffic_split"]},
+        )
+
+
+def test_deleting_what_is_in_use(platform: Platform):
+    with pytest.raises(errors.FailedPrecondition):
+        platform.vertex.endpoints.delete_endpoint(name=platform.settings.endpoint_name(APP))
+    with pytest.raises(errors.FailedPrecondition):
+        platform.vertex.models.delete_model(name=platform.settings.model_name(APP))
+
+
+def test_what_is_not_there(platform: Platform):
+    parent = platform.settings.parent
+    with pytest.raises(errors.NotFound):
+        platform.vertex.endpoints.get_endpoint(name=f"{parent}/endpoints/no-such-endpoint")
+    with pytest.raises(errors.NotFound):
+        platform.vertex.models.get_model(name=f"{parent}/models/no-such-model")

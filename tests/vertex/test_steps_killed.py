@@ -1,0 +1,114 @@
+"""`python -m deploy.vertex deploy` is killed at every kind of point, and it does not matter.
+
+The points are calls that the stand-in has seen; the process gets SIGKILL milliseconds later, while
+it waits for the reply, writes a line, or sleeps between two looks at an operation.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.paths import ROOT
+from deploy.standin.local import Standin
+from deploy.vertex_steps import cleanup, deploy, what_is_there
+from tests.vertex.rehearsed import Rehearsed, small
+
+POINTS = [
+    "ListOperations",
+    "GetEndpoint",
+    "ListModelVersions",
+    "UploadModel",
+    "UploadModel GetOperation",
+    "CreateEndpoint",
+    "CreateEndpoint GetOperation",
+    "CreateEndpoint GetOperation GetEndpoint",
+    "DeployModel",
+    "DeployModel GetOperation",
+    "DeployModel GetOperation GetOperation",
+    "DeployModel GetOperation GetEndpoint",
+]
+"""Calls that must have been seen, in this order, before the process is killed."""
+
+SECOND = ["UploadModel", "DeployModel", "DeployModel GetOperation", "UndeployModel"]
+"""The same for a deployment of another image beside one that serves."""
+
+
+def kill_at(app: Rehearsed, tag: str, point: str, folder: Path) -> None:
+    """Start a deployment as a user does, and kill it when it has made some calls."""
+    config = folder / "vertex.yaml"
+    config.write_text(yaml.safe_dump(json.loads(small().model_dump_json())))
+    log = app.standin.folder / "calls.jsonl"
+    seen = log.stat().st_size if log.exists() else 0
+    command = [sys.executable, "-m", "deploy.vertex", "deploy", app.app]
+    command += ["--config", str(config), "--image", app.image(tag)]
+    with (folder / "output").open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+    waited_for = point.split()
+    with log.open() as calls:
+        calls.seek(seen)
+        while waited_for:
+            line = calls.readline()
+            if line and json.loads(line)["method"] == waited_for[0]:
+                waited_for.pop(0)
+            elif not line:
+                assert process.poll() is None, (folder / "output").read_text()
+                time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, (folder / "output").read_text()
+
+
+@pytest.fixture
+def app(standin: Standin) -> Iterator[Rehearsed]:
+    rehearsed = Rehearsed(standin, "killed")
+    yield rehearsed
+    cleanup(rehearsed.vertex(), rehearsed.app)
+
+
+def nothing_is_left(app: Rehearsed) -> bool:
+    """By listing everything in the region, labels or not, and by the processes on this machine."""
+    vertex = app.vertex()
+    found = list(what_is_there(vertex, app.app))
+    found += vertex.endpoints.list_endpoints(parent=vertex.parent)
+    found += vertex.models.list_models(parent=vertex.parent)
+    started = {
+        e["deployed_model"] for e in app.standin.events() if e["event"] == "container started"
+    }
+    stopped = {
+        e["deployed_model"] for e in app.standin.events() if e["event"] == "container stopped"
+    }
+    return not found and started == stopped
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_cleanup_after_a_kill_leaves_nothing(app: Rehearsed, point: str, tmp_path: Path):
+    kill_at(app, "1", point, tmp_path)
+    cleanup(app.vertex(), app.app)
+    assert nothing_is_left(app)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_deploy_after_a_kill_takes_up_where_it_was(app: Rehearsed, point: str, tmp_path: Path):
+    before = app.changes()
+    kill_at(app, "1", point, tmp_path)
+    deploy(app.vertex(), app.app, app.image("1"))
+    assert app.shares() == {"1": 100} and app.answers(1) == {"1": 1}
+    made = app.changes()[len(before) :]
+    assert sorted(made) == ["CreateEndpoint", "DeployModel", "UploadModel"]  # nothing twice
+
+
+@pytest.mark.parametrize("point", SECOND)
+def test_a_second_image_after_a_kill(app: Rehearsed, point: str, tmp_path: Path):
+    """The old one answers all the time; then the new one has all requests, and is alone."""
+    deploy(app.vertex(), app.app, app.image("1"))
+    kill_at(app, "2", point, tmp_path)
+    assert sum(app.answers(2).values()) == 2
+    deploy(app.vertex(), app.app, app.image("2"))
+    assert app.shares() == {"2": 100}
