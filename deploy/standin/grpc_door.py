@@ -32,17 +32,18 @@ class Door(grpc.GenericRpcHandler):
             port = int(context.peer().rsplit(":", 1)[1])
             headers = dict(context.invocation_metadata())
             caller = Caller("grpc", self.host_of(port), headers.get("authorization", ""))
-            status, path = "CANCELLED", ""
+            path, failed, status = "", None, "CUT OFF"
             try:
                 request, path = _read(name, body)
                 reply = await self._call(BY_NAME[name], request, caller, len(body))
                 status = "OK"
-                return reply
             except ApiError as error:
-                status = error.status
-                await context.abort(error.grpc, error.message)
-            finally:
+                failed, status = error, error.status
+            finally:  # before the client knows, so that it finds the line when it looks
                 self.api.log(began, caller, name.rsplit("/", 1)[1], path, status)
+            if failed:
+                await context.abort(failed.grpc, failed.message)
+            return reply
 
         return grpc.unary_unary_rpc_method_handler(
             answer, response_serializer=lambda message: message.SerializeToString()

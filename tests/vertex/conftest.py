@@ -1,14 +1,66 @@
-"""One stand-in for all tests of this folder: gRPC reads its certificates once per process."""
+"""Stand-ins for Vertex AI: one without Docker for the whole folder, one with Docker.
 
+CI sets REQUIRE_DOCKER=1: there a missing Docker or docker-registry is a failure.
+"""
+
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from deploy.paths import UserError
 from deploy.standin.local import Standin
+from tests.vertex.gapic import Client
+
+SCALE, LIMIT_SCALE = 0.01, 0.05
+"""60 s on the shared endpoint become 3, 10 s between probes 0.1."""
+
+
+@pytest.fixture(scope="package")
+def standin() -> Iterator[Standin]:
+    """Without Docker; os.environ leads to it until the last test of this folder."""
+    with Standin(SCALE, runner="process", limit_scale=LIMIT_SCALE) as standin:
+        yield standin
+
+
+@pytest.fixture(scope="module")
+def docker_standin() -> Iterator[Standin]:
+    """With Docker and its own registry; os.environ leads to it until the module's last test."""
+    try:
+        standin = Standin(SCALE, runner="docker")
+    except UserError as error:
+        if os.environ.get("REQUIRE_DOCKER"):
+            raise
+        pytest.skip(f"no Docker with a registry: {error}")
+    with standin:
+        yield standin
 
 
 @pytest.fixture(scope="session")
-def standin() -> Iterator[Standin]:
-    """A stand-in that starts commands as processes, 500 times as fast as the platform."""
-    with Standin(scale=0.002, runner="process") as running:
-        yield running
+def code() -> str:
+    """The small model server, to be passed to `python3 -c`."""
+    return (Path(__file__).parent / "small_server.py").read_text()
+
+
+@pytest.fixture(params=["grpc", "rest"])
+def client(standin: Standin, request: pytest.FixtureRequest, code: str) -> Iterator[Client]:
+    """The SDK's clients on either transport; what a test makes with it is deleted after it."""
+    client = Client(standin, request.param, standin.add_image("small"), code)
+    yield client
+    client.delete_everything()
+
+
+@pytest.fixture
+def grpc_client(standin: Standin, code: str) -> Iterator[Client]:
+    """The same on the default transport alone."""
+    client = Client(standin, "grpc", standin.add_image("small"), code)
+    yield client
+    client.delete_everything()
+
+
+@pytest.fixture(scope="module")
+def quick_standin() -> Iterator[Standin]:
+    """Without Docker, for the deployer's tests: 500 times as fast as the platform."""
+    with Standin(scale=0.002, runner="process") as standin:
+        yield standin

@@ -38,7 +38,7 @@ class Platform(NamedTuple):
 
 
 def on_the_stand_in(request: pytest.FixtureRequest) -> tuple[Settings, str, dict]:
-    request.getfixturevalue("standin").add_image(APP)
+    request.getfixturevalue("quick_standin").add_image(APP)
     return small(), small().image_uri(APP, "1"), BODY
 
 

@@ -66,8 +66,8 @@ def kill_at(app: Rehearsed, tag: str, point: str, folder: Path) -> None:
 
 
 @pytest.fixture
-def app(standin: Standin) -> Iterator[Rehearsed]:
-    rehearsed = Rehearsed(standin, "killed")
+def app(quick_standin: Standin) -> Iterator[Rehearsed]:
+    rehearsed = Rehearsed(quick_standin, "killed")
     yield rehearsed
     cleanup(rehearsed.vertex(), rehearsed.app)
 

@@ -1,0 +1,121 @@
+"""The SDK's generated clients, which its classes call, with short waits for operations."""
+
+import time
+from typing import Any
+
+import requests
+from google.api_core.operation import Operation
+from google.auth import default
+from google.auth.transport.requests import AuthorizedSession
+from google.cloud import aiplatform_v1 as v1
+
+from deploy.standin.local import Standin
+
+MACHINE = {"machine_type": "n1-standard-2"}
+
+
+class Client:
+    """All services on one transport, for one region of a stand-in."""
+
+    def __init__(
+        self, standin: Standin, transport: str, image: str, code: str, credentials: Any = None
+    ) -> None:
+        self.standin, self.transport, self.image, self.code = standin, transport, image, code
+        self.host = f"{standin.region}-aiplatform.googleapis.com"
+        self.parent = f"projects/{standin.project}/locations/{standin.region}"
+        options = {
+            "client_options": {"api_endpoint": self.host},
+            "transport": transport,
+            "credentials": credentials,
+        }
+        self.models = v1.ModelServiceClient(**options)
+        self.endpoints = v1.EndpointServiceClient(**options)
+        self.predictions = v1.PredictionServiceClient(**options)
+
+    def spec(self, **more: Any) -> dict:
+        """A container that runs the small server. `env` is a dict."""
+        env = more.pop("env", {})
+        return {
+            "image_uri": self.image,
+            "command": ["python3", "-c", self.code],
+            "predict_route": "/predict",
+            "health_route": "/ping",
+            "ports": [{"container_port": 8080}],
+            "env": [{"name": k, "value": str(v)} for k, v in env.items()],
+        } | more
+
+    def upload(self, model: dict | None = None, **spec: Any) -> str:
+        """Upload a model; return its name."""
+        body = {"display_name": "small", "container_spec": self.spec(**spec)} | (model or {})
+        operation = self.models.upload_model(parent=self.parent, model=body)
+        return finish(operation).model
+
+    def endpoint(self, *, dedicated: bool = False, **more: Any) -> v1.Endpoint:
+        body = {"display_name": "small", "dedicated_endpoint_enabled": dedicated} | more
+        name = finish(self.endpoints.create_endpoint(parent=self.parent, endpoint=body)).name
+        return self.endpoints.get_endpoint(name=name)
+
+    def deploy(
+        self,
+        endpoint: str,
+        model: str,
+        *,
+        split: dict | None = None,
+        machine: dict | None = None,
+        count: int = 1,
+        most: int = 0,
+    ) -> str:
+        """Deploy a model; return the deployed model's ID."""
+        resources = {"machine_spec": machine or MACHINE, "min_replica_count": count}
+        operation = self.endpoints.deploy_model(
+            endpoint=endpoint,
+            deployed_model={
+                "model": model,
+                "dedicated_resources": resources | {"max_replica_count": most or count},
+            },
+            traffic_split={"0": 100} if split is None else split,
+        )
+        return finish(operation).deployed_model.id
+
+    def running(self, *, dedicated: bool = False, count: int = 1, **spec: Any) -> v1.Endpoint:
+        """An endpoint with the small server deployed."""
+        endpoint = self.endpoint(dedicated=dedicated)
+        self.deploy(endpoint.name, self.upload(**spec), count=count)
+        return endpoint
+
+    def ask(self, endpoint: str, **parameters: Any) -> dict:
+        """One prediction on a shared endpoint."""
+        reply = self.predictions.predict(
+            endpoint=endpoint, instances=["x"], parameters=parameters or None
+        )
+        return dict(reply.predictions[0]) | {"deployed_model_id": reply.deployed_model_id}
+
+    def delete_everything(self) -> None:
+        """Undeploy and delete all there is in the region."""
+        for endpoint in self.endpoints.list_endpoints(parent=self.parent):
+            left = {d.id for d in endpoint.deployed_models}
+            for number in list(left):
+                left.discard(number)
+                split = {other: 100 if i == 0 else 0 for i, other in enumerate(sorted(left))}
+                finish(
+                    self.endpoints.undeploy_model(
+                        endpoint=endpoint.name, deployed_model_id=number, traffic_split=split
+                    )
+                )
+            finish(self.endpoints.delete_endpoint(name=endpoint.name))
+        for model in self.models.list_models(parent=self.parent):
+            finish(self.models.delete_model(name=model.name))
+
+
+def finish(operation: Operation, seconds: float = 60) -> Any:
+    """Wait for an operation without the SDK's growing pauses; return what it returns."""
+    end = time.monotonic() + seconds
+    while not operation.done() and time.monotonic() < end:
+        time.sleep(0.03)
+    return operation.result(timeout=1)
+
+
+def session() -> requests.Session:
+    """Plain REST with a token, as `gcloud auth print-access-token` would give one."""
+    credentials, _ = default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
+    return AuthorizedSession(credentials)

@@ -1,0 +1,253 @@
+"""What runs: the contract with the container, replicas, restarts, traffic, limits, streams."""
+
+import json
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from google.api_core import exceptions
+
+from tests.vertex.gapic import finish, session
+
+JSON = {"Content-Type": "application/json"}
+
+
+def post(host: str, name: str, verb: str, body: object, **more):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    address = f"https://{host}/v1/{name}{verb}"
+    return session().post(address, data=data, headers=JSON, timeout=60, **more)
+
+
+def until(condition, seconds: float = 15) -> None:
+    """Wait for a condition, which may take a while on a busy machine."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.1)
+
+
+def events(standin, number: str) -> list[str]:
+    return [e["event"] for e in standin.events() if e.get("deployed_model") == number]
+
+
+def test_the_platforms_variables(grpc_client, standin):
+    endpoint = grpc_client.endpoint()
+    model = grpc_client.upload(
+        {"artifact_uri": "gs://bucket/model"},
+        env={"X_OWN": "a", "X_SEES": "$(X_OWN)-$(AIP_MODE)-$(NOPE)-$$(X_OWN)"},
+        args=["$(AIP_ENDPOINT_ID)", "$(X_OWN)"],
+    )
+    number = grpc_client.deploy(endpoint.name, model)
+    answer = grpc_client.ask(endpoint.name)
+    env, endpoint_id = dict(answer["env"]), endpoint.name.rsplit("/", 1)[1]
+    assert env.pop("AIP_HTTP_PORT").isdecimal()
+    assert env == {
+        "AIP_HEALTH_ROUTE": "/ping",
+        "AIP_PREDICT_ROUTE": "/predict",
+        "AIP_STORAGE_URI": "gs://bucket/model",
+        "AIP_MODE": "PREDICTION",
+        "AIP_MODE_VERSION": "1.0.0",
+        "AIP_FRAMEWORK": "CUSTOM_CONTAINER",
+        "AIP_ENDPOINT_ID": endpoint_id,
+        "AIP_DEPLOYED_MODEL_ID": number,
+        "AIP_MODEL_NAME": endpoint_id,
+        "AIP_VERSION_NAME": number,
+        "AIP_PROJECT_NUMBER": standin.number,
+        "AIP_MACHINE_TYPE": "n1-standard-2",
+        "X_OWN": "a",
+        "X_SEES": "a-PREDICTION-$(NOPE)-$(X_OWN)",
+    }
+    assert list(answer["argv"]) == [endpoint_id, "a"]
+
+
+def test_routes_that_are_not_given(grpc_client):
+    endpoint = grpc_client.running(predict_route="", health_route="")
+    answer = grpc_client.ask(endpoint.name)
+    assert answer["path"] == answer["env"]["AIP_PREDICT_ROUTE"]
+    assert answer["path"].endswith(f"/deployedModels/{answer['deployed_model_id']}:predict")
+
+
+def test_a_prediction_on_both_transports(client):
+    endpoint = client.running()
+    reply = client.predictions.predict(
+        endpoint=endpoint.name,
+        instances=[{"a": [1, None, True]}],
+        parameters={"echo": True, "k": 50},
+    )
+    assert reply.predictions[0]["instance"] == {"a": [1, None, True]}
+    assert reply.predictions[0]["got"]["k"] == 50
+    assert reply.model_version_id == "1" and reply.model_display_name == "small"
+    assert reply.model.startswith(f"projects/{client.standin.number}/")
+
+
+@pytest.mark.parametrize(
+    ("status", "error"),
+    [
+        (400, exceptions.BadRequest),
+        (404, exceptions.NotFound),
+        (429, exceptions.TooManyRequests),
+        (500, exceptions.InternalServerError),
+        (503, exceptions.ServiceUnavailable),
+    ],
+)
+def test_the_models_own_errors(grpc_client, status, error):
+    endpoint = grpc_client.running()
+    with pytest.raises(error, match="as asked"):
+        grpc_client.ask(endpoint.name, status=status)
+
+
+def test_an_answer_of_another_shape(grpc_client):
+    endpoint = grpc_client.running()
+    with pytest.raises(exceptions.InvalidArgument, match="predictions"):
+        grpc_client.ask(endpoint.name, odd=1)
+
+
+def test_two_replicas_take_turns_and_a_dead_one_comes_back(grpc_client, standin):
+    endpoint = grpc_client.running(count=2)
+    first = Counter(grpc_client.ask(endpoint.name)["pid"] for _ in range(6))
+    assert sorted(first.values()) == [3, 3]
+    number = grpc_client.ask(endpoint.name)["deployed_model_id"]
+    with pytest.raises(exceptions.ServiceUnavailable):
+        grpc_client.ask(endpoint.name, die=True)
+    until(lambda: events(standin, number).count("in routing") == 3)
+    assert "container exited" in events(standin, number)
+    second = {grpc_client.ask(endpoint.name)["pid"] for _ in range(6)}
+    assert len(second) == 2 and len(second & set(first)) == 1
+
+
+def test_a_sick_replica_gets_no_requests_until_it_is_well(grpc_client, standin):
+    endpoint = grpc_client.running(count=2)
+    number = grpc_client.ask(endpoint.name)["deployed_model_id"]
+    sick = grpc_client.ask(endpoint.name, health=500)["pid"]
+    until(lambda: "out of routing" in events(standin, number))
+    assert sick not in {grpc_client.ask(endpoint.name)["pid"] for _ in range(6)}
+    other = grpc_client.ask(endpoint.name, health=500)["pid"]
+    assert other != sick
+    until(lambda: events(standin, number).count("out of routing") == 2)
+    with pytest.raises(exceptions.ServiceUnavailable, match="No replica"):
+        grpc_client.ask(endpoint.name)
+
+
+def test_traffic_is_split_and_moved(grpc_client):
+    endpoint = grpc_client.endpoint()
+    first = grpc_client.deploy(endpoint.name, grpc_client.upload(env={"NAME": "old"}))
+    second = grpc_client.deploy(
+        endpoint.name, grpc_client.upload(env={"NAME": "new"}), split={first: 80, "0": 20}
+    )
+    now = grpc_client.endpoints.get_endpoint(name=endpoint.name)
+    assert dict(now.traffic_split) == {first: 80, second: 20}
+    names = Counter(grpc_client.ask(endpoint.name)["name"] for _ in range(100))
+    assert 8 <= names["new"] <= 34 and names.total() == 100  # 20 expected; 3.5 deviations
+    with pytest.raises(exceptions.FailedPrecondition, match="traffic"):
+        grpc_client.endpoints.undeploy_model(endpoint=endpoint.name, deployed_model_id=first)
+    now.traffic_split = {second: 100}
+    grpc_client.endpoints.update_endpoint(endpoint=now, update_mask={"paths": ["traffic_split"]})
+    assert {grpc_client.ask(endpoint.name)["name"] for _ in range(20)} == {"new"}
+    for split in ({second: 90}, {"0": 100}, {second: 150, first: -50}):
+        now.traffic_split = split
+        with pytest.raises(exceptions.InvalidArgument, match="traffic_split"):
+            grpc_client.endpoints.update_endpoint(
+                endpoint=now, update_mask={"paths": ["traffic_split"]}
+            )
+
+
+def test_more_replicas_and_fewer(client, standin):
+    endpoint = client.running()
+    number = client.ask(endpoint.name)["deployed_model_id"]
+
+    def resize(count: int) -> set:
+        resources = {"min_replica_count": count, "max_replica_count": 4}
+        paths = ["dedicated_resources.min_replica_count", "dedicated_resources.max_replica_count"]
+        operation = client.endpoints.mutate_deployed_model(
+            endpoint=endpoint.name,
+            deployed_model={"id": number, "dedicated_resources": resources},
+            update_mask={"paths": paths},
+        )
+        assert finish(operation).deployed_model.dedicated_resources.min_replica_count == count
+        return {client.ask(endpoint.name)["pid"] for _ in range(6)}
+
+    assert len(resize(3)) == 3
+    assert len(resize(1)) == 1
+    assert events(standin, number).count("container stopped") == 2
+
+
+def test_the_startup_probe_holds_health_checks_back(grpc_client, standin, tmp_path):
+    flag = tmp_path / "started"
+    probe = {"exec_": {"command": ["test", "-e", str(flag)]}, "period_seconds": 1}
+    endpoint = grpc_client.endpoint()
+    operation = grpc_client.endpoints.deploy_model(
+        endpoint=endpoint.name,
+        deployed_model={
+            "model": grpc_client.upload(startup_probe=probe),
+            "dedicated_resources": {
+                "machine_spec": {"machine_type": "n1-standard-2"},
+                "min_replica_count": 1,
+            },
+        },
+        traffic_split={"0": 100},
+    )
+    until(lambda: standin.events()[-1]["event"] == "container started")
+    time.sleep(1)
+    assert standin.events()[-1]["event"] == "container started" and not operation.done()
+    flag.touch()
+    number = finish(operation).deployed_model.id
+    seen = events(standin, number)
+    assert seen.index("startup probe passed") < seen.index("health check passed")
+    metadata = operation.metadata.generic_metadata
+    assert metadata.update_time > metadata.create_time
+
+
+def test_raw_and_streamed_on_a_dedicated_endpoint(grpc_client):
+    endpoint = grpc_client.running(dedicated=True)
+    host, name = endpoint.dedicated_endpoint_dns, endpoint.name
+    assert host.endswith(".prediction.vertexai.goog")
+    raw = post(host, name, ":rawPredict", {"instances": [1], "parameters": {"echo": 1}})
+    assert raw.json()["predictions"][0]["instance"] == 1
+    assert raw.headers["X-Vertex-AI-Deployed-Model-Id"] and raw.headers["X-Vertex-AI-Model"]
+    assert post(host, name, ":rawPredict", {"parameters": {"status": 418}}).status_code == 418
+    body = {"instances": [], "parameters": {"stream": 4}}
+    times = []
+    reply = post(host, name, ":streamRawPredict", body, stream=True)
+    for line in reply.iter_lines():
+        if line:
+            times.append(time.monotonic())
+    assert reply.headers["Content-Type"] == "text/event-stream" and len(times) == 4
+    assert times[-1] - times[0] > 0.7  # as they come; the server pauses three times
+
+
+def test_each_endpoint_has_its_door(grpc_client):
+    endpoint = grpc_client.running(dedicated=True)
+    with pytest.raises(exceptions.FailedPrecondition, match="dedicated dns name"):
+        grpc_client.ask(endpoint.name)
+    other = grpc_client.endpoint(dedicated=True)
+    reply = post(other.dedicated_endpoint_dns, endpoint.name, ":predict", {"instances": [1]})
+    assert reply.status_code == 404
+
+
+def test_invoke_has_any_path(grpc_client):
+    endpoint = grpc_client.endpoint(dedicated=True)
+    model = grpc_client.upload(predict_route="", invoke_route_prefix="/*")
+    grpc_client.deploy(endpoint.name, model)
+    host, name = endpoint.dedicated_endpoint_dns, endpoint.name
+    reply = post(host, name, "/invoke/v1/chat/completions", {"instances": [1]})
+    assert reply.json()["predictions"][0]["path"] == "/v1/chat/completions"
+    assert post(host, name, ":rawPredict", {"instances": [1]}).status_code == 400
+
+
+def test_sixteen_at_once(client):
+    endpoint = client.running()
+    with ThreadPoolExecutor(16) as pool:
+        asked = [pool.submit(client.ask, endpoint.name, n=n, sleep=0.3) for n in range(16)]
+        assert [int(f.result()["got"]["n"]) for f in asked] == list(range(16))
+
+
+def test_a_client_that_leaves_does_not_stop_the_rest(grpc_client, standin):
+    endpoint = grpc_client.running(dedicated=True)
+    host = endpoint.dedicated_endpoint_dns
+    body = {"instances": [], "parameters": {"stream": 50}}
+    reply = post(host, endpoint.name, ":streamRawPredict", body, stream=True)
+    next(reply.iter_lines())
+    reply.close()
+    assert post(host, endpoint.name, ":predict", {"instances": [1]}).status_code == 200
+    until(lambda: any(c["status"] == "CUT OFF" for c in standin.calls()))
