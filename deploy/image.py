@@ -220,7 +220,8 @@ def push(app: str, registry: str, tag: str, *, remote_tag: str | None = None) ->
         UserError: the registry refused; its message.
     """
     program, address = engine(), f"{registry.rstrip('/')}/{app.lower()}:{remote_tag or tag}"
-    for arguments in (("tag", image_name(app, tag), address), ("push", address)):
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    for arguments in (("tag", image_name(app, tag), address), ("push", *quiet, address)):
         run = subprocess.run([program, *arguments], stderr=subprocess.PIPE, text=True)
         if run.returncode != 0:
             raise UserError(f"{arguments[0]} {address}: {run.stderr.strip()}")

@@ -171,11 +171,8 @@ def what_is_there(vertex: Vertex, app: str | None = None) -> Iterator[Resource]:
         vertex: the project and region.
         app: the APP. None lists all of them.
     """
-    names = []
-    if app:
-        names = [vertex.settings.endpoint_name(app), vertex.settings.model_name(app)]
-    for endpoint in ours(vertex, app, "endpoints"):
-        names.append(endpoint.name)
+    endpoints, models = ours(vertex, app, "endpoints"), ours(vertex, app, "models")
+    for endpoint in endpoints:
         owner = endpoint.labels["app"]
         yield Resource("endpoint", endpoint.name, owner, endpoint.dedicated_endpoint_dns, False)
         for one in deployed_at(endpoint):
@@ -186,15 +183,12 @@ def what_is_there(vertex: Vertex, app: str | None = None) -> Iterator[Resource]:
                 f"{size.machine_spec.machine_type}"
             )
             yield Resource("deployed model", f"{endpoint.name} {one.id}", owner, detail, True)
-    for model in ours(vertex, app, "models"):
-        names.append(model.name)
+    for model in models:
         default = f"default version {model.version_id}"
         yield Resource("model", model.name, model.labels["app"], default, False)
-    # Google answers with the project's number where we say its id: the same name, twice
-    for name in {name.split("/", 2)[2]: name for name in names}.values():
-        for one in vertex.running(name):
-            bills = kind_of(one) == "DeployModel"
-            yield Resource("operation", one.name, app or "", kind_of(one), bills)
+    for one in _going_on(vertex, app, [*endpoints, *models]):
+        bills = kind_of(one) == "DeployModel"
+        yield Resource("operation", one.name, app or "", kind_of(one), bills)
 
 
 def settle(vertex: Vertex, app: str, cancel: bool = False) -> None:
@@ -203,15 +197,26 @@ def settle(vertex: Vertex, app: str, cancel: bool = False) -> None:
     Args:
         vertex: the project and region.
         app: the APP.
-        cancel: whether to ask for deployments and uploads to stop.
+        cancel: whether to ask for deployments and uploads to stop, and to look by labels too.
     """
-    for name in (vertex.settings.model_name(app), vertex.settings.endpoint_name(app)):
-        for one in vertex.running(name):
-            step = f"{kind_of(one)} from an earlier run"
-            vertex.report(f"{step}: {'cancelled, ' if cancel else ''}waiting for its end")
-            if cancel:
-                vertex.cancel(one)
-            vertex.wait(step, one)
+    labelled = ours(vertex, app, "endpoints") + ours(vertex, app, "models") if cancel else []
+    for one in list(_going_on(vertex, app, labelled)):
+        step = f"{kind_of(one)} from an earlier run"
+        stop = cancel and kind_of(one) in ("DeployModel", "UploadModel")
+        vertex.report(f"{step}: {'cancelled, ' if stop else ''}waiting for its end")
+        if stop:
+            vertex.cancel(one)
+        vertex.wait(step, one)
+
+
+def _going_on(vertex: Vertex, app: str | None, found: list) -> Iterator:
+    """The operations of some resources, and of those that may not be listed yet."""
+    names = [one.name for one in found]
+    if app:
+        names += [vertex.settings.endpoint_name(app), vertex.settings.model_name(app)]
+    # Google answers with the project's number where we say its id: the same name, twice
+    for name in {name.split("/", 2)[2]: name for name in names}.values():
+        yield from vertex.running(name)
 
 
 def _serve(

@@ -26,7 +26,7 @@ _KEPT_BACK |= {"transfer-encoding", "expect", "proxy-connection", "x-goog-user-p
 
 
 @dataclass(frozen=True)
-class Access:
+class Allowance:
     """What an endpoint allows: the shared door, or its own."""
 
     dedicated: bool
@@ -69,7 +69,7 @@ class Predictions:
         self.models, self.serving = models, serving
         self._random = random.Random(f"traffic {settings.seed}")  # noqa: S311
 
-    def access(self, name: str, host: str, verb: str) -> Access:
+    def access(self, name: str, host: str, verb: str) -> Allowance:
         """What a request may be, before its body is read.
 
         Raises:
@@ -92,15 +92,15 @@ class Predictions:
             )
         if not dedicated:
             seconds = limits.SHARED_SECONDS
-            return Access(False, limits.SHARED_BYTES, seconds * self.settings.limit_scale)
+            return Allowance(False, limits.SHARED_BYTES, seconds * self.settings.limit_scale)
         timeout = endpoint.client_connection_config.inference_timeout.ToTimedelta().total_seconds()
         seconds = (timeout or limits.DEDICATED_SECONDS) * self.settings.limit_scale
-        return Access(True, limits.DEDICATED_BYTES, seconds)
+        return Allowance(True, limits.DEDICATED_BYTES, seconds)
 
     async def send(
         self,
         name: str,
-        access: Access,
+        access: Allowance,
         body: bytes,
         headers: Mapping[str, str],
         *,
@@ -152,7 +152,7 @@ class Predictions:
             ) from error
         return Upstream(reply, deployment, deadline)
 
-    async def read(self, upstream: Upstream, access: Access) -> bytes:
+    async def read(self, upstream: Upstream, access: Allowance) -> bytes:
         """The whole body of a reply.
 
         Raises:
@@ -174,7 +174,7 @@ class Predictions:
             )
         return data
 
-    async def predict_json(self, name: str, access: Access, body: bytes) -> dict[str, Any]:
+    async def predict_json(self, name: str, access: Allowance, body: bytes) -> dict[str, Any]:
         """`predict`: JSON in the documented shape, both ways.
 
         Raises:

@@ -24,8 +24,8 @@ HEADERS = {"Content-Type": "application/json"}
 
 
 @pytest.fixture
-def app(standin, request: pytest.FixtureRequest) -> Iterator[Rehearsed]:
-    rehearsed = Rehearsed(standin, "clients")
+def app(quick_standin, request: pytest.FixtureRequest) -> Iterator[Rehearsed]:
+    rehearsed = Rehearsed(quick_standin, "clients")
     yield rehearsed
     cleanup(rehearsed.vertex(), rehearsed.app)
 
@@ -177,14 +177,16 @@ def test_the_command_line(app: Rehearsed, tmp_path, capsys):
     assert nothing_is_left(app)
 
 
-def test_errors_of_google_are_one_line(app: Rehearsed, standin, monkeypatch, tmp_path, capsys):
+def test_errors_of_google_are_one_line(
+    app: Rehearsed, quick_standin, monkeypatch, tmp_path, capsys
+):
     config = tmp_path / "vertex.json"
     config.write_text(small(machine_type="n7-standard-4").model_dump_json())
     given = [app.app, "--config", str(config), "--image", app.image()]
     assert commands.main(["deploy", *given]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: INVALID_ARGUMENT: ") and "n7-standard-4" in error
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(standin.folder / "viewer.json"))
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(quick_standin.folder / "viewer.json"))
     assert commands.main(["deploy", *given]) == 1
     assert capsys.readouterr().err.startswith("error: PERMISSION_DENIED: ")
 

@@ -38,7 +38,7 @@ class Platform(NamedTuple):
 
 
 def on_the_stand_in(request: pytest.FixtureRequest) -> tuple[Settings, str, dict]:
-    request.getfixturevalue("standin").add_image(APP)
+    request.getfixturevalue("quick_standin").add_image(APP)
     return small(), small().image_uri(APP, "1"), BODY
 
 
@@ -216,7 +216,6 @@ def test_no_credentials(platform: Platform):
     [
         {"machine_type": "n7-standard-4"},
         {"machine_type": "n2-standard-4", "accelerator_type": "NVIDIA_L4", "accelerator_count": 1},
-        {"machine_type": "n2-standard-4", "min_replica_count": 3, "max_replica_count": 2},
     ],
 )
 def test_machines_that_do_not_exist(platform: Platform, wrong: dict):

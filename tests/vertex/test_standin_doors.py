@@ -12,7 +12,7 @@ from google.api_core import exceptions
 from google.cloud import aiplatform_v1 as v1
 from google.oauth2 import service_account
 
-from tests.vertex.gapic import Client, finish, session
+from tests.vertex.gapic import MACHINE, Client, finish, session
 
 
 def url(client: Client, path: str) -> str:
@@ -266,16 +266,22 @@ def test_ids_of_ones_own(client):
 
 
 def test_operations_are_listed_and_cancelled(grpc_client):
-    operation = grpc_client.models.upload_model(
-        parent=grpc_client.parent,
-        model={"display_name": "x", "container_spec": grpc_client.spec()},
+    endpoint, model = grpc_client.endpoint(), grpc_client.upload(env={"HEALTH": 500})
+    operation = grpc_client.endpoints.deploy_model(
+        endpoint=endpoint.name,
+        deployed_model={
+            "model": model,
+            "dedicated_resources": {"machine_spec": MACHINE, "min_replica_count": 1},
+        },
     )
     base = f"https://{grpc_client.host}/v1/"
     name = operation.operation.name
     listed = session().get(base + name.rsplit("/", 1)[0], timeout=5).json()["operations"]
-    assert [o["name"] for o in listed] == [name]
-    times = listed[0]["metadata"]["genericMetadata"]
+    assert [o["name"] for o in listed if not o.get("done")] == [name]
+    times = listed[-1]["metadata"]["genericMetadata"]
     assert times["createTime"] <= times["updateTime"]
+    with pytest.raises(exceptions.FailedPrecondition, match="being-deployed"):
+        grpc_client.endpoints.delete_endpoint(name=endpoint.name)
     assert session().post(f"{base}{name}:cancel", json={}, timeout=5).json() == {}
     with pytest.raises(exceptions.Cancelled):
         finish(operation)
@@ -283,6 +289,7 @@ def test_operations_are_listed_and_cancelled(grpc_client):
         reply = session().get(f"https://{grpc_client.host}/{prefix}/{name}", timeout=5)
         assert reply.json()["error"]["code"] == 1
     assert session().get(f"{base}{name}0", timeout=5).status_code == 404
+    finish(grpc_client.endpoints.delete_endpoint(name=endpoint.name))
 
 
 def test_there_is_no_metadata_store(client):

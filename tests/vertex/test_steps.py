@@ -15,9 +15,9 @@ from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 
 @pytest.fixture
-def app(standin: Standin, request: pytest.FixtureRequest) -> Iterator[Rehearsed]:
+def app(quick_standin: Standin, request: pytest.FixtureRequest) -> Iterator[Rehearsed]:
     name = request.node.name.split("[")[0].removeprefix("test_").replace("_", "-")[:30]
-    rehearsed = Rehearsed(standin, name.strip("-"))
+    rehearsed = Rehearsed(quick_standin, name.strip("-"))
     yield rehearsed
     cleanup(rehearsed.vertex(), rehearsed.app)
     assert list(what_is_there(rehearsed.vertex(), rehearsed.app)) == []

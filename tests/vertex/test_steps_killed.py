@@ -1,4 +1,4 @@
-"""`python -m deploy.vertex deploy` is killed at every kind of point, and it does not matter.
+"""`python -m deploy.vertex deploy`, and `cleanup`, are killed at every kind of point: no matter.
 
 The points are calls that the stand-in has seen; the process gets SIGKILL milliseconds later, while
 it waits for the reply, writes a line, or sleeps between two looks at an operation.
@@ -41,14 +41,18 @@ SECOND = ["UploadModel", "DeployModel", "DeployModel GetOperation", "UndeployMod
 """The same for a deployment of another image beside one that serves."""
 
 
-def kill_at(app: Rehearsed, tag: str, point: str, folder: Path) -> None:
-    """Start a deployment as a user does, and kill it when it has made some calls."""
+CLEANUP = ["UndeployModel", "UndeployModel GetOperation", "DeleteEndpoint", "DeleteModel"]
+"""The same for `cleanup`."""
+
+
+def kill_at(app: Rehearsed, action: list[str], point: str, folder: Path) -> None:
+    """Start a command as a user does, and kill it when it has made some calls."""
     config = folder / "vertex.yaml"
     config.write_text(yaml.safe_dump(json.loads(small().model_dump_json())))
     log = app.standin.folder / "calls.jsonl"
     seen = log.stat().st_size if log.exists() else 0
-    command = [sys.executable, "-m", "deploy.vertex", "deploy", app.app]
-    command += ["--config", str(config), "--image", app.image(tag)]
+    command = [sys.executable, "-m", "deploy.vertex", action[0], app.app, *action[1:]]
+    command += ["--config", str(config)]
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     waited_for = point.split()
@@ -66,8 +70,8 @@ def kill_at(app: Rehearsed, tag: str, point: str, folder: Path) -> None:
 
 
 @pytest.fixture
-def app(standin: Standin) -> Iterator[Rehearsed]:
-    rehearsed = Rehearsed(standin, "killed")
+def app(quick_standin: Standin) -> Iterator[Rehearsed]:
+    rehearsed = Rehearsed(quick_standin, "killed")
     yield rehearsed
     cleanup(rehearsed.vertex(), rehearsed.app)
 
@@ -89,7 +93,7 @@ def nothing_is_left(app: Rehearsed) -> bool:
 
 @pytest.mark.parametrize("point", POINTS)
 def test_cleanup_after_a_kill_leaves_nothing(app: Rehearsed, point: str, tmp_path: Path):
-    kill_at(app, "1", point, tmp_path)
+    kill_at(app, ["deploy", "--image", app.image("1")], point, tmp_path)
     cleanup(app.vertex(), app.app)
     assert nothing_is_left(app)
 
@@ -97,7 +101,7 @@ def test_cleanup_after_a_kill_leaves_nothing(app: Rehearsed, point: str, tmp_pat
 @pytest.mark.parametrize("point", POINTS)
 def test_deploy_after_a_kill_takes_up_where_it_was(app: Rehearsed, point: str, tmp_path: Path):
     before = app.changes()
-    kill_at(app, "1", point, tmp_path)
+    kill_at(app, ["deploy", "--image", app.image("1")], point, tmp_path)
     deploy(app.vertex(), app.app, app.image("1"))
     assert app.shares() == {"1": 100} and app.answers(1) == {"1": 1}
     made = app.changes()[len(before) :]
@@ -108,7 +112,15 @@ def test_deploy_after_a_kill_takes_up_where_it_was(app: Rehearsed, point: str, t
 def test_a_second_image_after_a_kill(app: Rehearsed, point: str, tmp_path: Path):
     """The old one answers all the time; then the new one has all requests, and is alone."""
     deploy(app.vertex(), app.app, app.image("1"))
-    kill_at(app, "2", point, tmp_path)
+    kill_at(app, ["deploy", "--image", app.image("2")], point, tmp_path)
     assert sum(app.answers(2).values()) == 2
     deploy(app.vertex(), app.app, app.image("2"))
     assert app.shares() == {"2": 100}
+
+
+@pytest.mark.parametrize("point", CLEANUP)
+def test_cleanup_after_a_kill_of_cleanup(app: Rehearsed, point: str, tmp_path: Path):
+    deploy(app.vertex(), app.app, app.image("1"))
+    kill_at(app, ["cleanup"], point, tmp_path)
+    cleanup(app.vertex(), app.app)
+    assert nothing_is_left(app)

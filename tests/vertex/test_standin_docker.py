@@ -1,0 +1,229 @@
+"""With Docker: the real registry, real containers, and the real SmolLM2 image, end to end.
+
+The SDK, gcloud and curl run as a reader runs them.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from google.api_core import exceptions
+
+from deploy import image
+from deploy.paths import ROOT
+from deploy.standin.local import Standin
+from tests.vertex.gapic import Client
+
+PROMPT = {"instances": ["The capital of France is"], "parameters": {"max_new_tokens": 5}}
+APP = "smollm2-135m"
+
+
+def docker(*arguments: str) -> str:
+    run = subprocess.run([image.engine(), *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def push(name: str, standin: Standin, path: str) -> str:
+    """Push an image to the stand-in's registry; return its address for Vertex AI."""
+    local = f"{os.environ['VERTEX_REGISTRY']}/{standin.project}/serving/{path}"
+    docker("tag", name, local)
+    docker("push", "--quiet", local)
+    return f"{standin.region}-docker.pkg.dev/{standin.project}/serving/{path}"
+
+
+@pytest.fixture(scope="module")
+def small(docker_standin: Standin) -> str:
+    """The base of our images, which has Python; models bring the server as their command."""
+    dockerfile = ROOT / "docker" / "Dockerfile"
+    name = "serving-llms/base:standin-test"
+    build = ["build", "--quiet", "--target", "base", "--file", str(dockerfile), "--tag", name]
+    subprocess.run(
+        [image.engine(), *build, str(ROOT)],
+        check=True,
+        env=os.environ | {"DOCKER_BUILDKIT": "1"},
+        capture_output=True,
+    )
+    return push(name, docker_standin, "small:1")
+
+
+@pytest.fixture
+def small_client(docker_standin: Standin, small: str, code: str) -> Iterator[Client]:
+    client = Client(docker_standin, "grpc", small, code)
+    yield client
+    client.delete_everything()
+
+
+@pytest.fixture(scope="module")
+def real(docker_standin: Standin) -> str:
+    """The app's image, built if nobody has yet."""
+    name = image.image_name(APP, "pro")
+    if not docker("image", "ls", "--quiet", name):
+        from deploy.weights import get_weights
+
+        name = image.build_image(APP, get_weights(APP), tag="vertex-test")
+    return push(name, docker_standin, f"{APP}:1")
+
+
+def test_two_containers_and_a_dead_one_comes_back(small_client, docker_standin):
+    endpoint = small_client.running(count=2)
+    hosts = {small_client.ask(endpoint.name)["host"] for _ in range(4)}
+    assert len(hosts) == 2
+    published = docker("ps", "--filter", "name=standin-", "--format", "{{.Ports}}").splitlines()
+    assert len(published) == 2 and all(line.startswith("127.0.0.1:") for line in published)
+    with pytest.raises(exceptions.ServiceUnavailable):
+        small_client.ask(endpoint.name, die=True)
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        events = [e["event"] for e in docker_standin.events()]
+        if events.count("in routing") == 3:
+            break
+        time.sleep(0.2)
+    assert "container exited" in events
+    again = {small_client.ask(endpoint.name)["host"] for _ in range(4)}
+    assert len(again) == 2 and len(again & hosts) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"env": {"HOST": "127.0.0.1"}}, "never became ready"),
+        ({"env": {"PORT": "18080"}}, "never became ready"),
+        ({"env": {"CRASH": "3"}}, "exited unexpectedly"),
+        ({"command": ["/no/such/program"]}, "exited unexpectedly"),
+    ],
+    ids=["127.0.0.1", "port mismatch", "crash", "no such program"],
+)
+def test_servers_that_do_not_come_up(small_client, spec, words):
+    model = small_client.upload(**spec, deployment_timeout={"seconds": 40})  # 4 s here
+    with pytest.raises(exceptions.FailedPrecondition, match=words) as failed:
+        small_client.deploy(small_client.endpoint().name, model)
+    log = Path(failed.value.message.rsplit(" ", 1)[1].rstrip("."))
+    assert log.stat().st_size
+    assert not docker("ps", "--all", "--quiet", "--filter", "name=standin-")
+
+
+def test_an_image_that_was_not_pushed(small_client, small):
+    with pytest.raises(exceptions.NotFound, match="nope"):
+        small_client.upload(image_uri=small.replace("small:1", "nope:1"))
+    with pytest.raises(exceptions.NotFound, match="small:2"):
+        small_client.upload(image_uri=small.replace("small:1", "small:2"))
+
+
+def test_the_container_cannot_leave_the_machine(small_client):
+    program = (
+        "import socket, sys\n"
+        "s = socket.socket(); s.settimeout(3)\n"
+        "try: s.connect(('1.1.1.1', 443))\n"
+        "except OSError as error: print('refused:', error, flush=True); sys.exit(1)\n"
+    )
+    model = small_client.upload(command=["python3", "-c", program])
+    with pytest.raises(exceptions.FailedPrecondition) as failed:
+        small_client.deploy(small_client.endpoint().name, model)
+    assert "refused:" in Path(failed.value.message.rsplit(" ", 1)[1].rstrip(".")).read_text()
+
+
+def test_the_sdk_end_to_end_with_the_real_image(docker_standin, real):
+    from google.cloud import aiplatform
+
+    aiplatform.init(project=docker_standin.project, location=docker_standin.region)
+    model = aiplatform.Model.upload(
+        display_name=APP,
+        serving_container_image_uri=real,
+        serving_container_predict_route=f"/predictions/{APP}",
+        serving_container_health_route="/ping",
+        serving_container_ports=[7080],
+        serving_container_shared_memory_size_mb=512,
+        serving_container_startup_probe_exec=["/opt/serving/ready"],
+        serving_container_startup_probe_timeout_seconds=10,
+        labels={"course": "yes"},
+    )
+    endpoint = aiplatform.Endpoint.create(display_name=APP, dedicated_endpoint_enabled=True)
+    model.deploy(endpoint=endpoint, machine_type="n1-standard-4", traffic_percentage=100)
+    try:
+        answer = endpoint.predict(**PROMPT)
+        assert "Paris" in answer.predictions[0]
+        body, headers = json.dumps(PROMPT).encode(), {"Content-Type": "application/json"}
+        raw = endpoint.raw_predict(body=body, headers=headers)
+        assert raw.status_code == 200 and raw.json()["predictions"] == answer.predictions
+        stream = PROMPT | {"parameters": {"max_new_tokens": 20, "stream": True}}
+        times = []
+        for line in endpoint.stream_raw_predict(body=json.dumps(stream).encode(), headers=headers):
+            if line:
+                times.append(time.monotonic())
+                assert line.startswith(b"data: ")
+        assert len(times) > 5 and times[-1] > times[0]
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda _: endpoint.predict(**PROMPT), range(16)))
+        assert all(a.predictions == answer.predictions for a in answers)
+    finally:
+        endpoint.undeploy_all()
+        endpoint.delete()
+        model.delete()
+    assert aiplatform.Endpoint.list() == aiplatform.Model.list() == []
+    upload = [c for c in docker_standin.calls() if c["method"] == "UploadModel"]
+    assert upload[-1]["transport"] == "grpc"
+
+
+def test_gcloud_and_curl_end_to_end_with_the_real_image(docker_standin, real, tmp_path):
+    gcloud = shutil.which("gcloud", path=f"{os.environ['PATH']}:/usr/bin")
+    if not gcloud:
+        pytest.skip("gcloud is not installed: https://cloud.google.com/sdk/docs/install")
+    region = docker_standin.region
+
+    def run(*arguments: str) -> str:
+        command = [gcloud, "ai", *arguments, f"--region={region}", "--quiet"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def identifier(kind: str) -> str:
+        return run(kind, "list", "--filter=displayName=cli", "--format=value(name.basename())")
+
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps(PROMPT))
+    upload = [f"--container-image-uri={real}", "--display-name=cli", "--container-ports=7080"]
+    upload += [f"--container-predict-route=/predictions/{APP}", "--container-health-route=/ping"]
+    upload += ["--container-startup-probe-exec=/opt/serving/ready"]
+    upload += ["--container-startup-probe-timeout-seconds=10"]
+    run("models", "upload", *upload)
+    run("endpoints", "create", "--display-name=cli")
+    model, endpoint = identifier("models"), identifier("endpoints")
+    deploy = [f"--model={model}", "--display-name=cli", "--machine-type=n1-standard-4"]
+    run("endpoints", "deploy-model", endpoint, *deploy, "--traffic-split=0=100")
+    assert "Paris" in run("endpoints", "predict", endpoint, f"--json-request={request}")
+    raw = [f"--request=@{request}", "--http-headers=Content-Type=application/json"]
+    assert "Paris" in run("endpoints", "raw-predict", endpoint, *raw)
+    token = Path(os.environ["CLOUDSDK_AUTH_ACCESS_TOKEN_FILE"]).read_text()
+    parent = f"projects/{docker_standin.project}/locations/{region}"
+    curl = ["curl", "--silent", "--show-error", "--fail-with-body", "--data", f"@{request}"]
+    curl += ["--header", f"Authorization: Bearer {token}"]
+    curl += ["--header", "Content-Type: application/json"]
+    curl += [f"https://{region}-aiplatform.googleapis.com/v1/{parent}/endpoints/{endpoint}:predict"]
+    done = subprocess.run(curl, capture_output=True, text=True, timeout=60)
+    assert "Paris" in json.loads(done.stdout)["predictions"][0], done
+    number = run("endpoints", "describe", endpoint, "--format=value(deployedModels[0].id)")
+    run("endpoints", "undeploy-model", endpoint, f"--deployed-model-id={number}")
+    run("endpoints", "delete", endpoint)
+    run("models", "delete", model)
+    assert identifier("models") == identifier("endpoints") == ""
+
+
+def test_stop_leaves_no_container_network_or_name():
+    """Its own stand-in, inside the module's: that one's things must stay."""
+    before = {k: docker(k, "ls", "--quiet") for k in ("container", "network")}
+    standin = Standin(0.01, runner="docker").start()
+    address = os.environ["VERTEX_REGISTRY"]
+    try:
+        push("debian:bookworm-slim", standin, "debian:1")
+        assert address in docker("image", "ls")
+    finally:
+        standin.stop()
+    assert {k: docker(k, "ls", "--quiet") for k in ("container", "network")} == before
+    assert address not in docker("image", "ls")
