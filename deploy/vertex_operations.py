@@ -77,7 +77,9 @@ class Vertex:
         self.credentials = default_credentials()
         self.events: list[Event] = []
         self.begun: list[str] = []  # what this object has changed, in words
-        aiplatform.init(project=settings.project, location=settings.region)
+        aiplatform.init(
+            project=settings.project, location=settings.region, credentials=self.credentials
+        )
         options = {"api_endpoint": f"{settings.region}-aiplatform.googleapis.com"}
         given = {"credentials": self.credentials, "client_options": options}
         self.endpoints = aiplatform.gapic.EndpointServiceClient(**given)
