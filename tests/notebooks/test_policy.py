@@ -24,6 +24,8 @@ SAID = {
     "5.7 GB": "the download's size, from the app's YAML",
     "1 GiB": "a setting",
     "3 GiB": "a setting",
+    "15 seconds": "Vertex AI's autoscaler: how often it looks, from its documentation",
+    "60 %": "Vertex AI's autoscaler: its target without a setting, likewise",
 }
 """Numbers that prose may name, and why they are not measured."""
 
