@@ -108,7 +108,8 @@ class Container:
             [engine(), "wait", self.plan.name], stdout=subprocess.PIPE, text=True
         )
         _, text = await docker("port", self.plan.name, str(self.plan.port))
-        self.port = int(text.split()[0].rsplit(":", 1)[1]) if text.strip() else 0
+        match = re.search(r"127\.0\.0\.1:(\d+)", text)  # none if it has ended already
+        self.port = int(match[1]) if match else 0
 
     def exit_code(self) -> int | None:
         """How the container ended; None while it runs."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import os
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -103,7 +104,7 @@ class Deployment:
             kind = t.AcceleratorType(self.machine.accelerator_type).name
             environment["AIP_ACCELERATOR_TYPE"] = kind
         environment |= {variable.name: variable.value for variable in self.spec.env}
-        name = f"standin-{self.id}-{number}"
+        name = f"standin-{os.getpid()}-{self.id}-{number}"  # two with one seed have the same IDs
         return replicas.Plan(
             *(name, self.image, list(self.spec.command), list(self.spec.args), environment, port),
             shm_mb=self.spec.shared_memory_size_mb,

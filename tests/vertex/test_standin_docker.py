@@ -30,6 +30,11 @@ def docker(*arguments: str) -> str:
     return run.stdout.strip()
 
 
+def only(standin: Standin) -> list[str]:
+    """A filter for what one stand-in made: others may run on this machine."""
+    return ["--filter", f"name=standin-{standin._process.pid}-"]
+
+
 def push(name: str, standin: Standin, path: str) -> str:
     """Push an image to the stand-in's registry; return its address for Vertex AI."""
     local = f"{os.environ['VERTEX_REGISTRY']}/{standin.project}/serving/{path}"
@@ -38,19 +43,25 @@ def push(name: str, standin: Standin, path: str) -> str:
     return f"{standin.region}-docker.pkg.dev/{standin.project}/serving/{path}"
 
 
-@pytest.fixture(scope="module")
-def small(docker_standin: Standin) -> str:
+@pytest.fixture(scope="session")
+def base() -> str:
     """The base of our images, which has Python; models bring the server as their command."""
-    dockerfile = ROOT / "docker" / "Dockerfile"
     name = "serving-llms/base:standin-test"
-    build = ["build", "--quiet", "--target", "base", "--file", str(dockerfile), "--tag", name]
-    subprocess.run(
-        [image.engine(), *build, str(ROOT)],
-        check=True,
-        env=os.environ | {"DOCKER_BUILDKIT": "1"},
+    arguments = ["--quiet", "--target", "base", "--file", ROOT / "docker" / "Dockerfile"]
+    proxies = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+    run = subprocess.run(
+        [image.engine(), "build", *arguments, "--tag", name, ROOT],
+        env={k: v for k, v in os.environ.items() if k not in proxies} | {"DOCKER_BUILDKIT": "1"},
         capture_output=True,
+        text=True,
     )
-    return push(name, docker_standin, "small:1")
+    assert run.returncode == 0, run.stderr
+    return name
+
+
+@pytest.fixture(scope="module")
+def small(base: str, docker_standin: Standin) -> str:
+    return push(base, docker_standin, "small:1")
 
 
 @pytest.fixture
@@ -75,7 +86,7 @@ def test_two_containers_and_a_dead_one_comes_back(small_client, docker_standin):
     endpoint = small_client.running(count=2)
     hosts = {small_client.ask(endpoint.name)["host"] for _ in range(4)}
     assert len(hosts) == 2
-    published = docker("ps", "--filter", "name=standin-", "--format", "{{.Ports}}").splitlines()
+    published = docker("ps", *only(docker_standin), "--format", "{{.Ports}}").splitlines()
     assert len(published) == 2 and all(line.startswith("127.0.0.1:") for line in published)
     with pytest.raises(exceptions.ServiceUnavailable):
         small_client.ask(endpoint.name, die=True)
@@ -106,7 +117,7 @@ def test_servers_that_do_not_come_up(small_client, spec, words):
         small_client.deploy(small_client.endpoint().name, model)
     log = Path(failed.value.message.rsplit(" ", 1)[1].rstrip("."))
     assert log.stat().st_size
-    assert not docker("ps", "--all", "--quiet", "--filter", "name=standin-")
+    assert not docker("ps", "--all", "--quiet", *only(small_client.standin))
 
 
 def test_an_image_that_was_not_pushed(small_client, small):
@@ -215,15 +226,25 @@ def test_gcloud_and_curl_end_to_end_with_the_real_image(docker_standin, real, tm
     assert identifier("models") == identifier("endpoints") == ""
 
 
-def test_stop_leaves_no_container_network_or_name():
-    """Its own stand-in, inside the module's: that one's things must stay."""
-    before = {k: docker(k, "ls", "--quiet") for k in ("container", "network")}
-    standin = Standin(0.01, runner="docker").start()
-    address = os.environ["VERTEX_REGISTRY"]
+def test_stop_leaves_no_container_network_or_name(base, code):
+    """Its own stand-in, inside the module's."""
+    standin = Standin(0.001, runner="docker").start()
+    address, mine = os.environ["VERTEX_REGISTRY"], only(standin)
     try:
-        push("debian:bookworm-slim", standin, "debian:1")
+        client = Client(standin, "grpc", push(base, standin, "small:1"), code)
+        client.running()
+        assert docker("ps", "--quiet", *mine) and docker("network", "ls", "--quiet", *mine)
         assert address in docker("image", "ls")
     finally:
         standin.stop()
-    assert {k: docker(k, "ls", "--quiet") for k in ("container", "network")} == before
+    assert not docker("ps", "--all", "--quiet", *mine)
+    assert not docker("network", "ls", "--quiet", *mine)
     assert address not in docker("image", "ls")
+
+
+def test_two_with_the_same_seed_do_not_meet(small_client, base, code):
+    endpoint = small_client.running()
+    with Standin(0.001, runner="docker") as other:
+        client = Client(other, "grpc", push(base, other, "small:1"), code)
+        assert client.ask(client.running().name)
+    assert small_client.ask(endpoint.name)
