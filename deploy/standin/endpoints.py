@@ -104,49 +104,49 @@ class Endpoints:
     async def deploy_model(self, request: Message) -> lro.Operation:
         endpoint, deployed = self.find(request.endpoint), request.deployed_model
         model = self.models.find(deployed.model)
-        if region_of(model.name) != region_of(endpoint.name):
-            raise invalid("deployed_model.model", "The Model is in another location.")
-        if model.container_spec.invoke_route_prefix and not endpoint.dedicated_endpoint_enabled:
-            raise ApiError("FAILED_PRECONDITION", "invoke_route_prefix needs a dedicated endpoint.")
         deployed.id = deployed.id or self.operations.new_id()
-        busy = _ids(endpoint) + [i for i, (e, _) in self._deploying.items() if e == endpoint.name]
-        if deployed.id in busy:
-            raise ApiError("ALREADY_EXISTS", f"DeployedModel {deployed.id} already exists.")
         split = {deployed.id if k == "0" else k: v for k, v in request.traffic_split.items()}
-        if split:
-            _check_split(split, [*_ids(endpoint), deployed.id])
-        check_resources(deployed)
-        self._check_quota(endpoint.name, deployed)
+        self._check_deployment(endpoint, deployed, model, split)
         deployed.model = f"{model.name}@{model.version_id}"
         deployed.model_version_id = model.version_id
         deployed.display_name = deployed.display_name or model.display_name
-        reference = model.deployed_models.add(endpoint=endpoint.name, deployed_model_id=deployed.id)
+        model.deployed_models.add(endpoint=endpoint.name, deployed_model_id=deployed.id)
         self._deploying[deployed.id] = endpoint.name, deployed
-        names: list[str] = []
+        digest = self.models.digests[model.name, model.version_id]
 
         async def work() -> Message:
-            try:
-                digest = self.models.digests[model.name, model.version_id]
-                await self.serving.deploy(
-                    endpoint, deployed, model, digest, lambda: self.operations.touch(names[0])
-                )
-            except BaseException:
-                _drop(model, reference.deployed_model_id)
-                raise
-            finally:
-                del self._deploying[deployed.id]
+            await self.serving.deploy(
+                endpoint, deployed, model, digest, lambda: self.operations.touch(operation.name)
+            )
             deployed.create_time.GetCurrentTime()
-            endpoint.deployed_models.append(deployed)
+            endpoint.deployed_models.append(self._deploying.pop(deployed.id)[1])
             if split:
                 endpoint.traffic_split.clear()
                 endpoint.traffic_split.update(split)
             return raw(t.DeployModelResponse)(deployed_model=deployed)
 
+        def undo() -> None:
+            del self._deploying[deployed.id]
+            _drop(model, deployed.id)
+
         operation = self.operations.start(
-            "DeployModel", endpoint.name, work, deployed_model=deployed.id
+            "DeployModel", endpoint.name, work, undo, deployed_model=deployed.id
         )
-        names.append(operation.name)
         return operation
+
+    def _check_deployment(
+        self, endpoint: Endpoint, deployed: DeployedModel, model: Message, split: dict[str, int]
+    ) -> None:
+        if region_of(model.name) != region_of(endpoint.name):
+            raise invalid("deployed_model.model", "The Model is in another location.")
+        if model.container_spec.invoke_route_prefix and not endpoint.dedicated_endpoint_enabled:
+            raise ApiError("FAILED_PRECONDITION", "invoke_route_prefix needs a dedicated endpoint.")
+        if deployed.id in _ids(endpoint) or deployed.id in self._deploying:
+            raise ApiError("ALREADY_EXISTS", f"DeployedModel {deployed.id} already exists.")
+        if split:
+            _check_split(split, [*_ids(endpoint), deployed.id])
+        check_resources(deployed)
+        self._check_quota(endpoint.name, deployed)
 
     async def undeploy_model(self, request: Message) -> lro.Operation:
         endpoint = self.find(request.endpoint)

@@ -9,6 +9,7 @@ import asyncio
 import re
 import socket
 import subprocess
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import aiohttp
@@ -35,7 +36,7 @@ _ACCEPT = ", ".join(
 _MULTI_REGIONS = ("us", "europe", "asia")
 
 
-class Images:
+class Images(ABC):
     """What images there are."""
 
     def __init__(self, settings: Settings) -> None:
@@ -60,19 +61,13 @@ class Images:
                 f"The image is in {match['region']}; it must be in {region}, as the Model is.",
             )
 
+    @abstractmethod
     async def ingest(self, spec: Message) -> str:
         """What to start later for an image that is named now.
 
         Raises:
             ApiError: there is no such image.
         """
-        raise NotImplementedError
-
-    async def start(self) -> None:
-        """Be ready for clients."""
-
-    async def stop(self) -> None:
-        """Undo `start`."""
 
     def _parts(self, uri: str) -> tuple[str, str]:
         match = _URI.fullmatch(uri)

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def clean() -> None:
         remove_containers(lambda label: not _alive(label))
 
 
-def remove_containers(condition: object) -> None:
+def remove_containers(condition: Callable[[str], bool]) -> None:
     """Remove containers and networks of stand-ins whose label meets a condition."""
     form = '{{.ID}} {{.Label "' + LABEL + '"}}'
     for kind, remove in (("container", ["rm", "--force", "--volumes"]), ("network", ["rm"])):

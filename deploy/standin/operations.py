@@ -36,13 +36,21 @@ class Operations:
         self._all: dict[str, lro.Operation] = {}
         self._tasks: dict[str, asyncio.Task] = {}
 
-    def start(self, kind: str, resource: str, work: Work, **details: str) -> lro.Operation:
+    def start(
+        self,
+        kind: str,
+        resource: str,
+        work: Work,
+        undo: Callable[[], None] = lambda: None,
+        **details: str,
+    ) -> lro.Operation:
         """Begin an operation.
 
         Args:
             kind: the method, such as "DeployModel".
             resource: what it is about; its name is part of the operation's.
             work: does it, after the time that the platform itself takes, and returns the response.
+            undo: called if it fails or is cancelled, be it before `work` began.
             details: for the journal.
         """
         operation = lro.Operation(name=f"{resource}/operations/{self.new_id()}")
@@ -55,7 +63,7 @@ class Operations:
             f"{kind} started", resource=resource, operation=operation.name, **details
         )
         self._tasks[operation.name] = asyncio.create_task(
-            self._run(kind, resource, operation, work)
+            self._run(kind, resource, operation, work, undo)
         )
         return _copy(operation)
 
@@ -100,7 +108,14 @@ class Operations:
             raise ApiError("NOT_FOUND", f"Operation {name} is not found.")
         return self._all[name]
 
-    async def _run(self, kind: str, resource: str, operation: lro.Operation, work: Work) -> None:
+    async def _run(
+        self,
+        kind: str,
+        resource: str,
+        operation: lro.Operation,
+        work: Work,
+        undo: Callable[[], None],
+    ) -> None:
         outcome = "done"
         try:
             await asyncio.sleep(DURATIONS[kind] * self.settings.scale)
@@ -117,6 +132,8 @@ class Operations:
             outcome = "INTERNAL"
             text = f"The stand-in has a bug: {traceback.format_exc()}"
             operation.error.CopyFrom(ApiError(outcome, text).operation())
+        if outcome != "done":
+            undo()
         operation.done = True
         self.journal.event(
             f"{kind} ended", resource=resource, operation=operation.name, outcome=outcome

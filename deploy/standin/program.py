@@ -34,9 +34,9 @@ async def serve(settings: Settings, *, temporary: bool, port: int = 0) -> None:
     stop = asyncio.Event()
     async with AsyncExitStack() as stack:
         stack.callback(ledger.close)
-        await images.start()
-        stack.push_async_callback(images.stop)
         if isinstance(images, Registry):
+            await images.start()
+            stack.push_async_callback(images.stop)
             ledger.add(images.pid)
         api = Api(settings, images, ledger)
         await api.serving.start()

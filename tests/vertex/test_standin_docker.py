@@ -22,6 +22,7 @@ from tests.vertex.gapic import Client
 
 PROMPT = {"instances": ["The capital of France is"], "parameters": {"max_new_tokens": 5}}
 APP = "smollm2-135m"
+SHORT = {"deployment_timeout": {"seconds": 40}}  # 4 s here
 
 
 def docker(*arguments: str) -> str:
@@ -104,15 +105,15 @@ def test_two_containers_and_a_dead_one_comes_back(small_client, docker_standin):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ({"env": {"HOST": "127.0.0.1"}}, "never became ready"),
-        ({"env": {"PORT": "18080"}}, "never became ready"),
+        ({"env": {"HOST": "127.0.0.1"}} | SHORT, "never became ready"),
+        ({"env": {"PORT": "18080"}} | SHORT, "never became ready"),
         ({"env": {"CRASH": "3"}}, "exited unexpectedly"),
         ({"command": ["/no/such/program"]}, "exited unexpectedly"),
     ],
     ids=["127.0.0.1", "port mismatch", "crash", "no such program"],
 )
 def test_servers_that_do_not_come_up(small_client, spec, words):
-    model = small_client.upload(**spec, deployment_timeout={"seconds": 40})  # 4 s here
+    model = small_client.upload(**spec)
     with pytest.raises(exceptions.FailedPrecondition, match=words) as failed:
         small_client.deploy(small_client.endpoint().name, model)
     log = Path(failed.value.message.rsplit(" ", 1)[1].rstrip("."))
