@@ -169,7 +169,10 @@ def act(vertex: "Vertex", options: argparse.Namespace) -> None:
         endpoint = steps.deploy(vertex, app, uri, options.canary)
         print(f"{app} answers at https://{endpoint.dedicated_endpoint_dns}")
     elif name == "test":
-        print(json.dumps(ask(vertex, app, ASKED), indent=2))
+        for way, answer in ask(vertex, app, ASKED).items():
+            print(f"{way}:")
+            for one in answer if isinstance(answer, list) else [answer]:
+                print(f"  {json.dumps(one)}")
     elif name == "status":
         print(status(vertex, app))
     else:
