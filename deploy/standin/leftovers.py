@@ -86,7 +86,9 @@ def remove_containers(condition: Callable[[str], bool]) -> None:
 def _alive(label: str) -> bool:
     pid, _, began = label.partition("-")
     with suppress(psutil.NoSuchProcess, ValueError):
-        return f"{psutil.Process(int(pid)).create_time():.2f}" == began
+        process = psutil.Process(int(pid))
+        dead = process.status() == psutil.STATUS_ZOMBIE  # killed, and its parent has not looked
+        return not dead and f"{process.create_time():.2f}" == began
     return False
 
 
