@@ -13,6 +13,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from deploy import image
 from deploy.cli import app_parser, command
@@ -34,14 +36,14 @@ def rehearse(app: str, tag: str, scale: float) -> None:
         UserError: a command failed; it has printed why.
     """
     began = time.monotonic()
-    with Standin(scale=scale, limit_scale=1.0) as standin:
-        print(f"stand-in for Vertex AI: models run with {standin.runner}", flush=True)
-        second = ["--tag", _another_tag(app, tag, standin.runner)]
+    standin = Standin(scale=scale, limit_scale=1.0)
+    print(f"stand-in for Vertex AI: models run with {standin.runner}", flush=True)
+    with standin, _another_tag(app, tag, standin.runner):
         for step in (
             ["plan"],
             ["deploy", "--tag", tag],
             ["test"],
-            ["deploy", *second, "--canary", "20"],
+            ["deploy", "--tag", CANARY_TAG, "--canary", "20"],
             ["status"],
             ["rollback"],
             ["status"],
@@ -60,17 +62,20 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"{arguments[0]} failed; see above")
 
 
-def _another_tag(app: str, tag: str, runner: str) -> str:
-    """Another name for the same image: for Vertex AI it is another image, and enough to rehearse.
-
-    The first digits of its digest are the same, its tag in front of them is not.
-    """
-    if runner == "docker":
-        names = image.image_name(app, tag), image.image_name(app, CANARY_TAG)
-        run = subprocess.run([image.engine(), "tag", *names], capture_output=True, text=True)
-        if run.returncode != 0:
-            raise UserError(f"there is no image {names[0]}; run `make build-{tag} APP={app}`")
-    return CANARY_TAG
+@contextmanager
+def _another_tag(app: str, tag: str, runner: str) -> Iterator[None]:
+    """Another name for the same image: for Vertex AI it is another image, enough to rehearse."""
+    if runner != "docker":
+        yield
+        return
+    names = image.image_name(app, tag), image.image_name(app, CANARY_TAG)
+    run = subprocess.run([image.engine(), "tag", *names], capture_output=True, text=True)
+    if run.returncode != 0:
+        raise UserError(f"there is no image {names[0]}; run `make build-{tag} APP={app}`")
+    try:
+        yield
+    finally:  # takes away the name, not the image
+        subprocess.run([image.engine(), "rmi", names[1]], capture_output=True)
 
 
 @command

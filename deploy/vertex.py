@@ -47,22 +47,20 @@ def push(
     The tag there is ours and the first digits of the image's digest: another build is another tag,
     so that `deploy` sees that it is another image.
 
-    Where VERTEX_REGISTRY names another registry (the stand-in for Vertex AI sets it) the image goes
-    there; its address for Vertex AI stays the same.
+    The stand-in for Vertex AI names its own registry in VERTEX_REGISTRY: the image goes there, its
+    address for Vertex AI stays the same. Without Docker it has none, and serves the archive.
 
     Raises:
-        UserError: no container engine, no such image, or the registry refused.
+        UserError: no container engine, no such image or archive, or the registry refused.
     """
     registry = os.environ.get("VERTEX_REGISTRY")
-    local = image.image_name(app, tag)
-    try:
-        program = image.engine()
-    except UserError:
+    if "VERTEX_STANDIN" in os.environ and not registry:
         archive = archive_path(app, "no-archive", MODEL_STORE)
-        if "VERTEX_STANDIN" not in os.environ or not archive.exists():
-            raise
+        if not archive.exists():
+            raise UserError(f"without Docker the stand-in needs it: run `make archive APP={app}`")
         report(f"no Docker: the stand-in will serve {shown(archive)} as a process")
         return settings.image_uri(app, tag)
+    program, local = image.engine(), image.image_name(app, tag)
     inspect = [program, "image", "inspect", "--format", "{{.Id}}", local]
     run = subprocess.run(inspect, capture_output=True, text=True)
     if run.returncode != 0:
@@ -103,13 +101,12 @@ def ask(vertex: "Vertex", app: str, body: dict) -> dict[str, Any]:
     from google.api_core.exceptions import NotFound
     from google.cloud import aiplatform
 
-    try:
-        endpoint = aiplatform.Endpoint(vertex.settings.endpoint_name(app))
-    except NotFound as error:
-        raise UserError(f"nothing of {app} is deployed; run deploy first") from error
+    endpoint = aiplatform.Endpoint(vertex.settings.endpoint_name(app))
     headers = {"Content-Type": "application/json"}
     try:
         predicted = endpoint.predict(body["instances"], parameters=body.get("parameters"))
+    except NotFound as error:
+        raise UserError(f"nothing of {app} is deployed; run deploy first") from error
     except ValueError as error:
         raise UserError(f"predict: {error}") from error
     raw = endpoint.raw_predict(json.dumps(body).encode(), headers)
@@ -172,7 +169,10 @@ def act(vertex: "Vertex", options: argparse.Namespace) -> None:
         endpoint = steps.deploy(vertex, app, uri, options.canary)
         print(f"{app} answers at https://{endpoint.dedicated_endpoint_dns}")
     elif name == "test":
-        print(json.dumps(ask(vertex, app, ASKED), indent=2))
+        for way, answer in ask(vertex, app, ASKED).items():
+            print(f"{way}:")
+            for one in answer if isinstance(answer, list) else [answer]:
+                print(f"  {json.dumps(one)}")
     elif name == "status":
         print(status(vertex, app))
     else:

@@ -75,13 +75,14 @@ def deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None = None) 
         UserError: a wrong argument, or a canary with nothing beside it.
         GoogleAPICallError: Google refused, or the model server never became ready.
     """
-    if canary is not None and not (isinstance(canary, int) and 1 <= canary <= 99):
+    if canary is not None and not (type(canary) is int and 1 <= canary <= 99):
         raise UserError(f"canary: {canary!r} given; should be a whole number from 1 to 99, or none")
     if not image_uri.startswith(f"{vertex.settings.region}-docker.pkg.dev/"):
         raise UserError(
             f"image_uri: {image_uri} given; should be in Artifact Registry in the same region, "
             f"{vertex.settings.image_folder()}/..."
         )
+    vertex.begun.clear()
     try:
         return _deploy(vertex, app, image_uri, canary)
     except exceptions.AlreadyExists:

@@ -170,7 +170,7 @@ def test_the_command_line(app: Rehearsed, tmp_path, capsys):
     assert "2 of these bill" in capsys.readouterr().out
     assert commands.main(["rollback", *given]) == 0
     assert commands.main(["test", *given]) == 0
-    assert '"predict"' in capsys.readouterr().out
+    assert "stream_raw_predict:" in capsys.readouterr().out
     assert commands.main(["undeploy", *given]) == 0
     assert commands.main(["cleanup", *given]) == 0
     assert "nothing of clients is left" in capsys.readouterr().out

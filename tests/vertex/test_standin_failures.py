@@ -72,7 +72,8 @@ def test_models_that_cannot_be_served(client, spec, complaint):
 )
 def test_servers_that_do_not_come_up(client, standin, env, words):
     endpoint = client.endpoint()
-    model = client.upload(env=env, deployment_timeout={"seconds": 30})  # 1.5 s here
+    seconds = 1800 if "CRASH" in env else 30  # 90 and 1.5 here
+    model = client.upload(env=env, deployment_timeout={"seconds": seconds})
     with pytest.raises(exceptions.FailedPrecondition, match=words) as failed:
         client.deploy(endpoint.name, model)
     log = failed.value.message.rsplit(" ", 1)[1].rstrip(".")

@@ -24,11 +24,12 @@ def app(quick_standin: Standin, request: pytest.FixtureRequest) -> Iterator[Rehe
 
 
 def test_a_second_deploy_changes_nothing(app: Rehearsed):
-    app.deploy()
+    vertex = app.vertex()
+    deploy(vertex, app.app, app.image())
     assert app.shares() == {"1": 100}
     before = app.changes()
     app.lines.clear()
-    app.deploy()
+    deploy(vertex, app.app, app.image())
     assert app.changes() == before
     assert app.lines == [f"{app.app} is deployed like this already: nothing to do"]
 
@@ -108,7 +109,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_made(app: Rehearsed):
         rollback(app.vertex(), app.app)
     with pytest.raises(UserError, match="canary: 20 given, and nothing is deployed"):
         app.deploy(canary=20)
-    for wrong in (0, 100, -1, "20", 0.2):
+    for wrong in (0, 100, -1, "20", 0.2, True):
         with pytest.raises(UserError, match=rf"canary: {wrong!r} given; should be a whole"):
             app.deploy(canary=wrong)
     elsewhere = app.image().replace("europe-west4", "us-central1")
