@@ -116,7 +116,8 @@ class Endpoints:
 
         async def work() -> Message:
             await self.serving.deploy(
-                endpoint, deployed, model, digest, lambda: self.operations.touch(operation.name)
+                *(endpoint, deployed, model, digest),
+                lambda stage="": self.operations.touch(operation.name, stage),
             )
             deployed.create_time.GetCurrentTime()
             endpoint.deployed_models.append(self._deploying.pop(deployed.id)[1])
@@ -132,6 +133,7 @@ class Endpoints:
         operation = self.operations.start(
             "DeployModel", endpoint.name, work, undo, deployed_model=deployed.id
         )
+        self.operations.touch(operation.name, "STARTING_DEPLOYMENT")
         return operation
 
     def _check_deployment(

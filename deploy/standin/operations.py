@@ -84,8 +84,13 @@ class Operations:
         self._tasks[request.name].cancel()
         return empty_pb2.Empty()
 
-    def touch(self, name: str) -> None:
-        """Move an operation's update time: something happened."""
+    def touch(self, name: str, stage: str = "") -> None:
+        """Move an operation's update time: something happened.
+
+        Args:
+            name: of the operation.
+            stage: of a deployment, a name of `DeploymentStage`, if that changes too.
+        """
         operation = self._all[name]
         kind = next(
             kind
@@ -95,6 +100,8 @@ class Operations:
         metadata = raw(kind)()
         operation.metadata.Unpack(metadata)
         metadata.generic_metadata.update_time.GetCurrentTime()
+        if stage:
+            metadata.deployment_stage = t.DeploymentStage[stage]
         operation.metadata.Pack(metadata)
 
     async def stop(self) -> None:

@@ -46,7 +46,7 @@ class Deployment:
         self.health_route = self.spec.health_route or default
         self.replicas: list[Watched] = []
         self._numbers, self._turn = itertools.count(), itertools.count()
-        self.touch: Callable[[], None] = lambda: None
+        self.touch: Callable[..., None] = lambda: None
 
     def event(self, event: str, **details: object) -> None:
         self.serving.journal.event(event, deployed_model=self.id, **details)
@@ -274,7 +274,7 @@ class Serving:
         deployed: Message,
         model: Message,
         image: str,
-        touch: Callable[[], None],
+        touch: Callable[..., None],
     ) -> None:
         """Start a deployed model's replicas and return when all are in routing.
 
@@ -283,11 +283,12 @@ class Serving:
             deployed: what the client asked for.
             model: the model.
             image: what `Images.ingest` returned when it was uploaded.
-            touch: called whenever something happened.
+            touch: called whenever something happened, with the deployment's stage if that changes.
 
         Raises:
             ApiError: a replica never became ready, or ended.
         """
+        touch("GETTING_CONTAINER_IMAGE")
         if self.settings.runner == "docker":
             code, text = await replicas.docker("pull", "--quiet", image)
             if code != 0:
@@ -295,7 +296,9 @@ class Serving:
             self.journal.event("image pulled", deployed_model=deployed.id, image=image)
         deployment = Deployment(self, endpoint, deployed, model, image)
         deployment.touch = touch
+        touch("STARTING_MODEL_SERVER")
         await deployment.resize(deployed.dedicated_resources.min_replica_count)
+        touch("FINISHING_UP")
         deployment.touch = lambda: None
         self._all[deployed.id] = deployment
 
