@@ -1,0 +1,56 @@
+"""Build the site into build/site: gather its pages, run Sphinx, leave out what no page needs.
+
+A warning is an error. No page may need another host, and none JavaScript for reading.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from sphinx.cmd.build import main as sphinx
+
+from deploy.paths import BUILD, UserError, shown
+from docs.stage import DOCS, stage
+
+SITE = BUILD / "site"
+ICONS = re.compile(r'\s*<script defer src="[^"]*/fontawesome\.js[^"]*"></script>')
+"""1.5 MB on every page for a dozen icons. site.css draws those."""
+
+
+def build(site: Path = SITE) -> None:
+    """Make the site anew.
+
+    Raises:
+        UserError: Sphinx had a warning or an error; it has printed which.
+    """
+    pages = site.with_name(f"{site.name}-pages")
+    stage(pages)
+    shutil.rmtree(site, ignore_errors=True)
+    options = ["-W", "--keep-going", "--quiet", "-b", "html", "-c", str(DOCS)]
+    trees = site.with_name(f"{site.name}-doctrees")
+    if sphinx([*options, "--fresh-env", "-d", str(trees), str(pages), str(site)]) != 0:
+        raise UserError("the site was not built: see Sphinx's messages above")
+    lighten(site)
+
+
+def lighten(site: Path) -> None:
+    """Take away what the theme brings and no page needs."""
+    for page in site.rglob("*.html"):
+        text, found = ICONS.subn("", page.read_text())
+        if found != 1:
+            raise UserError(f"{page.name}: the theme loads its icons in another way than it used to")
+        page.write_text(text)
+    static = site / "_static"
+    (static / "scripts" / "fontawesome.js").unlink()
+    unused = [*static.rglob("*.map"), *static.rglob("*.LICENSE.txt"), *static.rglob("*.[mp]o")]
+    for path in unused:
+        path.unlink()
+
+
+if __name__ == "__main__":
+    try:
+        build()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    print(f"the site is {shown(SITE)}/index.html")

@@ -1,0 +1,50 @@
+"""How Sphinx makes the site out of what stage.py gathered. `make site` runs it."""
+
+import tomllib
+
+from deploy.paths import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT.get("urls", {}).get("Repository", "")
+"""The one setting that this site needs from outside, `[project.urls]` in pyproject.toml."""
+
+project = PROJECT["description"].split(":")[0]
+html_title = project
+version = release = PROJECT["version"]
+copyright = ""
+language = "en"
+
+extensions = ["myst_nb", "sphinx_copybutton"]
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_render_markdown_format = "myst"
+nb_ipywidgets_js = {}  # they would come from other hosts; a widget's static output is shown
+
+html_theme = "sphinx_book_theme"
+html_baseurl = ""
+html_copy_source = False
+html_show_sphinx = False
+html_show_copyright = False
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+html_last_updated_fmt = None
+html_theme_options = {
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "home_page_in_toc": True,
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
+if REPOSITORY:
+    html_theme_options |= {
+        "repository_url": REPOSITORY,
+        "repository_branch": "main",
+        "path_to_docs": "",
+        "use_repository_button": True,
+        "launch_buttons": {"binderhub_url": "https://mybinder.org"},
+    }
+
+copybutton_prompt_text = "$ "
+copybutton_selector = "div.highlight:not(.output *) pre"
