@@ -36,16 +36,16 @@ def build(site: Path = SITE) -> None:
 
 def lighten(site: Path) -> None:
     """Take away what the theme brings and no page needs."""
+    static = site / "_static"
+    for path in (*static.rglob("*.map"), *static.rglob("*.LICENSE.txt"), *static.glob("*.html")):
+        path.unlink()
+    shutil.rmtree(static / "locales")
+    (static / "scripts" / "fontawesome.js").unlink()
     for page in site.rglob("*.html"):
         text, found = ICONS.subn("", page.read_text())
         if found != 1:
             raise UserError(f"{page.name}: the theme loads its icons in another way than it used to")
         page.write_text(text)
-    static = site / "_static"
-    (static / "scripts" / "fontawesome.js").unlink()
-    unused = [*static.rglob("*.map"), *static.rglob("*.LICENSE.txt"), *static.rglob("*.[mp]o")]
-    for path in unused:
-        path.unlink()
 
 
 if __name__ == "__main__":
