@@ -1,8 +1,15 @@
 """How Sphinx makes the site out of what stage.py gathered. `make site` runs it."""
 
 import tomllib
+from hashlib import sha256
+from pathlib import Path
+
+import nbformat
+from docutils import nodes
+from sphinx.application import Sphinx
 
 from deploy.paths import ROOT
+from docs.stage import figures
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REPOSITORY = PROJECT.get("urls", {}).get("Repository", "")
@@ -13,6 +20,7 @@ html_title = project
 version = release = PROJECT["version"]
 copyright = ""
 language = "en"
+smartquotes = False  # outputs hold code, in which a quotation mark is one
 
 extensions = ["myst_nb", "sphinx_copybutton"]
 myst_enable_extensions = ["colon_fence"]
@@ -33,7 +41,7 @@ html_last_updated_fmt = None
 html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,
-    "home_page_in_toc": True,
+    "navbar_persistent": [],
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
@@ -48,3 +56,18 @@ if REPOSITORY:
 
 copybutton_prompt_text = "$ "
 copybutton_selector = "div.highlight:not(.output *) pre"
+
+
+def alt_texts(app: Sphinx, page: nodes.document) -> None:
+    """Give pictures in outputs their alt texts, which MyST-NB does not read from there."""
+    path = Path(app.env.doc2path(app.env.docname))
+    if path.suffix == ".ipynb":
+        notebook = nbformat.read(path, as_version=4)
+        alts = {sha256(picture).hexdigest(): alt for picture, alt in figures(notebook)}
+        for image in page.findall(nodes.image):  # MyST-NB names files by their hash
+            image["alt"] = alts[Path(image["uri"]).stem]
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls this."""
+    app.connect("doctree-read", alt_texts)

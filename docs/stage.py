@@ -8,6 +8,7 @@ are the README's table with a figure out of each notebook. Sphinx itself: conf.p
 import base64
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import nbformat
@@ -45,7 +46,7 @@ def stage(folder: Path) -> None:
         "chapters": _cards(readme, chapters, folder),
         "closing": closing,
         "pages: chapters": _names(chapters),
-        "pages: solutions": _names(solutions),
+        "pages: solutions": _names(solutions, "To chapter {number} <{}>"),
     }.items():
         index = index.replace(f"<!-- {mark} -->", text.strip())
     _write(folder, "index.md", index)
@@ -53,8 +54,10 @@ def stage(folder: Path) -> None:
     _write(folder, "LOG.md", (ROOT / "LOG.md").read_text())
 
 
-def _names(notebooks: list[Path]) -> str:
-    return "\n".join(f"notebooks/{path.stem}" for path in notebooks)
+def _names(notebooks: list[Path], title: str = "{}") -> str:
+    return "\n".join(
+        title.format(f"notebooks/{path.stem}", number=int(path.name[:2])) for path in notebooks
+    )
 
 
 def _cards(readme: str, chapters: list[Path], folder: Path) -> str:
@@ -75,12 +78,24 @@ def _cards(readme: str, chapters: list[Path], folder: Path) -> str:
 
 
 def _first_figure(path: Path, notebook: nbformat.NotebookNode) -> tuple[bytes, str]:
-    """PNG and alt text, as `helpers.show` stored them."""
+    for figure in figures(notebook):
+        return figure
+    raise UserError(f"{path.name}: has no figure in its outputs for the front page")
+
+
+def figures(notebook: nbformat.NotebookNode) -> Iterator[tuple[bytes, str]]:
+    """PNG and alt text of every picture, as `helpers.show` stores them in the outputs.
+
+    Raises:
+        UserError: a picture has no alt text.
+    """
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             if picture := output.get("data", {}).get("image/png"):
-                return base64.b64decode(picture), output.metadata["image/png"]["alt"]
-    raise UserError(f"{path.name}: has no figure in its outputs for the front page")
+                alt = output.metadata.get("image/png", {}).get("alt")
+                if not alt:
+                    raise UserError(f"a figure without alt text, show it with `show`: {cell.source}")
+                yield base64.b64decode(picture), alt
 
 
 def _write_notebook(path: Path, folder: Path) -> None:
