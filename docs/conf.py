@@ -42,6 +42,7 @@ html_theme_options = {
     "show_toc_level": 2,
     "use_download_button": False,
     "navbar_persistent": [],
+    "footer_content_items": [],
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
