@@ -47,13 +47,9 @@ html_theme_options = {
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 if REPOSITORY:
-    html_theme_options |= {
-        "repository_url": REPOSITORY,
-        "repository_branch": "main",
-        "path_to_docs": "",
-        "use_repository_button": True,
-        "launch_buttons": {"binderhub_url": "https://mybinder.org"},
-    }
+    html_theme_options |= {"repository_url": REPOSITORY, "use_repository_button": True}
+# No links to Colab and Binder: a chapter needs the whole repository, Python 3.11 and the lock,
+# installed without following dependencies. Neither service can be told all of that.
 
 copybutton_prompt_text = "$ "
 copybutton_selector = "div.highlight:not(.output *) pre"

@@ -1,4 +1,4 @@
-"""From the repository's files to a folder that Sphinx reads: notebooks, README, LOG, linked sources.
+"""From the repository's files to a folder that Sphinx reads: notebooks, README, LOG, sources.
 
 Pages keep their paths, so a link that is right in the repository is right in the site. Nothing is
 executed, and nothing is written twice: the front page is the README's first screen, its chapters
@@ -94,7 +94,7 @@ def figures(notebook: nbformat.NotebookNode) -> Iterator[tuple[bytes, str]]:
             if picture := output.get("data", {}).get("image/png"):
                 alt = output.metadata.get("image/png", {}).get("alt")
                 if not alt:
-                    raise UserError(f"a figure without alt text, show it with `show`: {cell.source}")
+                    raise UserError(f"a figure without alt text; use `show`: {cell.source}")
                 yield base64.b64decode(picture), alt
 
 

@@ -18,6 +18,7 @@ from docs import stage
 from docs.build import build
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+COMMONMARK = MarkdownIt("commonmark").enable("table")
 LIMIT = 2_000_000
 """Bytes that a chapter may weigh, uncompressed, with everything that it loads."""
 
@@ -125,7 +126,7 @@ def test_all_cells_are_there_in_their_order(site, pages, path):
     text, place = words(article), 0
     for cell in cells:
         if cell.cell_type == "markdown":
-            for block in MarkdownIt("commonmark").enable("table").render(cell.source).split("\n"):
+            for block in COMMONMARK.render(cell.source).split("\n"):
                 place = text.index(words(block), place)
 
 
@@ -146,6 +147,8 @@ def test_all_outputs_are_there(site, pages, path):
             assert output.ename in text
         elif "text/html" in data:
             assert words(data["text/html"]) in text
+        elif "text/markdown" in data:
+            assert words(COMMONMARK.render(data["text/markdown"])) in text
     pictures = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
     alts = [alt for _, alt in stage.figures(nbformat.read(path, as_version=4))]
     assert [tag["alt"] for tag in article.select("div.cell_output img")] == alts
@@ -157,7 +160,7 @@ def test_the_front_page_tells_the_story_once(site, pages):
     article = pages[site / "index.html"].find("article")
     readme = (ROOT / "README.md").read_text()
     first, _ = readme.split("| | chapter | |")
-    html = MarkdownIt().render(first)
+    html = COMMONMARK.render(first)
     for link in article.find_all("a", class_="headerlink"):
         link.decompose()
     assert words(html) in words(article)
