@@ -22,6 +22,7 @@ copyright = ""
 language = "en"
 smartquotes = False  # outputs hold code, in which a quotation mark is one
 
+highlight_language = "none"  # a block that names no language is text
 extensions = ["myst_nb", "sphinx_copybutton"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
