@@ -23,13 +23,17 @@ language = "en"
 smartquotes = False  # outputs hold code, in which a quotation mark is one
 
 highlight_language = "none"  # a block that names no language is text
-extensions = ["myst_nb", "sphinx_copybutton"]
-myst_enable_extensions = ["colon_fence"]
+extensions = ["myst_nb", "sphinx_copybutton", "docs.mathml"]
+html_math_renderer = "mathml"
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_dmath_allow_digits = myst_dmath_allow_space = False  # prices are no formulas
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
-nb_ipywidgets_js = {}  # they would come from other hosts; a widget's static output is shown
+# Widgets would need scripts from other hosts. A notebook stores what to read in their place.
+nb_ipywidgets_js = {}
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 
 html_theme = "sphinx_book_theme"
 html_baseurl = ""

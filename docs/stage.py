@@ -132,21 +132,37 @@ def _links(text: str, room: PurePosixPath, folder: Path) -> str:
     def link(match: re.Match) -> str:
         target, anchor = match.groups()
         path = (ROOT / room / target).resolve()
-        if path.suffix in {".md", ".ipynb"} or not path.is_file():
+        if path.suffix in {".md", ".ipynb"} or not path.exists():
             return match.group(0)
         staged = folder / path.relative_to(ROOT)
         staged.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            staged.mkdir(exist_ok=True)
+            names = sorted(file.name for file in path.iterdir() if file.is_file())
+            _write_source(path, staged.with_name(path.name + ".md"), _list(path, names, folder))
+            return f"]({target.rstrip('/')}.md{anchor})"
         if path.suffix in PICTURES:
             shutil.copy2(path, staged)
             return match.group(0)
-        _source_page(path, staged.with_name(path.name + ".md"))
+        _write_source(path, staged.with_name(path.name + ".md"), _code(path))
         return f"]({target}.md{anchor})"
 
     return LINK.sub(link, text)
 
 
-def _source_page(path: Path, page: Path) -> None:
+def _list(path: Path, names: list[str], folder: Path) -> str:
+    """A folder's files as links, in Markdown that stands beside the folder."""
+    text = "\n".join(f"- [`{name}`]({path.name}/{name})" for name in names)
+    return _links(text, PurePosixPath(path.parent.relative_to(ROOT)), folder)
+
+
+def _code(path: Path) -> str:
     language = LANGUAGES.get(path.suffix, "docker" if path.name == "Dockerfile" else "text")
-    title = path.relative_to(ROOT).as_posix()
-    code = f"``````{language}\n{path.read_text().rstrip()}\n``````"
-    page.write_text(f"---\norphan: true\n---\n\n# `{title}`\n\n{code}\n")
+    return f"``````{language}\n{path.read_text().rstrip()}\n``````"
+
+
+def _write_source(path: Path, page: Path, text: str) -> None:
+    """The page of a file or folder of the repository. No menu lists it."""
+    page.write_text(
+        f"---\norphan: true\n---\n\n# `{path.relative_to(ROOT).as_posix()}`\n\n{text}\n"
+    )

@@ -19,6 +19,7 @@ from docs.build import build
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 COMMONMARK = MarkdownIt("commonmark").enable("table")
+FORMULA = r"\n|\$\$?[^$]+\$\$?"
 LIMIT = 2_000_000
 """Bytes that a chapter may weigh, uncompressed, with everything that it loads."""
 
@@ -126,7 +127,7 @@ def test_all_cells_are_there_in_their_order(site, pages, path):
     text, place = words(article), 0
     for cell in cells:
         if cell.cell_type == "markdown":
-            for block in COMMONMARK.render(cell.source).split("\n"):
+            for block in re.split(FORMULA, COMMONMARK.render(cell.source)):
                 place = text.index(words(block), place)
 
 
@@ -178,16 +179,26 @@ def test_search_knows_the_chapters(site):
     assert "prefil" in index  # the stem of prefill
 
 
+PLANTED = r"""
+[nowhere](nowhere.md), $\nothing$, but [results](benchmarks/results) and $W = L / \lambda$ at $3
+"""
+
+
 def test_a_warning_is_an_error(tmp_path, monkeypatch, capsys):
-    """Plant a link that leads nowhere."""
-    page = stage.DOCS / "index.md"
+    """Plant a link that leads nowhere and a formula that is none, beside good ones."""
     planted = tmp_path / "docs"
     planted.mkdir()
-    (planted / "index.md").write_text(page.read_text() + "\n[nowhere](nowhere.md)\n")
+    (planted / "index.md").write_text((stage.DOCS / "index.md").read_text() + PLANTED)
     monkeypatch.setattr(stage, "DOCS", planted)
     with pytest.raises(UserError, match="the site was not built"):
         build(tmp_path / "site")
-    assert "nowhere.md" in capsys.readouterr().err
+    complaints = capsys.readouterr().err
+    assert complaints.count("WARNING") == 2
+    assert "nowhere.md" in complaints and "nothing" in complaints
+    paragraph = read(tmp_path / "site" / "index.html").find("article").find_all("p")[-1]
+    assert "λ" in paragraph.math.get_text() and paragraph.get_text().endswith(" at $3")
+    results = read(tmp_path / "site" / "benchmarks" / "results.html")
+    assert "serving.json" in words(results.find("article"))
 
 
 def test_a_figure_without_alt_text_is_refused():
