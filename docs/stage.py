@@ -28,7 +28,8 @@ def stage(folder: Path) -> None:
     """Fill a folder anew with the pages of the site, as Markdown and notebooks.
 
     Raises:
-        UserError: a chapter is missing in the README's table, or has no figure.
+        UserError: the README has no table of chapters, or a chapter is missing in it, or has no
+            figure, or a figure no alt text.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -39,7 +40,11 @@ def stage(folder: Path) -> None:
     solutions = [path for path in notebooks if "solutions" in path.name]
     for path in notebooks:
         _write_notebook(path, folder)
-    opening, closing = TABLE.split(first)
+    if len(parts := TABLE.split(first)) != 2:
+        raise UserError(
+            "README.md: before the first `##` there should be one table `| | chapter | |`"
+        )
+    opening, closing = parts
     index = (DOCS / "index.md").read_text()
     for mark, text in {
         "opening": opening,
