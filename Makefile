@@ -23,7 +23,7 @@ export VENV TORCH
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
         bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
-        chapters build-dev build-pro run stop delete shell logs push image-report deploy
+        chapters site site-check build-dev build-pro run stop delete shell logs push image-report deploy
 
 help: ## Show the targets
 	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
@@ -58,6 +58,12 @@ notebooks: setup ## Run every chapter in place, to store new outputs
 
 lab: setup ## Open the course in JupyterLab
 	@$(PY) -m jupyterlab notebooks
+
+site: setup ## Build the course as a website into build/site, from the stored outputs
+	@$(PY) -m docs.build
+
+site-check: site ## Look at it in Chromium at two widths, light and dark, with axe-core (node, npm)
+	@docs/check/run build/site
 
 model: setup ## Get the weights of APP (MODEL_DIR=path to use yours, SHAPE_ONLY=1 for random ones)
 	@$(PY) -m deploy.weights $(WEIGHTS)
