@@ -27,7 +27,7 @@ export VENV TORCH
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
         bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
-        chapters build-dev build-pro run stop delete shell logs push image-report \
+        chapters site site-check build-dev build-pro run stop delete shell logs push image-report \
         plan deploy test-vertex undeploy cleanup standin rehearse
 
 help: ## Show the targets
@@ -63,6 +63,12 @@ notebooks: setup ## Run every chapter in place, to store new outputs
 
 lab: setup ## Open the course in JupyterLab
 	@$(PY) -m jupyterlab notebooks
+
+site: setup ## Build the course as a website into build/site, from the stored outputs
+	@$(PY) -m docs.build
+
+site-check: site ## Look at it in Chromium at two widths, light and dark, with axe-core (node, npm)
+	@docs/check/run build/site
 
 model: setup ## Get the weights of APP (MODEL_DIR=path to use yours, SHAPE_ONLY=1 for random ones)
 	@$(PY) -m deploy.weights $(WEIGHTS)

@@ -1,0 +1,77 @@
+"""How Sphinx makes the site out of what stage.py gathered. `make site` runs it."""
+
+import tomllib
+from hashlib import sha256
+from pathlib import Path
+
+import nbformat
+from docutils import nodes
+from sphinx.application import Sphinx
+
+from deploy.paths import ROOT
+from docs.stage import figures
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY = PROJECT.get("urls", {}).get("Repository", "")
+"""The one setting that this site needs from outside, `[project.urls]` in pyproject.toml."""
+
+project = PROJECT["description"].split(":")[0]
+html_title = project
+version = release = PROJECT["version"]
+copyright = ""
+language = "en"
+smartquotes = False  # outputs hold code, in which a quotation mark is one
+
+highlight_language = "none"  # a block that names no language is text
+extensions = ["myst_nb", "sphinx_copybutton", "docs.mathml"]
+html_math_renderer = "mathml"
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_dmath_allow_digits = myst_dmath_allow_space = False  # prices are no formulas
+myst_heading_anchors = 3
+nb_execution_mode = "off"
+nb_merge_streams = True
+nb_render_markdown_format = "myst"
+# Widgets would need scripts from other hosts. A notebook stores what to read in their place.
+nb_ipywidgets_js = {}
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
+
+html_theme = "sphinx_book_theme"
+html_baseurl = ""
+html_copy_source = False
+html_show_sphinx = False
+html_show_copyright = False
+templates_path = ["templates"]
+html_sidebars = {"**": ["home.html", "search-button-field.html", "sbt-sidebar-nav.html"]}
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+html_last_updated_fmt = None
+html_theme_options = {
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "navbar_persistent": [],
+    "footer_content_items": [],
+    "pygments_light_style": "a11y-high-contrast-light",
+    "pygments_dark_style": "a11y-high-contrast-dark",
+}
+if REPOSITORY:
+    html_theme_options |= {"repository_url": REPOSITORY, "use_repository_button": True}
+# No links to Colab and Binder: a chapter needs the whole repository, Python 3.11 and the lock,
+# installed without following dependencies. Neither service can be told all of that.
+
+copybutton_prompt_text = "$ "
+copybutton_selector = "div.highlight:not(.output *) pre"
+
+
+def alt_texts(app: Sphinx, page: nodes.document) -> None:
+    """Give pictures in outputs their alt texts, which MyST-NB does not read from there."""
+    path = Path(app.env.doc2path(app.env.docname))
+    if path.suffix == ".ipynb":
+        notebook = nbformat.read(path, as_version=4)
+        alts = {sha256(picture).hexdigest(): alt for picture, alt in figures(notebook)}
+        for image in page.findall(nodes.image):  # MyST-NB names files by their hash
+            image["alt"] = alts[Path(image["uri"]).stem]
+
+
+def setup(app: Sphinx) -> None:
+    """Sphinx calls this."""
+    app.connect("doctree-read", alt_texts)
