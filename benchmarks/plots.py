@@ -152,7 +152,7 @@ def latency(record: dict) -> Figure:
     The seconds are the mean that Little's law gives for clients that always wait for an answer:
     clients * tokens of a completion / tokens per second.
     """
-    made, axes = figure(width=6.8, height=3.8)
+    made, axes = figure(width=6.4, height=3.3)
     for name, (label, colour, line) in SYSTEMS.items():
         found = record["figures"][name]
         points = [
@@ -184,7 +184,7 @@ def first_tokens(record: dict) -> Figure:
         for name, (label, *_) in SYSTEMS.items()
         if "first_token_seconds 8" in record["figures"][name]
     }
-    made, axes = figure(width=6.4, height=2.6)
+    made, axes = figure(width=6.0, height=2.3)
     for label, both in found.items():
         alone, busy = (1000 * figures["median"] for figures in both)
         axes.plot([alone, busy], [label, label], color="#cccccc", zorder=0)
@@ -205,7 +205,7 @@ RIVALS = ("llama.cpp Q4_0", "llama.cpp Q8_0", "vllm", "batched", "seed")
 def verdict(record: dict) -> Figure:
     """How many times as many tokens per second `ours int8` writes as each of RIVALS."""
     figures = record["figures"]
-    made, axes = figure(width=6.8, height=2.8)
+    made, axes = figure(width=6.4, height=2.5)
     looks = ((SKY, "o"), (BLUE, "s"), (BLACK, "^"))
     for clients, (colour, marker) in zip(CLIENTS, looks, strict=True):
         quantity = f"tokens_per_second {clients}"
@@ -239,7 +239,7 @@ def roofline(record: dict) -> Figure:
     """What the machine allows over operations per byte, and where the engine is."""
     figures = record["figures"]
     ceilings = figures["machine"]
-    made, axes = figure(width=6.4, height=3.6)
+    made, axes = figure(width=6.0, height=3.2)
     x = [2 ** (i / 8) for i in range(-8, 81)]  # 0.5 to 1024
     for peak, colour, label in (
         ("int8_flops", BLACK, "8-bit products"),

@@ -7,6 +7,7 @@ from textwrap import shorten
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.load import Report
 from benchmarks.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, figure
@@ -315,6 +316,7 @@ def capacity(plans: dict[float, Plan], price: str) -> Figure:
     replicas.step(traffic, [p.replicas for p in plans.values()], where="post", color=BLUE)
     replicas.set(ylabel="replicas", title="Replicas")
     replicas.set_ylim(bottom=0)
+    replicas.yaxis.set_major_locator(MaxNLocator(integer=True))
     cost.plot(traffic, [p.per_million_tokens for p in plans.values()], color=ORANGE)
     cost.set(yscale="log", ylabel=price, title="A million completion tokens")
     cost.yaxis.set_major_formatter("{x:g}")
