@@ -231,7 +231,7 @@ def verdict(record: dict) -> Figure:
     axes.set_title("Left of the line they are faster, right of it this handler is")
     axes.invert_yaxis()
     axes.grid(axis="x")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, frameon=True, framealpha=1, edgecolor="white")
     return made
 
 
@@ -252,7 +252,8 @@ def roofline(record: dict) -> Figure:
         place, reached = row["flop_per_byte"], row["flops"] / 1e9
         axes.vlines(place, reached, row["roof"] / 1e9, color=colour, linestyle=":", linewidth=1)
         axes.plot(place, reached, "o", color=colour, markersize=6)
-        at = {"xytext": (7, -3), "textcoords": "offset points", "fontsize": 8}
+        at = {"xytext": (7, -10 if colour == ORANGE else 4), "textcoords": "offset points"}
+        at |= {"fontsize": 8, "va": "center"}
         axes.annotate(_point_name(name), (place, reached), **at)
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="operations per byte read from memory")
