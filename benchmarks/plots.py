@@ -152,7 +152,7 @@ def latency(record: dict) -> Figure:
     The seconds are the mean that Little's law gives for clients that always wait for an answer:
     clients * tokens of a completion / tokens per second.
     """
-    made, axes = figure(width=6.4, height=3.3)
+    made, axes = figure(width=6.0, height=3.0)
     for name, (label, colour, line) in SYSTEMS.items():
         found = record["figures"][name]
         points = [
@@ -205,7 +205,7 @@ RIVALS = ("llama.cpp Q4_0", "llama.cpp Q8_0", "vllm", "batched", "seed")
 def verdict(record: dict) -> Figure:
     """How many times as many tokens per second `ours int8` writes as each of RIVALS."""
     figures = record["figures"]
-    made, axes = figure(width=6.4, height=2.5)
+    made, axes = figure(width=6.0, height=2.4)
     looks = ((SKY, "o"), (BLUE, "s"), (BLACK, "^"))
     for clients, (colour, marker) in zip(CLIENTS, looks, strict=True):
         quantity = f"tokens_per_second {clients}"

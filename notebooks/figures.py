@@ -268,7 +268,7 @@ def layers(made_by: Sequence[tuple[str, float]], new: int) -> Figure:
 
 def load_curve(reports: dict[int, Report]) -> Figure:
     """Latency and time to first token as clients grow. `reports`: clients -> what they saw."""
-    made, latency, first = figure(2, width=7.2, height=2.6)
+    made, latency, first = figure(2, width=6.4, height=2.4)
     rates = [report.tokens_per_second for report in reports.values()]
     waits = [report.latency_p50 for report in reports.values()]
     latency.plot(rates, waits, "o-", color=BLUE)
@@ -311,7 +311,7 @@ def shares(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
 
 def capacity(plans: dict[float, Plan], price: str) -> Figure:
     """Replicas, and what a million tokens costs. `plans`: requests per minute -> its plan."""
-    made, replicas, cost = figure(2, width=7.2, height=2.6)
+    made, replicas, cost = figure(2, width=6.4, height=2.3)
     traffic = list(plans)
     replicas.step(traffic, [p.replicas for p in plans.values()], where="post", color=BLUE)
     replicas.set(ylabel="replicas", title="Replicas")
