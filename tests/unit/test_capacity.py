@@ -1,6 +1,7 @@
 """Replicas and cost: by hand, and what must hold for any traffic and any measured curve."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
@@ -86,19 +87,8 @@ def test_enough_replicas_and_not_one_more(traffic, replica, utilization):
 @given(traffics, replicas(), st.floats(1, 100))
 def test_more_work_never_needs_less(traffic, replica, factor):
     base = plan(traffic, replica, 1.0)
-    for more in (
-        Traffic(
-            traffic.requests_per_minute * factor,
-            traffic.prompt_tokens,
-            traffic.completion_tokens,
-        ),
-        Traffic(
-            traffic.requests_per_minute, traffic.prompt_tokens * factor, traffic.completion_tokens
-        ),
-        Traffic(
-            traffic.requests_per_minute, traffic.prompt_tokens, traffic.completion_tokens * factor
-        ),
-    ):
+    for field in ("requests_per_minute", "prompt_tokens", "completion_tokens"):
+        more = replace(traffic, **{field: factor * getattr(traffic, field)})
         assert plan(more, replica, 1.0).replicas >= base.replicas
 
 
@@ -135,9 +125,7 @@ def test_cost_follows_the_price_and_the_speed(traffic, replica, price, factor):
         replica.prompt_tokens,
         replica.completion_tokens,
     )
-    more = Traffic(
-        traffic.requests_per_minute * factor, traffic.prompt_tokens, traffic.completion_tokens
-    )
+    more = replace(traffic, requests_per_minute=factor * traffic.requests_per_minute)
     exact = traffic.requests_per_minute / 60 / (0.6 * made.most_requests_per_second)
     assume(abs(exact - round(exact)) > 1e-6)  # at a whole number rounding may go either way
     again = plan(more, faster, price)
