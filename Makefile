@@ -56,6 +56,7 @@ chapters: setup ## Run every chapter and compare its outputs (pytest --nbval)
 notebooks: setup ## Run every chapter in place, to store new outputs
 	@$(PY) -m nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 \
+	  --ExecutePreprocessor.store_widget_state=False \
 	  notebooks/0*.ipynb
 	@# What a stream was split into while it ran is joined after that.
 	@$(PY) -m nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True \

@@ -62,6 +62,8 @@ SYSTEMS = {
 """Systems of results/serving.json -> how a figure shows them."""
 
 CLIENTS = (1, 8, 32)
+COMPLETION = 128
+"""Tokens of every completion in results/serving.json."""
 
 
 def serving(record: dict) -> Figure:
@@ -144,6 +146,138 @@ def soak(record: dict) -> Figure:
     return made
 
 
+def latency(record: dict) -> Figure:
+    """Seconds of a completion over the throughput of the server, a line for each system.
+
+    The seconds are the mean that Little's law gives for clients that always wait for an answer:
+    clients * tokens of a completion / tokens per second.
+    """
+    made, axes = figure(width=6.0, height=3.0)
+    for name, (label, colour, line) in SYSTEMS.items():
+        found = record["figures"][name]
+        points = [
+            (rate["median"], clients * COMPLETION / rate["median"], clients)
+            for clients in CLIENTS
+            if (rate := found.get(f"tokens_per_second {clients}"))
+        ]
+        if points:
+            rates, seconds, numbers = zip(*points, strict=True)
+            axes.plot(rates, seconds, line, color=colour, label=label)
+        if points and name == "ours int8":
+            for rate, second, number in zip(rates, seconds, numbers, strict=True):
+                at = {"xytext": (-6, -3) if number == 1 else (5, -9), "fontsize": 8}
+                at |= {"textcoords": "offset points", "ha": "right" if number == 1 else "left"}
+                text = f"{number} client{'s' * (number > 1)}"
+                axes.annotate(text, (rate, second), color=colour, **at)
+    axes.set(xscale="log", yscale="log", xlabel="tokens per second, all clients together")
+    axes.set(ylabel=f"seconds for {COMPLETION} tokens", title="1, 8 and 32 clients on each line")
+    _plain_ticks(axes, [20, 50, 100, 200, 500, 1000], [1, 2, 5, 10, 20, 50])
+    axes.set_xlim(right=2000)
+    made.legend(loc="outside right upper", fontsize=8)
+    return made
+
+
+def first_tokens(record: dict) -> Figure:
+    """Median time to first token of each system that streams, with one client and with eight."""
+    found = {
+        label: [record["figures"][name][f"first_token_seconds {n}"] for n in (1, 8)]
+        for name, (label, *_) in SYSTEMS.items()
+        if "first_token_seconds 8" in record["figures"][name]
+    }
+    made, axes = figure(width=6.0, height=2.3)
+    for label, both in found.items():
+        alone, busy = (1000 * figures["median"] for figures in both)
+        axes.plot([alone, busy], [label, label], color="#cccccc", zorder=0)
+    for i, (colour, marker, label) in enumerate(((SKY, "o", "1 client"), (BLUE, "s", "8 clients"))):
+        values = [1000 * both[i]["median"] for both in found.values()]
+        axes.plot(values, list(found), marker, color=colour, label=label)
+    axes.set(xlabel="ms until the first token, median", xlim=(0, None))
+    axes.set_title("Waiting for the first token")
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.legend(fontsize=8)
+    return made
+
+
+RIVALS = ("llama.cpp Q4_0", "llama.cpp Q8_0", "vllm", "batched", "seed")
+
+
+def verdict(record: dict) -> Figure:
+    """How many times as many tokens per second `ours int8` writes as each of RIVALS."""
+    figures = record["figures"]
+    made, axes = figure(width=6.0, height=2.4)
+    looks = ((SKY, "o"), (BLUE, "s"), (BLACK, "^"))
+    for clients, (colour, marker) in zip(CLIENTS, looks, strict=True):
+        quantity = f"tokens_per_second {clients}"
+        ratios = {
+            SYSTEMS[name][0]: statistics.median(
+                mine / theirs
+                for mine, theirs in zip(
+                    figures["ours int8"][quantity]["values"],
+                    figures[name][quantity]["values"],
+                    strict=True,
+                )
+            )
+            for name in RIVALS
+            if quantity in figures[name]
+        }
+        label = f"{clients} client{'s' * (clients > 1)}"
+        axes.plot(list(ratios.values()), list(ratios), marker, color=colour, label=label)
+    axes.axvline(1, color=GREY)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([0.5, 1, 2, 4, 8, 16, 32])
+    axes.xaxis.set_major_formatter("{x:g} x")
+    axes.set(xlabel="tokens per second of this handler, int8, divided by theirs")
+    axes.set_title("Left of the line they are faster, right of it this handler is")
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.legend(fontsize=8, frameon=True, framealpha=1, edgecolor="white")
+    return made
+
+
+def roofline(record: dict) -> Figure:
+    """What the machine allows over operations per byte, and where the engine is."""
+    figures = record["figures"]
+    ceilings = figures["machine"]
+    made, axes = figure(width=6.0, height=3.2)
+    x = [2 ** (i / 8) for i in range(-8, 81)]  # 0.5 to 1024
+    for peak, colour, label in (
+        ("int8_flops", BLACK, "8-bit products"),
+        ("float32_flops", GREY, "float32 products"),
+    ):
+        y = [min(ceilings["bytes_per_second"] * flop, ceilings[peak]) / 1e9 for flop in x]
+        axes.plot(x, y, color=colour, label=f"the machine, {label}")
+    for name, row in figures["points"].items():
+        colour = ORANGE if name.startswith("decode") else GREEN
+        place, reached = row["flop_per_byte"], row["flops"] / 1e9
+        axes.vlines(place, reached, row["roof"] / 1e9, color=colour, linestyle=":", linewidth=1)
+        axes.plot(place, reached, "o", color=colour, markersize=6)
+        at = {"xytext": (7, -10 if colour == ORANGE else 4), "textcoords": "offset points"}
+        at |= {"fontsize": 8, "va": "center"}
+        axes.annotate(_point_name(name), (place, reached), **at)
+    axes.set_xscale("log", base=2)
+    axes.set(yscale="log", xlabel="operations per byte read from memory")
+    axes.set(ylabel="billion operations a second", title="The roofline, and the engine below it")
+    axes.set_xlim(0.5, 1024)
+    _plain_ticks(axes, [1, 4, 16, 64, 256, 1024], [10, 30, 100, 300, 1000])
+    axes.legend(fontsize=8, loc="lower right")
+    return made
+
+
+def _point_name(name: str) -> str:
+    kind, number = name.split()
+    if kind == "prefill":
+        return f"prefill, {number} tokens"
+    return f"decode, {number} sequence{'s' * (number != '1')}"
+
+
+def _plain_ticks(axes: Axes, x: list[float], y: list[float]) -> None:
+    """Numbers people read, on logarithmic axes."""
+    axes.set_xticks(x, [f"{v:g}" for v in x])
+    axes.set_yticks(y, [f"{v:,g}" for v in y])
+    axes.minorticks_off()
+
+
 def _doubling(axes: Axes, values: tuple[int, ...]) -> None:
     """Both axes logarithmic, with the ticks people read."""
     axes.set_xscale("log", base=2)
@@ -156,12 +290,17 @@ FIGURES: dict[str, Callable[[dict], Figure]] = {
     "serving": serving,
     "offload": offload,
     "soak": soak,
+    "latency": latency,
+    "roofline": roofline,
 }
+SOURCES = {"latency": "serving"}
+"""Figures whose result file has another name."""
 
 
 def save(name: str, path: Path) -> None:
     """Draw one figure of FIGURES from its result file."""
-    made = FIGURES[name](json.loads((RESULTS / f"{name}.json").read_text()))
+    source = RESULTS / f"{SOURCES.get(name, name)}.json"
+    made = FIGURES[name](json.loads(source.read_text()))
     made.savefig(path, metadata={"Date": None})
 
 

@@ -119,6 +119,17 @@ def large(record: dict) -> str:
     return "\n".join(lines)
 
 
+def roofline(record: dict) -> str:
+    """How near the engine comes to what the machine allows."""
+    head = "tokens per second", "operations per byte", "of the roof"
+    lines = [f"| | {' | '.join(head)} |", "|---" * 4 + "|"]
+    for name, row in record["figures"]["points"].items():
+        cells = [f"{row['tokens_per_second']['max']:.0f}", f"{row['flop_per_byte']:.0f}"]
+        cells += [f"**{row['share_of_roof']:.2f}**"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def startup(record: dict) -> str:
     """Start of the server beside the load of its engine, and memory."""
     head = "engine alone", "server READY", "ratio", "memory, loaded", "after 32 clients"
@@ -200,6 +211,7 @@ TABLES = {
     "http": http,
     "offload": offload,
     "quality": quality,
+    "roofline": roofline,
     "serving": serving,
     "soak": soak,
     "startup": startup,

@@ -7,8 +7,11 @@ from textwrap import shorten
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 
+from benchmarks.load import Report
 from benchmarks.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, figure
+from deploy.capacity import Plan
 
 PARTS = {"embeddings": ORANGE, "attention": BLUE, "MLP": GREEN}
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
@@ -260,4 +263,63 @@ def layers(made_by: Sequence[tuple[str, float]], new: int) -> Figure:
     axes.set(xlabel="MB")
     axes.grid(axis="x")
     axes.grid(axis="y", visible=False)
+    return made
+
+
+def load_curve(reports: dict[int, Report]) -> Figure:
+    """Latency and time to first token as clients grow. `reports`: clients -> what they saw."""
+    made, latency, first = figure(2, width=6.4, height=2.4)
+    rates = [report.tokens_per_second for report in reports.values()]
+    waits = [report.latency_p50 for report in reports.values()]
+    latency.plot(rates, waits, "o-", color=BLUE)
+    for rate, wait, clients in zip(rates, waits, reports, strict=True):
+        at = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        latency.annotate(str(clients), (rate, wait), **at)
+    latency.set(xlabel="tokens per second", ylabel="seconds", title="Latency, by number of clients")
+    names = [str(clients) for clients in reports]
+    for quantity, colour, label in (
+        ("first_token_p50", BLUE, "median"),
+        ("first_token_p95", ORANGE, "95th percentile"),
+    ):
+        values = [1000 * getattr(report, quantity) for report in reports.values()]
+        first.plot(names, values, "o-", color=colour, label=label)
+    first.set(xlabel="clients", ylabel="ms", title="Time to first token")
+    first.legend(fontsize=8)
+    latency.set_ylim(0, 1.25 * max(waits))
+    latency.set_xlim(0, 1.1 * max(rates))
+    first.set_ylim(bottom=0)
+    return made
+
+
+def shares(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
+    """Stacked bars in per cent. `rows`: name -> part -> share of 1."""
+    made, axes = figure(width=6.4, height=1.0 + 0.35 * len(rows))
+    left = dict.fromkeys(rows, 0.0)
+    for part, colour in zip(next(iter(rows.values())), (BLUE, GREEN, ORANGE, GREY), strict=False):
+        values = {name: 100 * parts[part] for name, parts in rows.items()}
+        axes.barh(
+            list(values), list(values.values()), left=list(left.values()), color=colour, label=part
+        )
+        left = {name: left[name] + values[name] for name in rows}
+    axes.set(xlabel=xlabel)
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.grid(axis="y", visible=False)
+    made.legend(loc="outside upper center", ncol=4, fontsize=8)
+    return made
+
+
+def capacity(plans: dict[float, Plan], price: str) -> Figure:
+    """Replicas, and what a million tokens costs. `plans`: requests per minute -> its plan."""
+    made, replicas, cost = figure(2, width=6.4, height=2.3)
+    traffic = list(plans)
+    replicas.step(traffic, [p.replicas for p in plans.values()], where="post", color=BLUE)
+    replicas.set(ylabel="replicas", title="Replicas")
+    replicas.set_ylim(bottom=0)
+    replicas.yaxis.set_major_locator(MaxNLocator(integer=True))
+    cost.plot(traffic, [p.per_million_tokens for p in plans.values()], color=ORANGE)
+    cost.set(yscale="log", ylabel=price, title="A million completion tokens")
+    cost.yaxis.set_major_formatter("{x:g}")
+    for axes in (replicas, cost):
+        axes.set(xlabel="requests per minute", xlim=(0, None))
     return made

@@ -15,10 +15,12 @@ from typing import TextIO, TypeVar
 
 from IPython import get_ipython
 from IPython.display import HTML, display
+from ipywidgets import ValueWidget, VBox
 from matplotlib.figure import Figure
 from PIL import Image as Picture
 
 from benchmarks.record import RESULTS
+from benchmarks.tables import SOURCES, TABLES
 from deploy.paths import BUILD, ROOT
 from deploy.server import Server, port_holder
 
@@ -85,6 +87,30 @@ def table(rows: Sequence[dict[str, object]]) -> None:
         cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in (row[n] for n in names))
         lines.append(f"| {' | '.join(cells)} |")
     _markdown("\n".join(lines))
+
+
+def document_table(name: str) -> None:
+    """A table of README.md or LOG.md, made from its result file."""
+    _markdown(TABLES[name](result(SOURCES.get(name, name))))
+
+
+def interactive(controls: dict[str, ValueWidget], text: Callable[..., str]) -> None:
+    """Markdown that follows some controls. Where nothing runs, that of their first values stands.
+
+    Args:
+        controls: argument of `text` -> a widget with a value.
+        text: from the values of the controls to Markdown.
+    """
+
+    def shown() -> dict[str, str]:
+        made = text(**{name: widget.value for name, widget in controls.items()})
+        return {"text/markdown": made, "text/plain": made}
+
+    below = display(shown(), raw=True, display_id=True)
+    for widget in controls.values():
+        widget.observe(lambda _: below.update(shown(), raw=True), "value")
+    sliders = VBox(list(controls.values()))._repr_mimebundle_()
+    display(sliders | {"text/plain": "(The sliders appear where the notebook runs.)"}, raw=True)
 
 
 def _markdown(text: str) -> None:

@@ -8,7 +8,7 @@ from threading import Thread
 import pytest
 from aiohttp import web
 
-from benchmarks import quality
+from benchmarks import quality, roofline
 from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
 from benchmarks.systems import SYSTEMS
 
@@ -175,3 +175,23 @@ def test_quality_measures(smollm2):
 def test_shared_tokens():
     assert quality.shared([1, 2, 3], [1, 2, 4]) == 2
     assert quality.shared([1, 2], [1, 2]) == 2
+
+
+def test_operations_and_bytes_of_a_step(smollm2):
+    """By hand: SmolLM2 has 134,515,008 parameters, of which 61 vectors of 576 are no matrices."""
+    layers, head = roofline.matrices(smollm2)
+    assert head == 49152 * 576
+    assert layers + head == 134_515_008 - 61 * 576
+
+
+def test_the_roof():
+    ceilings = {"bytes_per_second": 50e9, "int8_flops": 1000e9, "float32_flops": 300e9}
+    assert roofline.roof(ceilings, 2) == 100e9, "memory is the limit"
+    assert roofline.roof(ceilings, 100) == 1000e9, "the cores are"
+    work = {"decode 1": {"flop": 200.0, "bytes": 100.0}}
+    rounds = [{"decode 1": rate} for rate in (1e8, 2.5e8, 2e8)]
+    slower = ceilings | {"bytes_per_second": 40e9}
+    figures = roofline.summed_up([slower, ceilings], rounds, work)
+    assert figures["machine"] == ceilings, "the best round"
+    point = figures["points"]["decode 1"]
+    assert (point["flops"], point["roof"], point["share_of_roof"]) == (50e9, 100e9, 0.5)

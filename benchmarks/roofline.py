@@ -1,0 +1,200 @@
+"""How fast the machine could run SmolLM2-135M, and how fast the engine does: the roofline.
+
+    python -m benchmarks.roofline      # a minute; writes results/roofline.json
+
+A step of the engine has to read every weight once, whatever it does with it, and to compute two
+operations for each weight and each token. So speed has two ceilings, memory bandwidth times
+operations per byte, and what the cores compute; the lower one is the roof. Chapter 07 calls the
+same functions and draws the figure.
+
+Source of the idea: Williams, Waterman, Patterson, "Roofline", CACM 52 (4), 2009. Not counted are
+activations, norms and softmax, which is little here.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import openvino
+from openvino import opset13
+from safetensors import safe_open
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from benchmarks.large import bandwidth, seconds_of
+from benchmarks.record import summary, write
+from deploy.archive import model_config
+from deploy.capacity import kv_bytes_per_token
+from deploy.cli import command
+from deploy.export import EXPORTED, export
+from deploy.weights import get_weights, weight_files
+from handler.config import EngineConfig
+from handler.engine import Engine, Sampling, create_engine
+from handler.engine.openvino_engine import properties
+
+APP = "smollm2-135m"
+ROUNDS = 5
+SEQUENCES = (1, 8, 32)
+NEW_TOKENS = 64
+PROMPT = 512
+SIDE = 2048
+"""Of the square matrix whose product is timed: 4 MB in 8 bits, so that memory is not in the way."""
+
+
+def machine(config: EngineConfig) -> dict[str, float]:
+    """The ceilings: bytes a second from RAM; operations a second of a large matrix product.
+
+    The products run in the engine's own library with its own settings, once with the weights in 8
+    bits, as they are served, and once in float32.
+    """
+    return {
+        "bytes_per_second": bandwidth(),
+        "int8_flops": _product(config, small=True),
+        "float32_flops": _product(config, small=False),
+    }
+
+
+def _product(config: EngineConfig, *, small: bool) -> float:
+    """Operations per second, the best of 20 products [512, SIDE] x [SIDE, SIDE]."""
+    draw = np.random.default_rng(0)
+    inputs = opset13.parameter([-1, SIDE], np.float32)
+    values = draw.integers(-127, 127, (SIDE, SIDE)).astype(np.int8 if small else np.float32)
+    weights = opset13.constant(values)
+    if small:
+        scale = opset13.constant(np.full((SIDE, 1), 0.01, np.float32))
+        weights = opset13.multiply(opset13.convert(weights, np.float32), scale)
+    product = opset13.matmul(inputs, weights, False, True)
+    model = openvino.Model([product], [inputs])
+    request = openvino.Core().compile_model(model, "CPU", properties(config)).create_infer_request()
+    rows = draw.standard_normal((512, SIDE), dtype=np.float32)
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        request.infer([rows])
+        seconds.append(time.perf_counter() - began)
+    return 2 * rows.size * SIDE / min(seconds)
+
+
+def speeds(engine: Engine) -> dict[str, float]:
+    """Tokens per second: decoding so many sequences at once, and reading a prompt."""
+    found = {f"decode {n}": _decode_rate(engine, n) for n in SEQUENCES}
+    return found | {f"prefill {PROMPT}": prefill_rate(engine, PROMPT)}
+
+
+def _decode_rate(engine: Engine, sequences: int) -> float:
+    """As `benchmarks.large` does it, but a slow prefill must not make decoding look fast."""
+    first = min(seconds_of(engine, sequences, 1) for _ in range(3))
+    return sequences * NEW_TOKENS / (seconds_of(engine, sequences, 1 + NEW_TOKENS) - first)
+
+
+def prefill_rate(engine: Engine, tokens: int) -> float:
+    """Tokens per second of a prompt of about so many, up to its first token."""
+    sampling = Sampling(max_new_tokens=1, ignore_eos=True)
+    began = time.perf_counter()
+    read = engine.submit("prefill", "river " * (tokens - 1), sampling, stream=False)
+    while not any(progress.finish_reason for progress in engine.advance(1)):
+        pass
+    return read / (time.perf_counter() - began)
+
+
+def work(weights: Path, exported: Path, config: EngineConfig) -> dict[str, dict[str, float]]:
+    """Operations and bytes from RAM per token of each of `speeds`.
+
+    A step reads the exported weights once, and the keys and values of everything before. A prompt
+    is read in pieces of `max_num_batched_tokens`, and the last layer, which is as large as the
+    vocabulary, computes for its last token alone.
+    """
+    layers, head = matrices(weights)
+    shape = AutoConfig.from_pretrained(weights)
+    size = (exported / EXPORTED).with_suffix(".bin").stat().st_size
+    kept = kv_bytes_per_token(shape)  # of one token
+    attention = 4 * shape.num_hidden_layers * shape.hidden_size  # operations per token before
+    found = {}
+    for n in SEQUENCES:
+        before = 45 + NEW_TOKENS / 2  # prompts of benchmarks.load, and half of the completion
+        flop = 2 * (layers + head) + attention * before
+        found[f"decode {n}"] = {"flop": flop, "bytes": size / n + kept * before}
+    piece, before = min(PROMPT, config.max_num_batched_tokens), PROMPT / 2
+    found[f"prefill {PROMPT}"] = {
+        "flop": 2 * layers + 2 * head / PROMPT + attention * before,
+        "bytes": (size + kept * before) / piece,
+    }
+    return found
+
+
+def matrices(weights: Path) -> tuple[int, int]:
+    """Numbers in the layers' matrices, and in the embeddings, which are the last layer as well."""
+    layers = head = 0
+    for path in weight_files(weights):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np") as file:
+                shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            for name, shape in shapes.items():
+                if len(shape) == 2 and "embed" in name:
+                    head += math.prod(shape)
+                elif len(shape) == 2:
+                    layers += math.prod(shape)
+    return layers, head
+
+
+def roof(ceilings: dict[str, float], flop_per_byte: float, peak: str = "int8_flops") -> float:
+    """Operations per second that the machine allows at so many operations per byte."""
+    return min(ceilings["bytes_per_second"] * flop_per_byte, ceilings[peak])
+
+
+def summed_up(
+    ceilings: Sequence[dict[str, float]],
+    found: Sequence[dict[str, float]],
+    done: dict[str, dict[str, float]],
+) -> dict[str, dict]:
+    """The figures that results/roofline.json keeps, and `plots.roofline` draws.
+
+    The best round counts, of the machine and of the engine: what else runs only makes them slower.
+
+    Args:
+        ceilings: `machine`, of some rounds.
+        found: `speeds`, of some rounds.
+        done: `work`.
+    """
+    best = {name: max(values[name] for values in ceilings) for name in ceilings[0]}
+    points = {}
+    for name, per_token in done.items():
+        rates = summary([values[name] for values in found])
+        reached = rates["max"] * per_token["flop"]
+        intensity = per_token["flop"] / per_token["bytes"]
+        allowed = roof(best, intensity)
+        points[name] = {
+            "tokens_per_second": rates,
+            "flop_per_byte": intensity,
+            "flops": reached,
+            "roof": allowed,
+            "share_of_roof": reached / allowed,
+        }
+    return {"machine": best, "points": points}
+
+
+@command
+def main(arguments: list[str] | None) -> None:
+    """Measure, and write results/roofline.json."""
+    weights = get_weights(APP)
+    _, config = model_config(APP, weights, {"name": "openvino"})
+    exported = export(weights, config)
+    engine = create_engine(exported, config)
+    speeds(engine)  # the first run of every shape compiles it
+    ceilings, found = [], []
+    for _ in tqdm(range(ROUNDS), unit="round"):
+        ceilings.append(machine(config))
+        found.append(speeds(engine))
+    figures = summed_up(ceilings, found, work(weights, exported, config))
+    for name, row in figures["points"].items():
+        print(
+            f"{name}: {row['flop_per_byte']:.3g} flop/byte, {row['share_of_roof']:.2f} of the roof"
+        )
+    print(write("roofline", figures, ["openvino", "openvino-genai"]).name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
