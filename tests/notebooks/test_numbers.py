@@ -41,6 +41,8 @@ NUMBER = re.compile(
 DECLARED = {
     "1 GiB": ("handler/apps/defaults.yaml", "cache_gb: 1 "),
     "3 GiB": ("notebooks/01_solutions.ipynb", "3GiB"),
+    "15 seconds": ("deploy/scaling.py", "TICK_SECONDS = 15"),
+    "60 %": ("deploy/scaling.py", "TARGET_PERCENT = 60"),
     "10 MB": ("docker/config.properties", "max_request_size=10485760"),
     "300 kB": ("handler/apps/defaults.yaml", "max_body_bytes: 300000"),
     "5.7 GB": ("handler/apps/dolly-v2-3b.yaml", "gigabytes: 5.7"),
