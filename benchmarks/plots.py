@@ -252,13 +252,14 @@ def roofline(record: dict) -> Figure:
         place, reached = row["flop_per_byte"], row["flops"] / 1e9
         axes.vlines(place, reached, row["roof"] / 1e9, color=colour, linestyle=":", linewidth=1)
         axes.plot(place, reached, "o", color=colour, markersize=6)
-        at = {"xytext": (7, -10 if colour == ORANGE else 4), "textcoords": "offset points"}
+        at = {"xytext": (7, -8 if colour == ORANGE else 7), "textcoords": "offset points"}
         at |= {"fontsize": 8, "va": "center"}
         axes.annotate(_point_name(name), (place, reached), **at)
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="operations per byte read from memory")
     axes.set(ylabel="billion operations a second", title="The roofline, and the engine below it")
-    axes.set_xlim(0.5, 1024)
+    lowest = min(row["flops"] for row in figures["points"].values())
+    axes.set(xlim=(0.5, 1024), ylim=(lowest / 2e9, 2e-9 * ceilings["int8_flops"]))
     _plain_ticks(axes, [1, 4, 16, 64, 256, 1024], [10, 30, 100, 300, 1000])
     axes.legend(fontsize=8, loc="lower right")
     return made
