@@ -24,6 +24,9 @@ GOOGLE  := $(if $(PROJECT),--project "$(PROJECT)") $(if $(REGION),--region "$(RE
 ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 
 export VENV TORCH
+# torch's threads wait asleep, not spinning: on a machine with other work, chapters are then several
+# times as fast (LOG.md).
+lab chapters notebooks: export OMP_WAIT_POLICY = passive
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
         bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
@@ -62,8 +65,10 @@ notebooks: setup ## Run every chapter in place, to store new outputs
 	@$(PY) -m nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True \
 	  notebooks/0*.ipynb
 
+# The project's folder is the root, so that links to README, LOG and code open.
 lab: setup ## Open the course in JupyterLab
-	@$(PY) -m jupyterlab notebooks
+	@$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
+	  $(if $(filter 0,$(shell id -u)),--allow-root)
 
 site: setup ## Build the course as a website into build/site, from the stored outputs
 	@$(PY) -m docs.build

@@ -91,7 +91,7 @@ def serving(record: dict) -> Figure:
     axes.set(
         xlabel="clients that always wait for an answer",
         ylabel="times the original's way, 1 client",
-        title="Tokens per second, SmolLM2-135M on 2 cores",
+        title="Speed in tokens per second, SmolLM2-135M on 2 cores",
     )
     made.legend(loc="outside right upper", fontsize=8)
     return made
