@@ -137,10 +137,19 @@ def _links(text: str, room: PurePosixPath, folder: Path) -> str:
     def link(match: re.Match) -> str:
         target, anchor = match.groups()
         path = (ROOT / room / target).resolve()
-        if path.suffix in {".md", ".ipynb"} or not path.exists():
+        page_of_its_own = path.suffix == ".ipynb" or (path.suffix == ".md" and path.parent == ROOT)
+        if page_of_its_own or not path.exists():
             return match.group(0)
         staged = folder / path.relative_to(ROOT)
         staged.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".md":
+            if not staged.exists():
+                staged.touch()  # before its own links are followed, which may lead back
+                inside = PurePosixPath(path.parent.relative_to(ROOT))
+                staged.write_text(
+                    f"---\norphan: true\n---\n\n{_links(path.read_text(), inside, folder)}"
+                )
+            return match.group(0)
         if path.is_dir():
             staged.mkdir(exist_ok=True)
             names = sorted(file.name for file in path.iterdir() if file.is_file())
