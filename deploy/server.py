@@ -27,6 +27,7 @@ import psutil
 from deploy.archive import add_archive_options, build_app
 from deploy.cli import app_parser, command
 from deploy.client import predict
+from deploy.guard import dismiss, guard
 from deploy.java import find_java
 from deploy.launch import java_command, read_properties
 from deploy.pack import archive_path
@@ -77,6 +78,7 @@ class Server:
         self.process: subprocess.Popen | None = None
         self.log = BUILD / f"server-{port}.log"
         self._temporary: Path | None = None
+        self._guard: subprocess.Popen | None = None
 
     @property
     def url(self) -> str:
@@ -124,6 +126,7 @@ class Server:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C is for us; we stop the rest in order
                 )
+            self._guard = guard(self.process.pid, self._temporary)
             self._wait_until_ready(time.monotonic() + deadline)
         except BaseException:
             self.stop()
@@ -175,6 +178,9 @@ class Server:
                 self.process.wait()
             _wait_for_end_of(self.process.pid)
             self.process = None
+        if self._guard is not None:
+            dismiss(self._guard)
+            self._guard = None
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary = None

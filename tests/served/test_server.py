@@ -183,3 +183,22 @@ def test_only_the_inference_port_could_be_opened_to_others(tiny_llama: Path, tmp
     assert set(listening) >= set(server.ports)
     open_to_all = {port for port, ip in listening.items() if ip not in ("127.0.0.1", "::1")}
     assert open_to_all == {server.port}, listening
+
+
+def test_a_killed_starter_leaves_no_server(tiny_llama: Path, tmp_path: Path):
+    """As nbval and JupyterLab do with a kernel: SIGKILL, so no atexit."""
+    archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
+    code = "import sys, time; from deploy.server import Server; from pathlib import Path;"
+    code += "s = Server(Path(sys.argv[1]), port=7200).start();"
+    code += "print(s._temporary, flush=True); time.sleep(600)"
+    starter = subprocess.Popen(
+        [sys.executable, "-c", code, archive], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    temporary = Path(starter.stdout.readline().strip())
+    assert port_holder(7200) and temporary.is_dir()
+    starter.kill()
+    starter.wait()
+    deadline = time.monotonic() + 30
+    while temporary.exists() or any(port_holder(port) for port in range(7200, 7205)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
