@@ -28,7 +28,8 @@ def main(arguments: list[str] | None) -> None:
     parser.add_argument("--region", default="europe-west4")
     parser.add_argument("--port", type=int, default=0, help="of the proxy door")
     options = vars(parser.parse_args(arguments))
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell may have told us to ignore Ctrl-C
+        signal.signal(stop, signal.default_int_handler)
     standin = Standin(options.pop("scale"), options.pop("seed"), options.pop("runner"), **options)
     with standin:
         for name, value in standin.environment.items():
