@@ -1,6 +1,8 @@
 """pytest --nbval: chapters that need Docker are left out where there is none, with the reason."""
 
+import json
 import os
+from pathlib import Path
 
 from deploy.image import engine
 from deploy.paths import UserError
@@ -19,6 +21,19 @@ except UserError as error:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say what was left out."""
+    """Say what was left out, what was only run, and what fails on purpose."""
     if reason:
         terminalreporter.write_line(f"SKIPPED {', '.join(NEED_DOCKER)}: {reason}")
+    tagged: dict[str, list[str]] = {"nbval-ignore-output": [], "raises-exception": []}
+    total = 0
+    for path in sorted(Path(__file__).parent.glob("0*.ipynb")):
+        for number, cell in enumerate(json.loads(path.read_text())["cells"]):
+            total += cell["cell_type"] == "code"
+            for tag in cell["metadata"].get("tags", []):
+                tagged[tag].append(f"{path.stem} {number}")
+    ignored, raising = tagged.values()
+    terminalreporter.write_line(
+        f"{total - len(ignored)} of {total} code cells have their outputs compared"
+    )
+    terminalreporter.write_line(f"run and checked by asserts only: {', '.join(ignored)}")
+    terminalreporter.write_line(f"fail on purpose: {', '.join(raising)}")

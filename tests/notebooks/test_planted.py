@@ -58,13 +58,35 @@ def test_a_cell_that_was_not_run(planted):
         policy.test_its_outputs_come_from_one_run_from_top_to_bottom(planted(QUICK, change))
 
 
-def test_a_server_that_is_left_running(planted):
+@pytest.mark.parametrize(
+    ("which", "instead"),
+    [
+        ("server", "print('bye')"),
+        ("server", "# stop(server)"),
+        ("server", "if False: stop(server)"),
+        ("second", "print('bye')"),
+    ],
+)
+def test_a_server_that_is_left_running(planted, which, instead):
     def change(cells):
-        cells[-1].source = re.sub(r"\bstop\(server\)", "print('bye')", cells[-1].source)
+        for cell in cells:
+            cell.source = re.sub(rf"\bstop\({which}\)", instead, cell.source)
 
     with pytest.raises(AssertionError):
         policy.test_every_server_is_stopped(planted(CHAPTER, change))
     policy.test_every_server_is_stopped(CHAPTER)
+
+
+@pytest.mark.parametrize("cheat", ["# assert enough", "# NBVAL_IGNORE_OUTPUT"])
+def test_a_check_that_is_none(planted, cheat):
+    def change(cells):
+        cell = next(c for c in cells if policy.IGNORED in c.metadata.get("tags", []))
+        cell.source = re.sub(r"^assert .*", cheat, cell.source, flags=re.MULTILINE)
+
+    path = planted(CHAPTER, change)
+    with pytest.raises(AssertionError):
+        policy.test_what_is_not_compared_is_checked(path)
+        policy.test_nothing_is_left_out_by_a_comment(path)
 
 
 def test_a_number_in_the_prose(planted):
