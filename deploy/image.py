@@ -27,6 +27,9 @@ from deploy.setup_env import find_links
 from deploy.weights import get_weights
 
 TARGETS = ("cpu", "cpu-lean", "gpu")
+MADE = ("dev", "pro")
+"""The tags that the Makefile builds."""
+
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 CONTEXT = BUILD / "image"
 PORT = 7080
@@ -74,6 +77,21 @@ def image_name(app: str, tag: str) -> str:
 def container_name(app: str) -> str:
     """What an app's container is called; one runs at a time."""
     return f"serving-llms-{app.lower()}"
+
+
+def labels_of(app: str, tag: str) -> str:
+    """The labels of an app's image, as JSON.
+
+    Raises:
+        UserError: there is no such image; says how to build one.
+    """
+    image = image_name(app, tag)
+    labels = _docker(engine(), "image", "inspect", "--format", "{{json .Config.Labels}}", image)
+    if labels is None:
+        targets = (tag,) if tag in MADE else MADE
+        ways = " or ".join(f"`make build-{name} APP={app}`" for name in targets)
+        raise UserError(f"there is no image {image}; build one with {ways}")
+    return labels
 
 
 def build_image(
@@ -156,9 +174,7 @@ def run_container(
         UserError: it did not become ready; the message has the end of its log.
     """
     program, name, image = engine(), container_name(app), image_name(app, tag)
-    labels = _docker(program, "image", "inspect", "--format", "{{json .Config.Labels}}", image)
-    if labels is None:
-        raise UserError(f"there is no image {image}; run `make build-{tag} APP={app}`")
+    labels = labels_of(app, tag)
     _docker(program, "rm", "--force", name)
     options = [*HARDENED, "--stop-timeout", str(STOP_SECONDS)]
     options += ["--publish", f"127.0.0.1:{port}:{(environment or {}).get('AIP_HTTP_PORT', PORT)}"]
@@ -217,9 +233,10 @@ def push(app: str, registry: str, tag: str, *, remote_tag: str | None = None) ->
         remote_tag: of the image there; None takes the same.
 
     Raises:
-        UserError: the registry refused; its message.
+        UserError: there is no such image; or the registry refused, with its message.
     """
     program, address = engine(), f"{registry.rstrip('/')}/{app.lower()}:{remote_tag or tag}"
+    labels_of(app, tag)
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
     for arguments in (("tag", image_name(app, tag), address), ("push", *quiet, address)):
         run = subprocess.run([program, *arguments], stderr=subprocess.PIPE, text=True)

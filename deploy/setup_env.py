@@ -49,6 +49,9 @@ def main() -> int:
         except SetupError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt:
+            print("\nstopped; repeat make setup to go on", file=sys.stderr)
+            return 130  # what a shell reports for a program that Ctrl-C ended
         done.write_text(state)
     return 0
 

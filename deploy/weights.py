@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from deploy.cli import app_parser, command
 from deploy.paths import MODELS, UserError, shown
 from handler.config import App, load_app
@@ -102,6 +104,8 @@ def check_folder(folder: Path) -> Path:
     Raises:
         UserError: it does not; the message says what is missing and how to get it.
     """
+    if folder.is_file():
+        raise UserError(f"{shown(folder)}: is a file; name the folder that holds the model")
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such model folder")
     if not (folder / "config.json").is_file():
@@ -124,7 +128,40 @@ def check_folder(folder: Path) -> Path:
         missing = sorted(named - {p.name for p in tensors})
         if missing:
             raise UserError(f"{shown(folder)}: {index.name} names {missing[0]}, which is not there")
+    _check_architecture(folder / "config.json")
+    for path in tensors:
+        if path.suffix == ".safetensors":
+            _check_tensors(path)
     return folder
+
+
+def _check_architecture(path: Path) -> None:
+    """Refuse a model that does not write text. Without `architectures` nothing is known."""
+    try:
+        names = json.loads(path.read_text()).get("architectures") or []
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{shown(path)}: is not a JSON object: {error}") from error
+    if not names or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
+        return
+    # Takes seconds, so only for names that do not say it themselves.
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    if not {*names} & {*KNOWN.values()}:
+        raise UserError(
+            f"{shown(path)}: architectures is {', '.join(names)}, which does not continue text; "
+            "use a model whose architecture ends in ForCausalLM or LMHeadModel"
+        )
+
+
+def _check_tensors(path: Path) -> None:
+    """Compare the file's list of tensors with its size, without reading them."""
+    try:
+        with safe_open(path, "np"):
+            pass
+    except SafetensorError as error:
+        raise UserError(
+            f"{shown(path)}: is damaged or not downloaded to its end ({error}); get it again"
+        ) from error
 
 
 def _wanted_source(app: App, shape_only: bool) -> dict:

@@ -267,11 +267,11 @@ def _validate(model: type[Model], value: Any, limits: Limits, where: str = "") -
     location, kind = first["loc"], first["type"]
     field = _path(where, location)
     if kind == "missing":
-        problem = "is missing"
+        problem = f"is missing{_unknown(first['input'], _siblings(model, location))}"
     elif kind == "extra_forbidden":
         problem = f"is not known here; allowed are {', '.join(_siblings(model, location))}"
     elif kind == "one_of":
-        problem = first["msg"]
+        problem = first["msg"] + _unknown(first["input"], _siblings(model, (*location, "")))
     else:
         name = next((part for part in reversed(location) if isinstance(part, str)), "parameters")
         rule = RULES[f"{name}[]" if location and isinstance(location[-1], int) else name]
@@ -292,7 +292,7 @@ def _path(where: str, location: tuple[int | str, ...]) -> str:
 
 
 def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Names allowed beside the unknown one that `location` ends with."""
+    """Names allowed beside the one that `location` ends with."""
     parent = location[:-1]
     if parent == ("parameters",):
         model = SharedParameters
@@ -301,3 +301,9 @@ def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[s
     elif len(parent) > 1:
         model = Message if "messages" in parent else Instance
     return list(model.model_fields)
+
+
+def _unknown(given: dict[str, Any], allowed: list[str]) -> str:
+    """The first name given that is not allowed: most often what is missing, misspelt."""
+    name = next((name for name in given if name not in allowed), None)
+    return f"; {show(name)} is not known here" if name is not None else ""

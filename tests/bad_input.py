@@ -45,6 +45,11 @@ BAD = [
     ("NaN instance", b'{"instances": [NaN]}', 400, "not valid JSON", None),
     ("instances missing", {}, 400, "instances: is missing", "instances"),
     ("only parameters", {"parameters": {}}, 400, "instances: is missing", "instances"),
+    (
+        "instances misspelt",
+        {"prompts": ["a"]},
+        *(400, 'instances: is missing; "prompts" is not known here', "instances"),
+    ),
     ("instances null", {"instances": None}, 400, "not null", "instances"),
     ("instances empty", {"instances": []}, 400, "at least one instance, not []", "instances"),
     ("instances a string", {"instances": "a"}, 400, "should be a list", "instances"),
@@ -55,6 +60,21 @@ BAD = [
     ("true in it", {"instances": [True]}, 400, "should be a string", "instances[0]"),
     ("a list in it", {"instances": [["a"]]}, 400, "should be a string", "instances[0]"),
     ("empty object in it", {"instances": [{}]}, 400, 'exactly one of "prompt"', "instances[0]"),
+    (
+        "prompt misspelt",
+        {"instances": [{"text": "a"}]},
+        *(400, '"prompt" and "messages"; "text" is not known here', "instances[0]"),
+    ),
+    (
+        "a long name instead of a prompt",
+        {"instances": [{"x" * 10_000: "a"}]},
+        *(400, "is not known here", "instances[0]"),
+    ),
+    (
+        "content misspelt",
+        {"instances": [{"messages": [{"role": "user", "text": "a"}]}]},
+        *(400, 'missing; "text" is not known here', "instances[0].messages[0].content"),
+    ),
     ("empty prompt", {"instances": ["ok", ""]}, 400, "prompt is empty", "instances[1]"),
     ("prompt null", {"instances": [{"prompt": None}]}, 400, "string", "instances[0].prompt"),
     ("prompt a list", {"instances": [{"prompt": []}]}, 400, "string", "instances[0].prompt"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy import image
+from deploy import image, image_report
 from deploy.image_report import PARTS, REST, part_of, table
 from deploy.launch import java_command, read_properties
 from deploy.paths import ROOT, UserError
@@ -37,6 +37,44 @@ def test_an_engine_that_does_not_work_is_named_with_its_reason(monkeypatch, tmp_
     monkeypatch.setenv("DOCKER", str(program))
     with pytest.raises(UserError, match="docker does not work here: Cannot connect"):
         image.engine()
+
+
+@pytest.fixture
+def empty_engine(monkeypatch, tmp_path):
+    """An engine that works and has no image; what else it is asked for, it refuses."""
+    program = tmp_path / "docker"
+    program.write_text('#!/bin/sh\n[ $1 = version ] || { echo "raw words: $*" >&2; exit 1; }\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("DOCKER", str(program))
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (image.main, ["run", "gpt2"]),
+        (image.main, ["push", "gpt2", "--registry", "host/project"]),
+        (image_report.main, ["gpt2"]),
+    ],
+    ids=["run", "push", "report"],
+)
+@pytest.mark.parametrize(
+    ("tag", "ways"),
+    [
+        ("pro", "`make build-pro APP=gpt2`"),
+        ("nope", "`make build-dev APP=gpt2` or `make build-pro APP=gpt2`"),
+    ],
+)
+def test_without_an_image_it_says_how_to_build_one(
+    empty_engine, capsys, main, arguments, tag, ways
+):
+    assert main([*arguments, "--tag", tag]) == 1
+    expected = f"error: there is no image serving-llms/gpt2:{tag}; build one with {ways}\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_makefile_has_a_target_for_each_tag_that_is_named():
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\nbuild-{tag}: " in makefile for tag in image.MADE)
 
 
 @pytest.mark.parametrize(

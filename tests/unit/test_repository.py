@@ -93,6 +93,17 @@ def test_other_pythons_get_a_message(version, monkeypatch, capsys):
     assert "make setup PYTHON=python3.11" in error and error.count("\n") == 1
 
 
+def test_ctrl_c_in_setup_is_one_line(monkeypatch, capsys, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("VENV", str(tmp_path))
+    monkeypatch.setattr(setup_env, "install", interrupted)
+    assert setup_env.main() == 130
+    assert capsys.readouterr().err.strip() == "stopped; repeat make setup to go on"
+    assert not list(tmp_path.iterdir())
+
+
 def test_setup_parses_on_older_pythons():
     """The message must be reached: the file may use no syntax of later versions."""
     source = (ROOT / "deploy" / "setup_env.py").read_text()

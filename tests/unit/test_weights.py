@@ -100,6 +100,42 @@ def test_a_missing_shard(folder: Path):
         check_folder(folder)
 
 
+@pytest.mark.parametrize("kept", [5, 100, -1], ids=["a few bytes", "half a header", "all but one"])
+def test_a_download_that_broke_off(folder: Path, kept: int):
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(
+        UserError, match=rf"{weights.name}: is damaged or not downloaded to its end"
+    ):
+        check_folder(folder)
+
+
+def _with_config(folder: Path, text: str) -> Path:
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "T5ForConditionalGeneration"])
+def test_a_model_that_does_not_write(folder: Path, name: str):
+    _with_config(folder, json.dumps({"architectures": [name]}))
+    with pytest.raises(UserError, match=rf"config\.json: architectures is {name}, .*ForCausalLM"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [None, [], ["GPT2LMHeadModel"], ["LlamaForCausalLM"], ["Gemma3ForConditionalGeneration"]],
+)
+def test_models_that_write(folder: Path, names: list[str] | None):
+    assert check_folder(_with_config(folder, json.dumps({"architectures": names}))) == folder
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_config_that_is_no_object(folder: Path, text: str):
+    with pytest.raises(UserError, match=r"config\.json: is not a JSON object"):
+        check_folder(_with_config(folder, text))
+
+
 @pytest.mark.parametrize(
     ("missing", "message"),
     [("config.json", "has no config.json"), ("*.safetensors", r"has no \*\.safetensors")],
@@ -175,6 +211,7 @@ def test_hub_revisions_are_full_commits():
     [
         (["nothing"], "error: APP=nothing: there is no handler/apps/nothing.yaml. Known: dolly"),
         (["mine", "--model-dir", "/nowhere"], "error: /nowhere: there is no such model folder"),
+        (["mine", "--model-dir", __file__], "error: tests/unit/test_weights.py: is a file; name"),
     ],
 )
 def test_the_command_line_says_it_in_one_line(arguments, message, capsys):
