@@ -1,5 +1,7 @@
 """What a request's completions turn into: headers, and figures for Prometheus."""
 
+import json
+
 import pytest
 
 import handler.live
@@ -33,7 +35,8 @@ def live(request, monkeypatch):
     monkeypatch.setattr(handler.live.time, "monotonic", lambda: next(clock))
     body = {"instances": ["a", "b"], "parameters": {"stream": request.param}}
     live = LiveRequest(
-        parse_request({"body": body}, APP.limits, default_parameters(APP)), random_weights=False
+        parse_request({"body": json.dumps(body)}, APP.limits, default_parameters(APP)),
+        random_weights=False,
     )
     for prompt_tokens in (5, 7):
         live.add(prompt_tokens, "")
