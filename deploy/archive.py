@@ -21,7 +21,7 @@ from deploy.export import choose_engine, export, exported_files
 from deploy.pack import CONFIG, FORMATS, WEIGHTS, pack_prepared, place
 from deploy.paths import BUILD, MODEL_STORE, UserError, shown
 from deploy.weights import RANDOM, get_weights, source_of, weight_files
-from handler.config import EngineConfig, app_yaml, parse_app
+from handler.config import EngineConfig, app_yaml, check_engine, parse_app
 from handler.request import RequestError, default_parameters
 
 
@@ -86,14 +86,16 @@ def model_config(
     `app.engine.name: auto` is decided here, where the weights are prepared for it.
     """
     config = app_yaml(name, local=True)
+    where = f"handler/apps/{name}.yaml"
+    check_engine({"name": config["app"]["engine"].get("name")} | (engine or {}), where)
     config["app"]["engine"].update(engine or {})
     if source_of(weights).get("source") == RANDOM:
         config["app"]["random_weights"] = True
-    app = parse_app(config, f"handler/apps/{name}.yaml")
+    app = parse_app(config, where)
     try:
         default_parameters(app)
     except RequestError as error:
-        raise UserError(f"handler/apps/{name}.yaml: {error}") from error
+        raise UserError(f"{where}: {error}") from error
     chosen, why = choose_engine(app.engine, weights)
     config["app"]["engine"].update(name=chosen, chosen=why)
     return config, app.engine.model_copy(update={"name": chosen})

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 APPS = Path(__file__).parent / "apps"
 DEFAULTS = APPS / "defaults.yaml"
@@ -54,7 +62,7 @@ class EngineConfig(_Strict):
     chosen: str = ""
     # openvino
     precision: Literal["int8", "int4", "fp16"] = "int8"
-    group_size: Annotated[int, Field(ge=-1)] = 64
+    group_size: int = 64
     cache_gb: Annotated[int, Field(ge=1)] = 1
     prefix_caching: bool = False
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 128
@@ -72,6 +80,19 @@ class EngineConfig(_Strict):
     max_batch: Annotated[int, Field(ge=1)] = 32
     max_queue: Annotated[int, Field(ge=0)] = 64
     stop_tokens: list[str] = []
+
+    @field_validator("group_size")
+    @classmethod
+    def _a_group_holds_weights(cls, size: int) -> int:
+        if size != -1 and size < 1:
+            raise ValueError("should be -1 (one scale for each output) or at least 1")
+        return size
+
+
+_ONLY_OPENVINO = {"precision", "group_size", "cache_gb", "prefix_caching", "prompt_lookup"}
+_ONLY_OPENVINO |= {"max_num_batched_tokens", "dynamic_quantization"}
+_ONLY_TRANSFORMERS = {"dtype", "device_map", "max_memory", "offload_folder", "max_prefill_tokens"}
+_WITHOUT_EFFECT = {"openvino": _ONLY_TRANSFORMERS, "transformers": _ONLY_OPENVINO}
 
 
 class PromptConfig(_Strict):
@@ -110,6 +131,49 @@ class App(_Strict):
     limits: Limits = Limits()
 
 
+class ModelConfig(_Strict):
+    """The whole file: what TorchServe 0.12.0 reads of it, and `app`.
+
+    TorchServe skips what it does not know or cannot read without failing, so it is refused here.
+    Source: org.pytorch.serve.archive.model.ModelConfig. Why one worker: apps/defaults.yaml.
+    """
+
+    model_config = ConfigDict(strict=True)
+
+    minWorkers: int = 1
+    maxWorkers: int = 1
+    continuousBatching: bool = True
+    batchSize: Annotated[int, Field(ge=1)] = 1
+    maxBatchDelay: Annotated[int, Field(ge=0)] = 100
+    jobQueueSize: Annotated[int, Field(ge=1)] = 100
+    responseTimeout: Annotated[int, Field(ge=1)] = 120
+    startupTimeout: Annotated[int, Field(ge=1)] = 120
+    deviceType: Any = None
+    deviceIds: Any = None
+    parallelType: Any = None
+    parallelLevel: Any = None
+    torchrun: Any = None
+    maxRetryTimeoutInSec: Any = None
+    clientTimeoutInMills: Any = None
+    useJobTicket: Any = None
+    sequenceBatching: Any = None
+    sequenceMaxIdleMSec: Any = None
+    sequenceTimeoutMSec: Any = None
+    maxSequenceJobQueueSize: Any = None
+    maxNumSequence: Any = None
+    asyncCommunication: Any = None
+    useVenv: Any = None
+    app: App
+
+    @field_validator("minWorkers", "maxWorkers", "continuousBatching", mode="before")
+    @classmethod
+    def _no_other_value_works(cls, value: Any, info: ValidationInfo) -> Any:
+        only = cls.model_fields[info.field_name].default
+        if type(value) is not type(only) or value != only:
+            raise ValueError(f"should be {show(only)}")
+        return value
+
+
 class ConfigError(ValueError):
     """A mistake in an app's YAML, named by file and field."""
 
@@ -127,7 +191,8 @@ def app_yaml(name: str, *, local: bool = False) -> dict[str, Any]:
         local: take just the defaults if there is no such YAML, for a folder of the reader's own.
 
     Raises:
-        ConfigError: no such app, or a file that is not YAML.
+        ConfigError: no such app, a file that is not YAML or holds no mapping, or settings of an
+            engine that it does not use.
     """
     path = APPS / f"{name}.yaml"
     if not path.is_file() and not local:
@@ -136,27 +201,52 @@ def app_yaml(name: str, *, local: bool = False) -> dict[str, Any]:
             "Add that file, or name a local model folder with MODEL_DIR=path"
         )
     own = _read(path) if path.is_file() else {"app": {"title": name}}
+    where = f"handler/apps/{name}.yaml"
+    app = _mapping(own.get("app", {}), "app", where)
+    check_engine(_mapping(app.get("engine", {}), "app.engine", where), where)
     return _merge(_read(DEFAULTS), own)
 
 
 def parse_app(config: dict[str, Any], where: str) -> App:
-    """Check the `app:` part of a model-config.
+    """Check a model-config and return its `app:` part.
 
     Raises:
         ConfigError: a field is unknown, missing or out of range; the message names it.
     """
     try:
-        return App.model_validate(config.get("app") or {})
+        return ModelConfig.model_validate({str(key): config[key] for key in config}).app
     except ValidationError as error:
         errors = error.errors(include_url=False)
         # A misspelt field is also a missing one: name what was written, not what was not.
         first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-        field = ".".join(str(part) for part in ("app", *first["loc"]))
+        field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{where}: {field}: there is no such field") from error
+            known = f"; known: {', '.join(ModelConfig.model_fields)}" if "." not in field else ""
+            raise ConfigError(f"{where}: {field}: there is no such field{known}") from error
         if first["type"] == "missing":
             raise ConfigError(f"{where}: {field}: is missing") from error
         raise ConfigError(f"{where}: {field}: {rule(first)}, not {show(first['input'])}") from error
+
+
+def check_engine(settings: dict[str, Any], where: str) -> None:
+    """Refuse settings that cannot have an effect, since another engine is asked for by name.
+
+    Args:
+        settings: what somebody wrote under `app.engine`, without defaults. With `name: auto` both
+            engines' settings are welcome.
+        where: the file, for the message.
+
+    Raises:
+        ConfigError: names the first such setting.
+    """
+    name = str(settings.get("name", "auto"))
+    useless = sorted(_WITHOUT_EFFECT.get(name, set()) & settings.keys())
+    if useless:
+        field, given = useless[0], show(settings[useless[0]])
+        raise ConfigError(
+            f"{where}: app.engine.{field}: {given} has no effect with name: {name}; take it out, "
+            "or use name: auto, which allows the settings of both engines"
+        )
 
 
 def load_app(name: str, *, local: bool = False) -> App:
@@ -166,12 +256,19 @@ def load_app(name: str, *, local: bool = False) -> App:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "cannot be read"
         raise ConfigError(f"{path.name}{line}: not YAML: {problem}") from error
+    return _mapping({} if content is None else content, "the file", path.name)
+
+
+def _mapping(value: Any, field: str, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: {field}: should be a mapping, not {show(value)}")
+    return value
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import openvino
 import openvino_genai as genai
+import psutil
 
 from handler.config import EngineConfig
 from handler.engine import Progress, Sampling
@@ -175,6 +176,12 @@ def _speculation(config: EngineConfig) -> dict[str, bool]:
 
 
 def _scheduler(config: EngineConfig) -> genai.SchedulerConfig:
+    memory = psutil.virtual_memory().total
+    if config.cache_gb * 2**30 > memory:
+        raise ValueError(
+            f"app.engine.cache_gb: {config.cache_gb} does not fit: this machine has "
+            f"{memory / 2**30:.1f} GiB of memory, and the model needs some of it"
+        )
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = config.cache_gb
     scheduler.max_num_seqs = config.max_batch

@@ -44,6 +44,7 @@ CHANGES = {
     "temperature and seed": {"temperature": 1.0, "seed": 7},
     "another seed": {"temperature": 1.0, "seed": 8},
     "top_k": {"temperature": 1.0, "seed": 7, "top_k": 2},
+    "hotter": {"temperature": 2.0, "seed": 7},
     "top_p": {"temperature": 2.0, "seed": 7, "top_p": 0.9},
     "repetition_penalty": {"repetition_penalty": 3.0},
     "max_new_tokens": {"max_new_tokens": 3},
@@ -73,10 +74,30 @@ def test_what_the_parameters_mean(answers):
     assert greedy == PROMPT + answers["return_full_text"]
 
 
+@pytest.mark.parametrize("narrow", [{"temperature": 0.01}, {"temperature": 2.0, "top_p": 1e-6}])
+def test_what_leaves_only_the_likeliest_token_is_greedy(server, answers, narrow):
+    """Each of the two alone: the same request without it, "hotter", says something else."""
+    assert ask(server, PROMPT, **GREEDY | narrow | {"seed": 7})[0] == answers["greedy"]
+    assert answers["hotter"] != answers["greedy"]
+
+
 def test_a_seed_repeats_and_greedy_repeats(server, answers):
     sampled = GREEDY | {"temperature": 1.0, "seed": 7}
     assert ask(server, PROMPT, **sampled)[0] == answers["temperature and seed"]
     assert ask(server, PROMPT, **GREEDY)[0] == answers["greedy"]
+
+
+def test_token_counts_are_in_the_order_of_the_instances(server):
+    short = {"prompt": PROMPT, "parameters": {"max_new_tokens": 3}}
+    long = {"prompt": "Once upon a time", "parameters": {"max_new_tokens": 9}}
+    alone = {}
+    for name, instance in (("short", short), ("long", long)):
+        reply = httpx.post(server.url, json={"instances": [instance]}, timeout=60)
+        alone[name] = reply.headers["x-prompt-tokens"]
+    assert alone["short"] != alone["long"]
+    reply = httpx.post(server.url, json={"instances": [short, long]}, timeout=60)
+    assert reply.headers["x-completion-tokens"] == "3,9"
+    assert reply.headers["x-prompt-tokens"] == f"{alone['short']},{alone['long']}"
 
 
 def test_without_a_seed_samples_differ(server):
@@ -203,6 +224,53 @@ def test_metrics(server):
     ):
         assert f"\n{name}{{" in text, name
     assert "smollm2-135m" in text
+
+
+COUNTED = {
+    "llm_requests_total",
+    "llm_prompt_tokens_total",
+    "llm_completion_tokens_total",
+    "llm_refused_requests_total",
+    "llm_queue_time_seconds_count",
+    "llm_queue_time_seconds_sum",
+}
+
+
+def counted(server):
+    """The values of `COUNTED` for the model; 0 for what was not counted yet."""
+    values = dict.fromkeys(COUNTED, 0.0)
+    for line in httpx.get(server.metrics).text.splitlines():
+        name, _, rest = line.partition("{")
+        if name in COUNTED and 'ModelName="smollm2-135m"' in rest:
+            values[name] += float(rest.split()[-1])
+    return values
+
+
+def test_metrics_move_by_what_a_request_did(server):
+    """The worker reports through its log, so a little later than the reply is here."""
+    time.sleep(1)  # what came before
+    before = counted(server)
+    short = {"prompt": PROMPT, "parameters": {"max_new_tokens": 3}}
+    began = time.monotonic()
+    reply = httpx.post(server.url, json={"instances": [short, "Paris"]}, timeout=60)
+    took = time.monotonic() - began
+    time.sleep(1)
+    after = counted(server)
+    moved = {name: after[name] - before[name] for name in COUNTED}
+    queued = moved.pop("llm_queue_time_seconds_sum")
+    assert moved == {
+        "llm_requests_total": 1,
+        "llm_prompt_tokens_total": total(reply.headers["x-prompt-tokens"]),
+        "llm_completion_tokens_total": total(reply.headers["x-completion-tokens"]),
+        "llm_refused_requests_total": 0,
+        "llm_queue_time_seconds_count": 2,
+    }
+    assert moved["llm_completion_tokens_total"] == 3 + 50
+    assert 0 < queued < took, "two instances together; each waited for less than half of it"
+
+
+def total(header):
+    return sum(int(count) for count in header.split(","))
 
 
 def test_ports_beside_inference_are_on_loopback_and_register_is_off(server):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import handler.config
-from deploy.archive import build_archive
+from deploy.archive import build_archive, model_config
 from deploy.pack import HANDLER
 from deploy.paths import UserError
 from deploy.weights import get_weights
@@ -87,6 +87,26 @@ def test_every_app_is_valid():
         ("app: {title: x, parameters: {top_p: 2}}", r"app\.parameters\.top_p: .*not 2"),
         ("app: {title: x, prompt: {style: instruct}}", r"app\.prompt: .*template with \{prompt\}"),
         ("app: [", r"mine\.yaml, line 1: not YAML"),
+        ("[1, 2]", r"mine\.yaml: the file: should be a mapping, not \[1, 2\]"),
+        ("[]", r"mine\.yaml: the file: should be a mapping, not \[\]"),
+        ("just words", r"mine\.yaml: the file: should be a mapping, not .just words"),
+        ("app: [1]", r"mine\.yaml: app: should be a mapping, not \[1\]"),
+        ("app:", r"mine\.yaml: app: should be a mapping, not null"),
+        ("app: {title: x, engine: auto}", r"app\.engine: should be a mapping, not .auto"),
+        ("app: {title: x, engine: {group_size: 0}}", r"app\.engine\.group_size: .*-1.*, not 0"),
+        ("{minWorkers: 2, app: {title: x}}", r"mine\.yaml: minWorkers: should be 1, not 2"),
+        ("{minWorkers: 0, app: {title: x}}", r"minWorkers: should be 1, not 0"),
+        ("{minWorkers: true, app: {title: x}}", r"minWorkers: should be 1, not true"),
+        ("{maxWorkers: 4, app: {title: x}}", r"maxWorkers: should be 1, not 4"),
+        (
+            "{continuousBatching: false, app: {title: x}}",
+            r"continuousBatching: should be true, not false",
+        ),
+        ("{continuousBatching: 1, app: {title: x}}", r"continuousBatching: should be true, not 1"),
+        ("{batchSize: '8', app: {title: x}}", r"batchSize: should be a valid integer, not \"8\""),
+        ("{responseTimeout: 0, app: {title: x}}", r"responseTimeout: .*than or equal to 1, not 0"),
+        ("{batchsize: 8, app: {title: x}}", r"batchsize: there is no such .*minWorkers.*batchSize"),
+        ("{1: 8, app: {title: x}}", r"mine\.yaml: 1: there is no such field"),
     ],
 )
 def test_a_wrong_yaml_is_named(yaml_text, message, tiny_llama, tmp_path, monkeypatch):
@@ -95,6 +115,48 @@ def test_a_wrong_yaml_is_named(yaml_text, message, tiny_llama, tmp_path, monkeyp
     with pytest.raises((ConfigError, UserError), match=message):
         build_archive("mine", tiny_llama, **TORCH, store=tmp_path / "store")
     assert not (tmp_path / "store" / "mine").exists()
+
+
+OTHERS = [
+    ("openvino", "dtype", "bfloat16"),
+    ("openvino", "max_memory", {"cpu": "2GiB"}),
+    ("openvino", "offload_folder", "x"),
+    ("openvino", "device_map", "cpu"),
+    ("openvino", "max_prefill_tokens", 64),
+    ("transformers", "precision", "int4"),
+    ("transformers", "group_size", 32),
+    ("transformers", "cache_gb", 2),
+    ("transformers", "prefix_caching", True),
+    ("transformers", "prompt_lookup", 4),
+    ("transformers", "max_num_batched_tokens", 64),
+    ("transformers", "dynamic_quantization", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), OTHERS)
+def test_a_setting_of_the_other_engine(name, field, value, tiny_llama, tmp_path, monkeypatch):
+    """Refused where one engine is named; welcome where `auto` chooses, or the command line does."""
+    monkeypatch.setattr(handler.config, "APPS", tmp_path)
+    path = tmp_path / "mine.yaml"
+    refused = pytest.raises(ConfigError, match=rf"mine\.yaml: app\.engine\.{field}: .*name: {name}")
+    path.write_text(yaml.safe_dump({"app": {"title": "x", "engine": {"name": name, field: value}}}))
+    with refused:
+        model_config("mine", tiny_llama)
+    path.write_text(yaml.safe_dump({"app": {"title": "x", "engine": {field: value}}}))
+    assert getattr(model_config("mine", tiny_llama, {"name": name})[1], field) == value
+    with refused:
+        model_config("mine", tiny_llama, {"name": name, field: value})
+    path.write_text(yaml.safe_dump({"app": {"title": "x", "engine": {"name": name}}}))
+    with refused:
+        model_config("mine", tiny_llama, {field: value})
+
+
+def test_what_torchserve_knows_is_let_through(tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(handler.config, "APPS", tmp_path)
+    own = {"batchSize": 8, "maxBatchDelay": 0, "deviceType": "cpu", "useVenv": False}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own | {"app": {"title": "x"}}))
+    config, _ = model_config("mine", tiny_llama, {"name": "transformers"})
+    assert own.items() <= config.items()
 
 
 def test_an_app_name_torchserve_would_refuse(tiny_llama: Path, tmp_path: Path):

@@ -2,8 +2,11 @@
 
 import functools
 import tempfile
+import time
 from pathlib import Path
 
+import openvino_genai as genai
+import psutil
 import pytest
 import torch
 
@@ -130,6 +133,32 @@ def test_each_sequence_has_its_own_settings(engine):
 def test_top_k_1_is_greedy(engine):
     sampled = run(engine, [PROMPTS[0]], Sampling(temperature=1.5, top_k=1, seed=3))[0]
     assert sampled == run(engine, [PROMPTS[0]])[0]
+
+
+@pytest.mark.parametrize("narrow", [{"temperature": 1e-5}, {"temperature": 1.5, "top_p": 1e-6}])
+def test_what_leaves_only_the_likeliest_token_is_greedy(engine, narrow):
+    greedy = run(engine, [PROMPTS[0]])[0]
+    assert run(engine, [PROMPTS[0]], Sampling(seed=3, **narrow))[0] == greedy
+    assert run(engine, [PROMPTS[0]], Sampling(seed=3, temperature=1.5))[0] != greedy
+
+
+def test_temperature_scales(engine):
+    """One seed, so that nothing but the temperature differs."""
+    texts = [
+        run(engine, [PROMPTS[0]], Sampling(seed=3, temperature=t, max_new_tokens=60))[0][0]
+        for t in (0.02, 1.0, 100.0)
+    ]
+    assert len(set(texts)) == 3
+
+
+def test_queue_time_is_in_seconds(engine):
+    began = time.monotonic()
+    engine.submit("k", PROMPTS[0], Sampling(max_new_tokens=1), stream=False)
+    time.sleep(0.1)
+    done = []
+    while not done:
+        done = engine.advance(0.05)
+    assert 0.1 <= done[0].queue_seconds <= time.monotonic() - began
 
 
 def test_short_one_does_not_wait_for_a_long_one(batching_engine):
@@ -301,6 +330,52 @@ def test_real_model(smollm2: Path):
 def quantized(smollm2: Path) -> Path:
     """SmolLM2 as the archive of a CPU holds it."""
     return export(smollm2, EngineConfig(name="openvino"))
+
+
+def test_the_settings_reach_openvino(tiny_llama, monkeypatch):
+    """Every one of them with a value that is not the default."""
+    seen = {}
+
+    def stop_here(weights, scheduler, device, properties):
+        seen.update(scheduler=scheduler, properties=properties)
+        raise InterruptedError
+
+    monkeypatch.setattr(genai, "ContinuousBatchingPipeline", stop_here)
+    settings = {"cache_gb": 3, "max_num_batched_tokens": 77, "prefix_caching": True, "threads": 5}
+    settings |= {"max_batch": 9, "dynamic_quantization": 32, "prompt_lookup": 4}
+    with pytest.raises(InterruptedError):
+        create_engine(tiny_llama, EngineConfig(name="openvino", **settings))
+    scheduler = seen["scheduler"]
+    assert scheduler.cache_size == 3
+    assert scheduler.max_num_batched_tokens == 77
+    assert scheduler.enable_prefix_caching is True
+    assert scheduler.max_num_seqs == 9
+    assert scheduler.dynamic_split_fuse is True
+    assert seen["properties"] == {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,
+        "INFERENCE_NUM_THREADS": 5,
+        "prompt_lookup": True,
+    }
+
+
+def test_threads_reach_torch(tiny_llama):
+    before = torch.get_num_threads()
+    try:
+        engine = create_engine(tiny_llama, EngineConfig(**TORCH, threads=before + 1))
+        assert torch.get_num_threads() == before + 1
+        assert f"{before + 1} threads" in engine.description
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_cache_larger_than_the_memory(tiny_llama):
+    """Refused where the model is loaded: an archive may be made on a smaller machine."""
+    memory = psutil.virtual_memory().total
+    too_much = memory // 2**30 + 1
+    message = rf"app\.engine\.cache_gb: {too_much} .*has {memory / 2**30:.1f} GiB"
+    with pytest.raises(ValueError, match=message):
+        create_engine(tiny_llama, EngineConfig(name="openvino", cache_gb=too_much))
 
 
 QUESTIONS = ["Paris is the capital of", "One, two, three, four, five, six,", "Water freezes at"]
