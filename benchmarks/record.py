@@ -40,8 +40,10 @@ def write(
     """
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    # With "-dirty" at its end where files differ from the commit.
+    git = ["git", "describe", "--always", "--abbrev=40", "--dirty"]
+    run = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True)
+    commit = run.stdout.strip()
     record = {
         "command": "python -m " + " ".join([f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
