@@ -61,11 +61,17 @@ def push(
         report(f"no Docker: the stand-in will serve {shown(archive)} as a process")
         return settings.image_uri(app, tag)
     program, local = image.engine(), image.image_name(app, tag)
-    inspect = [program, "image", "inspect", "--format", "{{.Id}}", local]
+    inspect = [program, "image", "inspect", "--format", "{{.Id}} {{.Architecture}}", local]
     run = subprocess.run(inspect, capture_output=True, text=True)
     if run.returncode != 0:
         raise UserError(f"there is no image {local}; run `make build-{tag} APP={app}`")
-    there = f"{tag}-{run.stdout.strip().removeprefix('sha256:')[:12]}"
+    identity, architecture = run.stdout.split()
+    if architecture != "amd64" and not registry:
+        raise UserError(
+            f"{local} is for {architecture}, and Vertex AI's machines are amd64; build it with "
+            "DOCKER_DEFAULT_PLATFORM=linux/amd64, or in Cloud Build (deploy/cloudbuild.yaml)"
+        )
+    there = f"{tag}-{identity.removeprefix('sha256:')[:12]}"
     uri = settings.image_uri(app, there)
     folder = settings.image_folder()
     if registry:

@@ -75,6 +75,7 @@ class Settings(_Strict):
     startup_probe: list[str] = []
     startup_probe_period: Annotated[int, Field(ge=1)]
     startup_probe_timeout: Annotated[int, Field(ge=1)]
+    startup_probe_failures: Annotated[int, Field(ge=1)]
     labels: dict[LabelPart, LabelPart] = {}
     prices: Prices
 

@@ -2,6 +2,21 @@
 
 from deploy.vertex_config import Settings
 
+QUOTA_NAMES = {
+    accelerator: f"custom_model_serving_nvidia_{short}_gpus"
+    for accelerator, short in {
+        "NVIDIA_TESLA_T4": "t4",
+        "NVIDIA_TESLA_V100": "v100",
+        "NVIDIA_TESLA_P100": "p100",
+        "NVIDIA_TESLA_P4": "p4",
+        "NVIDIA_L4": "l4",
+        "NVIDIA_TESLA_A100": "a100",
+        "NVIDIA_A100_80GB": "a100_80gb",
+        "NVIDIA_H100_80GB": "h100",
+    }.items()
+}
+"""Accelerator -> the quota that its replicas take. Source: gcloud 528, model_garden_utils.py."""
+
 
 def plan(settings: Settings, app: str) -> str:
     """Every resource that `deploy` makes, what it costs as far as known, and the quota to check.
@@ -17,7 +32,7 @@ def plan(settings: Settings, app: str) -> str:
     quota = "custom_model_serving_cpus"
     if settings.accelerator_type:
         machine += f" with {settings.accelerator_count} x {settings.accelerator_type}"
-        quota = f"custom_model_serving_{settings.accelerator_type.lower()}_gpus"
+        quota = QUOTA_NAMES[settings.accelerator_type]
     rows = [
         ("image", settings.image_uri(app, "TAG"), region, "storage, by the gigabyte and month"),
         ("model", settings.model_name(app), region, "nothing"),

@@ -39,6 +39,7 @@ def container(vertex: Vertex, app: str, image_uri: str) -> types.ModelContainerS
             exec_=types.Probe.ExecAction(command=settings.startup_probe),
             period_seconds=settings.startup_probe_period,
             timeout_seconds=settings.startup_probe_timeout,
+            failure_threshold=settings.startup_probe_failures,
         )
     return spec
 

@@ -1,5 +1,7 @@
 """The platform's limits and durations, each with its source. Times are seconds, sizes bytes."""
 
+from deploy.vertex_plan import QUOTA_NAMES
+
 SHARED_BYTES = 1_572_864
 """1.5 MB. https://cloud.google.com/vertex-ai/docs/quotas#request_quotas"""
 SHARED_SECONDS = 60.0
@@ -59,17 +61,6 @@ QUOTAS = {
 """Per region; what is not listed is 0. A new project's, roughly; yours are at
 https://console.cloud.google.com/iam-admin/quotas. The names are real."""
 
-_METRICS = {
-    "NVIDIA_TESLA_T4": "nvidia_t4_gpus",
-    "NVIDIA_TESLA_V100": "nvidia_v100_gpus",
-    "NVIDIA_TESLA_P100": "nvidia_p100_gpus",
-    "NVIDIA_TESLA_P4": "nvidia_p4_gpus",
-    "NVIDIA_L4": "nvidia_l4_gpus",
-    "NVIDIA_TESLA_A100": "nvidia_a100_gpus",
-    "NVIDIA_A100_80GB": "nvidia_a100_80gb_gpus",
-    "NVIDIA_H100_80GB": "nvidia_h100_gpus",
-}
-
 
 def machine_problem(machine: str, accelerator: str, count: int) -> str | None:
     """Why a machine cannot be had with an accelerator; None if it can.
@@ -101,8 +92,7 @@ def machine_problem(machine: str, accelerator: str, count: int) -> str | None:
 def usage(machine: str, accelerator: str, count: int, replicas: int) -> dict[str, int]:
     """Quota metric -> how much of it some replicas take."""
     if accelerator:
-        metric = _METRICS.get(accelerator, f"{accelerator.lower()}_gpus")
-        return {f"custom_model_serving_{metric}": count * replicas}
+        return {QUOTA_NAMES.get(accelerator, accelerator): count * replicas}
     cpus = machine.rsplit("-", 1)[-1]
     return {"custom_model_serving_cpus": (int(cpus) if cpus.isdecimal() else 1) * replicas}
 

@@ -1,6 +1,7 @@
 # What a project needs once before `make deploy`: APIs, the image repository, an identity for the
 # containers with the least it needs, and an alert before the bill grows.
 #
+#   gcloud services enable cloudresourcemanager.googleapis.com serviceusage.googleapis.com
 #   terraform init && terraform apply -var project=PROJECT -var billing_account=XXXXXX-XXXXXX-XXXXXX
 #
 # Not validated and not applied: the provider could not be downloaded where this was written. Its
@@ -48,10 +49,16 @@ variable "monthly_budget" {
   default     = 50
 }
 
-variable "weights_bucket" {
-  description = "A bucket with archives for images without weights (AIP_STORAGE_URI). Empty: none."
-  type        = string
-  default     = ""
+variable "deployers" {
+  description = "Who may deploy, such as [\"user:somebody@example.com\"]."
+  type        = list(string)
+  default     = []
+}
+
+variable "callers" {
+  description = "Who may ask, such as [\"serviceAccount:app@PROJECT.iam.gserviceaccount.com\"]."
+  type        = list(string)
+  default     = []
 }
 
 provider "google" {
@@ -73,6 +80,7 @@ resource "google_project_service" "apis" {
     "artifactregistry.googleapis.com",
     "billingbudgets.googleapis.com",
     "cloudbuild.googleapis.com",
+    "cloudresourcemanager.googleapis.com",
     "iam.googleapis.com",
     "logging.googleapis.com",
   ])
@@ -105,17 +113,11 @@ resource "google_artifact_registry_repository" "images" {
   depends_on = [google_project_service.apis]
 }
 
-# Vertex AI's own agent pulls the image. In the same project it may already; said here so that it
-# also holds where default grants are off.
-resource "google_artifact_registry_repository_iam_member" "vertex_pulls" {
-  repository = google_artifact_registry_repository.images.name
-  location   = var.region
-  role       = "roles/artifactregistry.reader"
-  member     = "serviceAccount:service-${data.google_project.this.number}@gcp-sa-aiplatform.iam.gserviceaccount.com"
-}
+# Vertex AI's own agent pulls the image, and in the same project it may. It is made at the first use
+# of the service, so a grant to it here would fail in a new project.
 
-# Who the containers are. They need to write logs and metrics, and nothing else; without it they run
-# as an account of Google's that may do more.
+# Who the containers are: an account that may write logs, and nothing else. Without it they run as
+# one of Google's that may read the model's artifacts and promises nothing more.
 resource "google_service_account" "server" {
   account_id   = "llm-server"
   display_name = "Model servers on Vertex AI"
@@ -123,17 +125,51 @@ resource "google_service_account" "server" {
 }
 
 resource "google_project_iam_member" "server" {
-  for_each = toset(["roles/logging.logWriter", "roles/monitoring.metricWriter"])
+  for_each = toset(["roles/logging.logWriter"])
   project  = var.project
   role     = each.key
   member   = google_service_account.server.member
 }
 
-resource "google_storage_bucket_iam_member" "server_reads_weights" {
-  count  = var.weights_bucket == "" ? 0 : 1
-  bucket = var.weights_bucket
-  role   = "roles/storage.objectViewer"
-  member = google_service_account.server.member
+# Who deploys: models and endpoints, images into the repository, the containers' account, the logs.
+resource "google_project_iam_member" "deployers" {
+  for_each = {
+    for pair in setproduct(var.deployers, ["roles/aiplatform.user", "roles/logging.viewer"]) :
+    join(" ", pair) => pair
+  }
+  project = var.project
+  role    = each.value[1]
+  member  = each.value[0]
+}
+
+resource "google_artifact_registry_repository_iam_member" "deployers" {
+  for_each   = toset(var.deployers)
+  repository = google_artifact_registry_repository.images.name
+  location   = var.region
+  role       = "roles/artifactregistry.writer"
+  member     = each.key
+}
+
+resource "google_service_account_iam_member" "deployers" {
+  for_each           = toset(var.deployers)
+  service_account_id = google_service_account.server.name
+  role               = "roles/iam.serviceAccountUser"
+  member             = each.key
+}
+
+# Who asks: predictions, and nothing else.
+resource "google_project_iam_custom_role" "caller" {
+  role_id     = "llmCaller"
+  title       = "Ask models on Vertex AI"
+  permissions = ["aiplatform.endpoints.predict"]
+  depends_on  = [google_project_service.apis]
+}
+
+resource "google_project_iam_member" "callers" {
+  for_each = toset(var.callers)
+  project  = var.project
+  role     = google_project_iam_custom_role.caller.id
+  member   = each.key
 }
 
 resource "google_billing_budget" "alert" {

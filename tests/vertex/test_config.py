@@ -153,3 +153,16 @@ def test_without_credentials_it_says_how_to_get_some(monkeypatch, tmp_path, caps
 def test_how_to_read_the_logs_names_the_endpoint():
     text = commands.how_to_read_logs(load_settings(project="a-project"), APP)
     assert 'endpoint_id="serving-llms-smollm2-135m"' in text and "--project=a-project" in text
+
+
+def test_the_startup_probe_may_fail_as_long_as_the_deployment_may_take():
+    """Google's default of 3 failures would restart the container after half a minute."""
+    settings = load_settings()
+    window = settings.startup_probe_failures * settings.startup_probe_period
+    assert window >= settings.deployment_timeout
+
+
+def test_the_plan_names_googles_quota_of_an_accelerator():
+    gpu = {"accelerator_type": "NVIDIA_H100_80GB", "accelerator_count": 8}
+    text = commands.plan(load_settings(machine_type="a3-highgpu-8g", **gpu), "gpt2")
+    assert "custom_model_serving_nvidia_h100_gpus in" in text
