@@ -58,11 +58,14 @@ def kill_at(app: Rehearsed, action: list[str], point: str, folder: Path) -> None
     waited_for = point.split()
     with log.open() as calls:
         calls.seek(seen)
+        line = ""
         while waited_for:
-            line = calls.readline()
-            if line and json.loads(line)["method"] == waited_for[0]:
-                waited_for.pop(0)
-            elif not line:
+            line += calls.readline()
+            if line.endswith("\n"):  # it may be read while it is being written
+                if json.loads(line)["method"] == waited_for[0]:
+                    waited_for.pop(0)
+                line = ""
+            else:
                 assert process.poll() is None, (folder / "output").read_text()
                 time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
