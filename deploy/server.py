@@ -189,9 +189,9 @@ class Server:
         """The last lines the server wrote."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def last_words(self) -> str:
+    def last_words(self, lines: int = 20) -> str:
         """The end of the log, with its name: what an error message should carry."""
-        return f"The end of {shown(self.log)}:\n{self.log_tail()}"
+        return f"The end of {shown(self.log)}:\n{self.log_tail(lines)}"
 
     def __enter__(self) -> "Server":
         return self.start()
@@ -236,14 +236,21 @@ class Server:
             text = self.log.read_text(errors="replace")
             failed = any(sign in text for sign in _LOAD_FAILED)
             if failed:
-                time.sleep(1)  # let the rest of the traceback arrive, and Java end if it will
+                self._wait_for_silence()
             if self.process.poll() is not None:
                 raise ServerError(f"TorchServe ended while starting. {self.last_words()}")
             if failed:
-                raise ServerError(f"the worker could not load the model. {self.last_words()}")
+                raise ServerError(f"the worker could not load the model. {self.last_words(60)}")
             if time.monotonic() > deadline:
                 raise ServerError(f"no worker was ready in time. {self.last_words()}")
             time.sleep(0.2)
+
+    def _wait_for_silence(self, seconds: float = 5.0) -> None:
+        """Let the rest of a traceback arrive, and Java end if it will."""
+        deadline, before = time.monotonic() + seconds, -1
+        while (size := self.log.stat().st_size) != before and time.monotonic() < deadline:
+            before = size
+            time.sleep(1)
 
 
 def _wait_for_end_of(group: int, seconds: float = 5.0) -> None:
