@@ -2,13 +2,16 @@
 
 Pages keep their paths, so a link that is right in the repository is right in the site. Nothing is
 executed, and nothing is written twice: the front page is the README's first screen, its chapters
-are the README's table with a figure out of each notebook. Sphinx itself: conf.py, build.py.
+are the README's table. Sphinx itself: conf.py, build.py.
+
+    python -m docs.stage      # takes docs/figures, and their alt texts in README.md, from notebooks
 """
 
 import base64
 import re
 import shutil
 from collections.abc import Iterator
+from html import escape, unescape
 from pathlib import Path, PurePosixPath
 
 import nbformat
@@ -16,8 +19,14 @@ import nbformat
 from deploy.paths import ROOT, UserError
 
 DOCS = Path(__file__).parent
-ROW = re.compile(r"^\| (\d\d) \| \[([^]]+)\]\((notebooks/[^)]+)\) \| (.+) \|$", re.MULTILINE)
-TABLE = re.compile(r"^\| \| chapter \| \|\n(?:\|.*\n)+", re.MULTILINE)
+FIGURES = DOCS / "figures"
+ROW = re.compile(
+    r'^\| \[<img src="docs/figures/(?P<number>\d\d)\.png" width="\d+" alt="(?P<alt>[^"]+)">\]'
+    r"\((?P<link>notebooks/[^)]+)\) \| \d\d \[[^]]+\]\((?P=link)\)<br>(?P<what>.+) \|$",
+    re.MULTILINE,
+)
+COLUMNS = "number", "alt", "link", "what"
+TABLE = re.compile(r"^\| \| chapter \|\n(?:\|.*\n)+", re.MULTILINE)
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#]+)((?:#[^)]*)?)\)")
 CONSOLE = re.compile(r"^```console\n\$ ([^$].*?)^```$", re.MULTILINE | re.DOTALL)
 PICTURES = {".png", ".svg"}
@@ -42,7 +51,7 @@ def stage(folder: Path) -> None:
         _write_notebook(path, folder)
     if len(parts := TABLE.split(first)) != 2:
         raise UserError(
-            "README.md: before the first `##` there should be one table `| | chapter | |`"
+            "README.md: before the first `##` there should be one table `| | chapter |`"
         )
     opening, closing = parts
     index = (DOCS / "index.md").read_text()
@@ -66,26 +75,29 @@ def _names(notebooks: list[Path], title: str = "{}") -> str:
 
 
 def _cards(readme: str, chapters: list[Path], folder: Path) -> str:
-    """The README's table of chapters, each row with the chapter's first figure."""
-    rows = {Path(link).name: (number, link, what) for number, _, link, what in ROW.findall(readme)}
+    """The README's table of chapters, a card for each row."""
+    rows = {Path(row["link"]).name: row for row in ROW.finditer(readme)}
     cards = []
     for path in chapters:
         if path.name not in rows:
             raise UserError(f"README.md: {path.name} is not in the table of chapters")
-        number, link, what = rows[path.name]
-        notebook = nbformat.read(path, as_version=4)
-        title = notebook.cells[0].source.splitlines()[0].removeprefix("# ")
-        picture, alt = _first_figure(path, notebook)
-        (folder / f"{number}.png").write_bytes(picture)
+        number, alt, link, what = map(unescape, rows[path.name].group(*COLUMNS))
+        title = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].removeprefix("# ")
+        shutil.copy2(FIGURES / f"{number}.png", folder)
         text = f"![{alt}]({number}.png)\n\n[{title}]({link})\n\n{what}"
         cards.append(f"::::{{container}} chapter\n{text}\n::::")
     return ":::::{container} chapters\n" + "\n".join(cards) + "\n:::::"
 
 
-def _first_figure(path: Path, notebook: nbformat.NotebookNode) -> tuple[bytes, str]:
-    for figure in figures(notebook):
+def first_figure(path: Path) -> tuple[bytes, str]:
+    """PNG and alt text of the picture that stands for a chapter.
+
+    Raises:
+        UserError: there is none.
+    """
+    for figure in figures(nbformat.read(path, as_version=4)):
         return figure
-    raise UserError(f"{path.name}: has no figure in its outputs for the front page")
+    raise UserError(f"{path.name}: has no figure in its outputs for README.md")
 
 
 def figures(notebook: nbformat.NotebookNode) -> Iterator[tuple[bytes, str]]:
@@ -180,3 +192,21 @@ def _write_source(path: Path, page: Path, text: str) -> None:
     page.write_text(
         f"---\norphan: true\n---\n\n# `{path.relative_to(ROOT).as_posix()}`\n\n{text}\n"
     )
+
+
+def main() -> None:
+    """Write docs/figures, and their alt texts in the README's table, as the notebooks have them."""
+    FIGURES.mkdir(exist_ok=True)
+    readme = ROOT / "README.md"
+
+    def row(match: re.Match) -> str:
+        picture, alt = first_figure(ROOT / match["link"])
+        alt = escape(alt, quote=False).replace('"', "&quot;")
+        (FIGURES / f"{match['number']}.png").write_bytes(picture)
+        return match[0].replace(f'alt="{match["alt"]}"', f'alt="{alt}"')
+
+    readme.write_text(ROW.sub(row, readme.read_text()))
+
+
+if __name__ == "__main__":
+    main()

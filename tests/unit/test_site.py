@@ -5,6 +5,7 @@ What only a browser can tell (contrast, widths, requests) is `make site-check`.
 
 import re
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -18,6 +19,8 @@ from docs import stage
 from docs.build import build
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+CHAPTERS = [path for path in NOTEBOOKS if "solutions" not in path.name]
+README = (ROOT / "README.md").read_text()
 COMMONMARK = MarkdownIt("commonmark").enable("table")
 FORMULA = r"\n|\$\$?[^$]+\$\$?"
 LIMIT = 2_000_000
@@ -159,17 +162,24 @@ def test_all_outputs_are_there(site, pages, path):
 def test_the_front_page_tells_the_story_once(site, pages):
     """What it is, the command, the reply: the README's words; a card with a figure a chapter."""
     article = pages[site / "index.html"].find("article")
-    readme = (ROOT / "README.md").read_text()
-    first, _ = readme.split("| | chapter | |")
+    first, _ = README.split("| | chapter |\n")
     html = COMMONMARK.render(first)
     for link in article.find_all("a", class_="headerlink"):
         link.decompose()
     assert words(html) in words(article)
     cards = article.select(".chapter")
-    chapters = [path for path in NOTEBOOKS if "solutions" not in path.name]
-    assert [card.a["href"] for card in cards] == [f"notebooks/{p.stem}.html" for p in chapters]
+    assert [card.a["href"] for card in cards] == [f"notebooks/{p.stem}.html" for p in CHAPTERS]
     for card in cards:
         assert card.img["alt"] and (site / card.img["src"]).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_the_readme_shows_a_figure_of_each_chapter(path):
+    """The first one, as the notebook stores it (`make notebooks` takes it from there)."""
+    row = next(row for row in stage.ROW.finditer(README) if row["link"] == f"notebooks/{path.name}")
+    picture, alt = stage.first_figure(path)
+    assert (stage.FIGURES / f"{row['number']}.png").read_bytes() == picture
+    assert unescape(row["alt"]) == alt
 
 
 def test_search_knows_the_chapters(site):
