@@ -9,6 +9,7 @@ What the image holds is the business of `docker/Dockerfile`.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from deploy.archive import prepare
 from deploy.cli import app_parser, command
@@ -29,6 +31,9 @@ from deploy.weights import get_weights
 TARGETS = ("cpu", "cpu-lean", "gpu")
 MADE = ("dev", "pro")
 """The tags that the Makefile builds."""
+
+TARGET, WEIGHTS = "serving-llms.target", "serving-llms.weights"
+"""Labels of our images: one of `TARGETS`; `baked` or `none`."""
 
 DOCKERFILE = ROOT / "docker" / "Dockerfile"
 CONTEXT = BUILD / "image"
@@ -79,19 +84,19 @@ def container_name(app: str) -> str:
     return f"serving-llms-{app.lower()}"
 
 
-def labels_of(app: str, tag: str) -> str:
-    """The labels of an app's image, as JSON.
+def inspect_image(app: str, tag: str) -> dict[str, Any]:
+    """What the engine knows of an app's image: `Id`, `Architecture`, `Config`, `RepoDigests`, ...
 
     Raises:
         UserError: there is no such image; says how to build one.
     """
     image = image_name(app, tag)
-    labels = _docker(engine(), "image", "inspect", "--format", "{{json .Config.Labels}}", image)
-    if labels is None:
+    found = _docker(engine(), "image", "inspect", image)
+    if found is None:
         targets = (tag,) if tag in MADE else MADE
         ways = " or ".join(f"`make build-{name} APP={app}`" for name in targets)
         raise UserError(f"there is no image {image}; build one with {ways}")
-    return labels
+    return json.loads(found)[0]
 
 
 def build_image(
@@ -174,13 +179,13 @@ def run_container(
         UserError: it did not become ready; the message has the end of its log.
     """
     program, name, image = engine(), container_name(app), image_name(app, tag)
-    labels = labels_of(app, tag)
+    labels = inspect_image(app, tag)["Config"]["Labels"] or {}
     _docker(program, "rm", "--force", name)
     options = [*HARDENED, "--stop-timeout", str(STOP_SECONDS)]
     options += ["--publish", f"127.0.0.1:{port}:{(environment or {}).get('AIP_HTTP_PORT', PORT)}"]
     options += ["--memory", memory] if memory else []
-    options += ["--gpus", "all"] if '"serving-llms.target":"gpu"' in labels else []
-    if '"serving-llms.weights":"none"' in labels and store:
+    options += ["--gpus", "all"] if labels.get(TARGET) == "gpu" else []
+    if labels.get(WEIGHTS) == "none" and store:
         archive = archive_path(app, "no-archive", store)
         if not archive.exists():
             raise UserError(f"the image has no weights; run `make archive APP={app}` to mount some")
@@ -236,7 +241,7 @@ def push(app: str, registry: str, tag: str, *, remote_tag: str | None = None) ->
         UserError: there is no such image; or the registry refused, with its message.
     """
     program, address = engine(), f"{registry.rstrip('/')}/{app.lower()}:{remote_tag or tag}"
-    labels_of(app, tag)
+    inspect_image(app, tag)  # docker's own words for a missing image are about a registry
     quiet = [] if sys.stdout.isatty() else ["--quiet"]
     for arguments in (("tag", image_name(app, tag), address), ("push", *quiet, address)):
         run = subprocess.run([program, *arguments], stderr=subprocess.PIPE, text=True)

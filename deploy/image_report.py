@@ -16,7 +16,7 @@ import zlib
 from collections import Counter
 
 from deploy.cli import app_parser, command
-from deploy.image import engine, image_name, labels_of
+from deploy.image import engine, image_name, inspect_image
 from deploy.paths import BUILD, UserError, shown
 
 REPORT = BUILD / "image-report.json"
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None) -> None:
     options: argparse.Namespace = parser.parse_args(arguments)
     report = {}
     for tag in options.tag or ["dev"]:
-        labels_of(options.app, tag)  # docker would look for it in a registry
+        inspect_image(options.app, tag)  # docker would look for it in a registry
         image = image_name(options.app, tag)
         parts = bytes_by_part(image)
         report[image] = {"parts": dict(parts), "total": parts.total()}

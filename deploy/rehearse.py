@@ -69,9 +69,8 @@ def _another_tag(app: str, tag: str, runner: str) -> Iterator[None]:
         yield
         return
     names = image.image_name(app, tag), image.image_name(app, CANARY_TAG)
-    run = subprocess.run([image.engine(), "tag", *names], capture_output=True, text=True)
-    if run.returncode != 0:
-        raise UserError(f"there is no image {names[0]}; run `make build-{tag} APP={app}`")
+    image.inspect_image(app, tag)  # says how to build one that is missing
+    subprocess.run([image.engine(), "tag", *names], check=True)
     try:
         yield
     finally:  # takes away the name, not the image

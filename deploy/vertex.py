@@ -14,7 +14,6 @@ import argparse
 import json
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,18 +59,20 @@ def push(
             raise UserError(f"without Docker the stand-in needs it: run `make archive APP={app}`")
         report(f"no Docker: the stand-in will serve {shown(archive)} as a process")
         return settings.image_uri(app, tag)
-    program, local = image.engine(), image.image_name(app, tag)
-    inspect = [program, "image", "inspect", "--format", "{{.Id}} {{.Architecture}}", local]
-    run = subprocess.run(inspect, capture_output=True, text=True)
-    if run.returncode != 0:
-        raise UserError(f"there is no image {local}; run `make build-{tag} APP={app}`")
-    identity, architecture = run.stdout.split()
+    local, found = image.image_name(app, tag), image.inspect_image(app, tag)
+    architecture = found["Architecture"]
     if architecture != "amd64" and not registry:
         raise UserError(
             f"{local} is for {architecture}, and Vertex AI's machines are amd64; build it with "
             "DOCKER_DEFAULT_PLATFORM=linux/amd64, or in Cloud Build (deploy/cloudbuild.yaml)"
         )
-    there = f"{tag}-{identity.removeprefix('sha256:')[:12]}"
+    labels = found["Config"]["Labels"] or {}
+    if labels.get(image.WEIGHTS) == "none" and not settings.artifact_uri:
+        raise UserError(
+            f"artifact_uri: none given, and {local} has no weights; name their folder in Cloud "
+            f"Storage in deploy/vertex.yaml, or build them in: make build-{tag} APP={app}"
+        )
+    there = f"{tag}-{found['Id'].removeprefix('sha256:')[:12]}"
     uri = settings.image_uri(app, there)
     folder = settings.image_folder()
     if registry:

@@ -22,6 +22,7 @@ MANAGED_BY = "serving-llms"
 
 Percent = Annotated[int, Field(ge=1, le=100)]
 Route = Annotated[str, Field(pattern="^/")]
+Folder = Annotated[str, Field(pattern=r"^gs://[a-z0-9][a-z0-9._-]+(/[^/\s]+)*$")]
 LabelPart = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,63}$")]
 
 
@@ -76,6 +77,7 @@ class Settings(_Strict):
     startup_probe_period: Annotated[int, Field(ge=1)]
     startup_probe_timeout: Annotated[int, Field(ge=1)]
     startup_probe_failures: Annotated[int, Field(ge=1)]
+    artifact_uri: Folder | None = None
     labels: dict[LabelPart, LabelPart] = {}
     prices: Prices
 

@@ -33,8 +33,10 @@ def plan(settings: Settings, app: str) -> str:
     if settings.accelerator_type:
         machine += f" with {settings.accelerator_count} x {settings.accelerator_type}"
         quota = QUOTA_NAMES[settings.accelerator_type]
+    artifacts = [("artifacts", settings.artifact_uri, "its bucket's", "storage, likewise")]
     rows = [
         ("image", settings.image_uri(app, "TAG"), region, "storage, by the gigabyte and month"),
+        *(artifacts if settings.artifact_uri else []),
         ("model", settings.model_name(app), region, "nothing"),
         ("endpoint", settings.endpoint_name(app), region, "nothing by itself"),
         ("replicas", machine, region, hourly(settings)),

@@ -56,10 +56,11 @@ def versions(vertex: Vertex, app: str) -> list[int]:
 def find_or_upload(vertex: Vertex, app: str, image_uri: str) -> str:
     """The version that is this image with these settings; uploaded if there is none."""
     wanted, name = container(vertex, app, image_uri), vertex.settings.model_name(app)
+    artifacts = vertex.settings.artifact_uri or ""
     known = versions(vertex, app)
     for number in known:
         model = vertex.models.get_model(name=f"{name}@{number}", **READ)
-        if within(wanted, model.container_spec):
+        if within(wanted, model.container_spec) and model.artifact_uri == artifacts:
             return str(number)
     request = types.UploadModelRequest(
         parent=vertex.parent,
@@ -67,6 +68,7 @@ def find_or_upload(vertex: Vertex, app: str, image_uri: str) -> str:
             display_name=vertex.settings.resource_id(app),
             labels=vertex.settings.labels_for(app),
             container_spec=wanted,
+            artifact_uri=artifacts,
         ),
     )
     if known:

@@ -53,6 +53,7 @@ def test_settings_cannot_be_changed():
         ({"predict_route": "predict"}, r"predict_route: 'predict' given; .*'\^/'"),
         ({"startup_probe_timeout": 11}, r"startup_probe_timeout: 11 is more than"),
         ({"environment": {"AIP_HTTP_PORT": "1"}}, r"environment\.AIP_HTTP_PORT: .*platform"),
+        ({"artifact_uri": "bucket/folder"}, r"artifact_uri: 'bucket/folder' given; .*gs://"),
         ({"project": "X"}, r"project: 'X' given"),
     ],
 )
@@ -105,6 +106,11 @@ def test_the_plan_names_everything_and_says_how_well_the_price_is_known():
         assert part in text
     price = settings.prices.per_hour["n2-standard-4"]
     assert f"${2 * price:.2f} to ${4 * price:.2f} per hour" in text
+
+
+def test_the_plan_names_what_is_in_cloud_storage():
+    assert "artifacts" not in commands.plan(load_settings(), APP)
+    assert "gs://bucket/b " in commands.plan(load_settings(artifact_uri="gs://bucket/b"), APP)
 
 
 def test_a_price_that_is_not_known_is_not_made_up():

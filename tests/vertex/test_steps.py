@@ -72,6 +72,17 @@ def test_other_settings_of_the_container_are_another_version(app: Rehearsed):
     assert answer["name"] == "two"
 
 
+def test_another_folder_in_cloud_storage_is_another_version(app: Rehearsed):
+    app.deploy()
+    for _ in range(2):
+        app.deploy(artifact_uri="gs://bucket/folder")
+    assert app.shares() == {"2": 100}
+    answer = commands.ask(app.vertex(), app.app, BODY)["predict"][0]
+    assert answer["env"]["AIP_STORAGE_URI"] == "gs://bucket/folder"
+    app.deploy()
+    assert app.shares() == {"1": 100}
+
+
 def test_a_canary_gets_its_share_and_is_promoted(app: Rehearsed):
     app.deploy("1")
     app.deploy("2", canary=20)

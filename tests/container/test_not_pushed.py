@@ -1,0 +1,87 @@
+"""What `deploy.vertex push` refuses before it asks a registry: images Vertex AI could not run."""
+
+import hashlib
+import io
+import json
+import subprocess
+import tarfile
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from deploy import image
+from deploy.paths import UserError
+from deploy.vertex import push
+from deploy.vertex_config import load_settings
+from tests.container.conftest import docker
+
+APP, TAG = "foreign", "pro"
+
+
+@pytest.fixture
+def load() -> Iterator[Callable]:
+    """Give the engine an image without files, made by hand: any architecture, any labels."""
+
+    def load_image(architecture: str, labels: dict[str, str] | None) -> None:
+        layer = io.BytesIO()
+        tarfile.open(fileobj=layer, mode="w").close()
+        digest = hashlib.sha256(layer.getvalue()).hexdigest()
+        config = {
+            "architecture": architecture,
+            "os": "linux",
+            "config": {"Labels": labels},
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
+        }
+        name = image.image_name(APP, TAG)
+        manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
+        files = {"layer.tar": layer.getvalue(), "config.json": json.dumps(config).encode()}
+        files["manifest.json"] = json.dumps(manifest).encode()
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w") as tar:
+            for path, content in files.items():
+                entry = tarfile.TarInfo(path)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+        subprocess.run([image.engine(), "load"], input=archive.getvalue(), check=True)
+
+    yield load_image
+    docker("image", "rm", image.image_name(APP, TAG), check=False)
+
+
+def test_another_architecture(load):
+    load("arm64", {image.WEIGHTS: "baked"})
+    said = []
+    with pytest.raises(UserError, match=r"foreign:pro is for arm64, and .* are amd64"):
+        push(load_settings(project="a-project"), APP, TAG, said.append)
+    assert said == []
+
+
+def test_no_weights_and_nowhere_to_get_them_from(load):
+    load("amd64", {image.WEIGHTS: "none"})
+    said = []
+    with pytest.raises(UserError, match=r"artifact_uri: none given, and .*foreign:pro has no wei"):
+        push(load_settings(project="a-project"), APP, TAG, said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "artifact_uri"),
+    [
+        ({image.WEIGHTS: "none"}, "gs://bucket/folder"),
+        ({image.WEIGHTS: "baked"}, None),
+        (None,) * 2,
+    ],
+)
+def test_the_others_get_to_the_registry(load, monkeypatch, labels, artifact_uri):
+    """To one that nobody serves: port 9 of this machine."""
+    monkeypatch.setenv("VERTEX_REGISTRY", "127.0.0.1:9")
+    load("amd64", labels)
+    said = []
+    with pytest.raises(UserError, match=r"push 127\.0\.0\.1:9/a-project/serving/foreign:pro-"):
+        push(load_settings(project="a-project", artifact_uri=artifact_uri), APP, TAG, said.append)
+    assert len(said) == 1 and "foreign:pro" in said[0]
+
+
+def test_an_image_that_is_not_there():
+    with pytest.raises(UserError, match=r"there is no image .*foreign:pro; build one with `make b"):
+        push(load_settings(project="a-project"), APP, TAG)
