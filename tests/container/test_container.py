@@ -170,9 +170,11 @@ def test_rounds_of_stop_kill_and_restart_under_load(container):
         done = threading.Event()
         with ThreadPoolExecutor() as pool:
             clients = [pool.submit(ask_until, done, statuses) for _ in range(3)]
-            time.sleep(1.5)
-            docker(*(("stop", "-t", "30") if polite else ("kill",)), container)
-            done.set()
+            try:
+                time.sleep(1.5)
+                docker(*(("stop", "-t", "30") if polite else ("kill",)), container)
+            finally:
+                done.set()
         assert all(client.exception() is None for client in clients)
         assert state(container, "ExitCode") == ("0" if polite else "137"), number
         assert set(statuses) <= {200, 503, 0}, statuses
