@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from deploy.paths import UserError
 from handler.config import ConfigError
@@ -31,11 +32,18 @@ def command(main: Main) -> Callable[[list[str] | None], int]:
     return run
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: to whoever typed `make serve ENGINE=x` usage is noise."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def app_parser(
     name: str, description: str, actions: list[str] | None = None
 ) -> argparse.ArgumentParser:
     """A parser with what every command about an app's weights takes, after an action if any."""
-    parser = argparse.ArgumentParser(prog=f"python -m {name}", description=description)
+    parser = _Parser(prog=f"python -m {name}", description=description)
     if actions:
         parser.add_argument("action", choices=actions)
     parser.add_argument("app", type=_name, help="a name in handler/apps, or any with --model-dir")

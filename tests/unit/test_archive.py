@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import handler.config
-from deploy.archive import build_archive, model_config
+from deploy.archive import build_archive, main, model_config
 from deploy.pack import HANDLER
 from deploy.paths import UserError
 from deploy.weights import get_weights
@@ -196,3 +196,19 @@ def test_no_tokenizer_at_all(tiny_llama: Path, tmp_path: Path):
     with pytest.raises(UserError, match="tokenizer"):
         build_archive("bare", weights, **TORCH, store=tmp_path / "store")
     assert not (tmp_path / "store" / "bare").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a b"], "APP=a b: use letters, digits and . _ - only"),
+        (["a", "--engine", "vllm"], "'vllm' (choose from 'openvino', 'transformers')"),
+        (["a", "--format", "rar"], "'rar' (choose from 'no-archive', 'zip-store', 'default')"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(arguments, message, capsys):
+    """What `make archive APP=... ENGINE=... FORMAT=...` prints: no usage before it."""
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith("error: argument ") and message in error and error.count("\n") == 1
