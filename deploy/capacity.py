@@ -4,21 +4,31 @@ A replica is described by what was measured on it: tokens per second at several 
 that always wait for an answer (`benchmarks.load`), and tokens per second of the prefill
 (`benchmarks.roofline`). All else follows:
 
-    seconds of one replica for one request, c of them in flight
-        s(c) = prompt / prefill rate + completion * d(c)
-        d(c) = 1 / curve(c) - measured prompt / measured completion / prefill rate
-    requests per second that a replica carries    r(c) = 1 / s(c)
+    seconds of one replica for one request, n of them in flight
+        s(n) = prompt / prefill rate + completion * d(n)
+        d(n) = 1 / curve(n) - measured prompt / measured completion / prefill rate
+               + context seconds * (context - measured context)
+        context = prompt + completion / 2, which is what a token looks back on, on average
+    requests per second that a replica carries    r(n) = 1 / s(n), a straight line between two n
     replicas                                      ceil(requests per second / (utilization * r))
-    in flight and latency, Little's law           in flight = requests per second * latency
+    chance that n are in flight                   p(n) = p(n - 1) * requests per second / r(n)
+    in flight                                     the sum of n * p(n)
+    latency, Little's law                         in flight / requests per second
 
-Not here: the wait in a queue when requests come in bunches, for which the target utilization
-leaves room; following the traffic up and down (`deploy/scaling.py`); prices: the reader gives them.
+The chances are those of requests that come at random, independently of each other, and share the
+replica (a processor-sharing queue whose speed depends on how many share it). Then only the means of
+the lengths matter, not how they are spread. Source: Cohen, The multiple phase service network with
+generalized processor sharing, 1979. Where more wait than a replica takes in, this is approximate.
+
+Not here: bunches that are worse than chance; a slow tenth of the requests (these are means);
+following the traffic up and down (`deploy/scaling.py`); prices: the reader gives them.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 
 from deploy.paths import UserError
 
@@ -36,22 +46,31 @@ class Replica:
         prompt_tokens: mean prompt of the curve's requests. 0 leaves the prefill in the curve: then
             plan for traffic with prompts of 0 tokens and mean the measured ones.
         completion_tokens: mean completion of the curve's requests.
+        context_seconds: what one more token of context adds to the time of a token that is written:
+            `kv_bytes_per_token` / bytes per second of the memory. 0 leaves it out.
+        cache_tokens: tokens of all requests together that the KV cache holds.
     """
 
     curve: Mapping[int, float]
     prefill_tokens_per_second: float
     prompt_tokens: float
     completion_tokens: float
+    context_seconds: float = 0.0
+    cache_tokens: float = math.inf
 
     def __post_init__(self) -> None:
-        if not self.curve:
-            raise UserError("curve: is empty; it needs at least one number of clients")
+        if not isinstance(self.curve, Mapping) or not self.curve:
+            raise UserError(
+                f"curve: should be clients -> tokens per second, at least one, not {self.curve!r}"
+            )
         for clients, rate in self.curve.items():
             _check("curve, clients", clients, least=1)
             _check(f"curve[{clients}]", rate)
         _check("prefill_tokens_per_second", self.prefill_tokens_per_second)
         _check("prompt_tokens", self.prompt_tokens, zero=True)
         _check("completion_tokens", self.completion_tokens, least=1)
+        _check("context_seconds", self.context_seconds, zero=True)
+        _check("cache_tokens", self.cache_tokens, least=1, finite=False)
         if (fastest := max(self.curve.values())) >= self._reading_limit():
             raise UserError(
                 f"prefill_tokens_per_second: at {self.prefill_tokens_per_second:g} the prompts "
@@ -66,18 +85,41 @@ class Replica:
         return self.prefill_tokens_per_second * self.completion_tokens / self.prompt_tokens
 
     def requests_per_second(self, traffic: "Traffic") -> dict[int, float]:
-        """Clients -> requests of this shape that the replica finishes in a second.
+        """Requests in flight -> requests of this shape that the replica finishes in a second.
 
-        Numbers of clients that carry no more than fewer do are left out: nobody would let them in.
+        From 1 to as many as it is worth to let in: until the measured curve no longer grows, or
+        the cache is full. Below the first measured number a request is as slow as there.
+
+        Raises:
+            UserError: not one request fits into the cache.
         """
-        carried: dict[int, float] = {}
+        measured: dict[int, float] = {}
         for clients in sorted(self.curve):
-            decode = 1 / self.curve[clients] - 1 / self._reading_limit()
-            prefill = traffic.prompt_tokens / self.prefill_tokens_per_second
-            rate = 1 / (prefill + traffic.completion_tokens * decode)
-            if not carried or rate > max(carried.values()):
-                carried[clients] = rate
-        return carried
+            rate = 1 / self._seconds(clients, traffic)
+            if not measured or rate > max(measured.values()):
+                measured[clients] = rate
+        each = traffic.prompt_tokens + traffic.completion_tokens
+        if each > self.cache_tokens:
+            raise UserError(
+                f"prompt_tokens, completion_tokens: {each:g} together, and the cache holds "
+                f"{self.cache_tokens:g}; ask for less, or raise cache_gb"
+            )
+        most = int(min(max(measured), self.cache_tokens // each))
+        first = min(measured)
+        carried = {n: n * measured[first] / first for n in range(1, first + 1)}
+        for low, high in pairwise(measured):
+            step = (measured[high] - measured[low]) / (high - low)
+            carried |= {n: measured[low] + (n - low) * step for n in range(low + 1, high + 1)}
+        return {n: carried[n] for n in range(1, most + 1)}
+
+    def _seconds(self, clients: int, traffic: "Traffic") -> float:
+        """Of the replica's time, for one request beside others."""
+        decode = 1 / self.curve[clients] - 1 / self._reading_limit()
+        context = traffic.prompt_tokens + traffic.completion_tokens / 2
+        measured = self.prompt_tokens + self.completion_tokens / 2
+        longer = max(self.context_seconds * (context - measured), -decode / 2)
+        prefill = traffic.prompt_tokens / self.prefill_tokens_per_second
+        return prefill + traffic.completion_tokens * (decode + longer)
 
 
 @dataclass(frozen=True)
@@ -104,7 +146,7 @@ class Plan:
         clients: that number.
         utilization: share of it that is used on average.
         in_flight: requests that one replica holds at a time, on average.
-        latency_seconds: from request to the last token, on average.
+        latency_seconds: from request to the last token, on average, waiting included.
         per_hour: price of all replicas.
         per_million_tokens: price of a million completion tokens, idle time included.
     """
@@ -133,36 +175,49 @@ def plan(
         traffic: what comes in.
         replica: what one replica can do.
         price_per_hour: of one replica, in any currency; costs are in the same.
-        utilization: how full a replica may be on average, over 0 and at most 1.
-        seconds_at_most: a full replica must still answer a request in this time.
+        utilization: how full a replica may be on average, over 0 and under 1.
+        seconds_at_most: the mean latency must not be above this.
 
     Raises:
         UserError: a value is out of range, or no replica is fast enough; names the field.
     """
     _check("price_per_hour", price_per_hour, zero=True)
     _check("seconds_at_most", seconds_at_most, finite=False)
-    if not 0 < utilization <= 1:
-        raise UserError(f"utilization: should be over 0 and at most 1, not {utilization:g}")
-    carried = replica.requests_per_second(traffic)
-    quick = {c: rate for c, rate in carried.items() if c / rate <= seconds_at_most}
-    if not quick:
-        best = min(c / rate for c, rate in carried.items())
+    _check("utilization", utilization)
+    if utilization >= 1:
         raise UserError(
-            f"seconds_at_most: a request takes {best:.3g} s at least, not {seconds_at_most:g}; "
-            "allow more, ask for shorter completions, or take a faster replica"
+            f"utilization: should be under 1, not {utilization:g}: where a replica is always busy, "
+            "the queue grows for ever"
         )
-    clients = max(quick)
+    carried = replica.requests_per_second(traffic)
+    if 1 / carried[1] >= seconds_at_most:
+        raise UserError(
+            f"seconds_at_most: a request takes {1 / carried[1]:.3g} s if it is alone, not "
+            f"{seconds_at_most:g}; allow more, ask for less text, or take a faster replica"
+        )
     arriving = traffic.requests_per_minute / 60
-    replicas = max(1, math.ceil(arriving / (utilization * quick[clients])))
+
+    def too_few(replicas: int) -> bool:
+        load = arriving / replicas
+        return in_flight(load, carried) / load > seconds_at_most
+
+    clients = max(carried)
+    replicas = max(1, math.ceil(arriving / (utilization * carried[clients])))
+    fewest = replicas
+    while too_few(replicas):
+        fewest, replicas = replicas + 1, 2 * replicas
+    while fewest < replicas:
+        middle = (fewest + replicas) // 2
+        fewest, replicas = (middle + 1, replicas) if too_few(middle) else (fewest, middle)
     each = arriving / replicas
-    held = in_flight(each, quick)
+    held = in_flight(each, carried)
     per_hour = replicas * price_per_hour
     tokens_per_hour = arriving * 3600 * traffic.completion_tokens
     return Plan(
         replicas=replicas,
-        most_requests_per_second=quick[clients],
+        most_requests_per_second=carried[clients],
         clients=clients,
-        utilization=each / quick[clients],
+        utilization=each / carried[clients],
         in_flight=held,
         latency_seconds=held / each,
         per_hour=per_hour,
@@ -171,23 +226,23 @@ def plan(
 
 
 def in_flight(requests_per_second: float, carried: Mapping[int, float]) -> float:
-    """Requests that a replica holds while it carries a load: the curve, read backwards.
-
-    Between two measured numbers of clients the curve is a straight line; below the first one a
-    request meets nobody, so its latency is that of the first.
+    """Requests that a replica holds on average; see the module's docstring.
 
     Args:
-        requests_per_second: the load; at most the curve's end.
-        carried: clients -> requests per second, growing.
+        requests_per_second: what comes in; under the last of `carried`.
+        carried: requests in flight, from 1 on -> requests that are finished in a second. What is
+            beyond the last waits.
     """
-    first = min(carried)
-    if requests_per_second <= carried[first]:
-        return first * requests_per_second / carried[first]
-    for low, high in pairwise(sorted(carried)):
-        if requests_per_second <= carried[high]:
-            share = (requests_per_second - carried[low]) / (carried[high] - carried[low])
-            return low + share * (high - low)
-    return float(max(carried))
+    most = max(carried)
+    full = requests_per_second / carried[most]
+    logs = [0.0]  # of chances, up to a common factor: they may be too large for a float
+    for n in range(1, most + 1):
+        logs.append(logs[-1] + math.log(requests_per_second / carried[n]))
+    chances = [math.exp(log - max(logs)) for log in logs]
+    waiting = chances[-1] * full / (1 - full)  # the sum of a geometric series, as below
+    held = sum(n * chance for n, chance in enumerate(chances))
+    held += waiting * (most + 1 / (1 - full))
+    return held / (sum(chances) + waiting)
 
 
 def kv_bytes_per_token(config: object, bytes_per_number: float = 2) -> float:
@@ -210,6 +265,8 @@ def _check(
 ) -> None:
     """A number in its range, or an error that names it."""
     wanted = "0 or more" if zero else f"at least {least:g}" if least else "over 0"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise UserError(f"{field}: should be a number, {wanted}, not {value!r}")
     good = value >= 0 if zero else value >= least if least else value > 0
     if not good or math.isnan(value) or (finite and math.isinf(value)):
         raise UserError(f"{field}: should be {wanted}{' and finite' * finite}, not {value:g}")

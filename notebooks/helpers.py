@@ -17,6 +17,7 @@ from IPython import get_ipython
 from IPython.display import HTML, display
 from ipywidgets import ValueWidget, VBox
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image as Picture
 
 from benchmarks.record import RESULTS
@@ -130,9 +131,30 @@ def show(drawing: Figure, alt: str) -> None:
     drawing.savefig(stream, format="png", dpi=110)
     small = io.BytesIO()
     Picture.open(stream).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
-    picture = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": alt}
+    content = f"{alt}\n{_content(drawing)}"
+    picture = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": content}
     display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
     _markdown(f"*{alt}*")
+
+
+def _content(drawing: Figure) -> str:
+    """What is drawn, without the measured values: nbval compares this, pictures it does not."""
+    lines = []
+    for axes in drawing.axes:
+        titles = [axes.get_title(), axes.get_xlabel(), axes.get_ylabel()]
+        ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+        names = [tick.get_text() for tick in ticks if any(map(str.isalpha, tick.get_text()))]
+        series = axes.get_legend_handles_labels()[1]
+        bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+        drawn = {
+            "lines": sum(len(line.get_xdata()) > 0 for line in axes.lines),
+            "bars": sum(bar.get_width() * bar.get_height() != 0 for bar in bars),
+            "arrows and boxes": len(axes.patches) - len(bars),
+            "clouds": sum(len(cloud.get_offsets()) > 0 for cloud in axes.collections),
+            "words": [text.get_text() for text in axes.texts],
+        }
+        lines.append(f"{titles} {names} {series} {drawn}")
+    return "\n".join(lines)
 
 
 def source(thing: Callable | type | Path, start: str = "", end: str = "") -> None:
