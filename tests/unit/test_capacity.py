@@ -1,7 +1,9 @@
 """Replicas and cost: by hand, and what must hold for any traffic and any measured curve."""
 
 import math
+import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, given
@@ -34,10 +36,50 @@ def test_by_hand():
     assert made.clients == 32
     assert made.replicas == 5, "20 a second, and one replica may take 0.6 times 8"
     assert made.utilization == pytest.approx(0.5)
-    assert made.in_flight == pytest.approx(8), "4 a second is 400 tokens: 8 clients"
-    assert made.latency_seconds == pytest.approx(2)
+    assert 1 < made.latency_seconds < 4, "between that of one and that of 32 clients"
     assert made.per_hour == 15
     assert made.per_million_tokens == pytest.approx(15 / (20 * 3600 * 100) * 1e6)
+
+
+def test_one_at_a_time_is_a_queue_with_one_place():
+    """M/M/1: load / (1 - load) requests, 1 / (rate - load) seconds."""
+    one = Replica({1: 100.0}, 1e9, 0, 100)
+    made = plan(Traffic(30, 0, 100), one, 1.0)
+    assert made.replicas == 1 and made.in_flight == pytest.approx(0.5 / 0.5)
+    assert made.latency_seconds == pytest.approx(1 / (1 - 0.5))
+
+
+def test_many_independent_places_are_erlangs_queue():
+    """Where speed grows with the number in flight, up to three, that is M/M/3."""
+    load, places = 2.0, 3  # requests per second; each place finishes one a second
+    terms = [load**n / math.factorial(n) for n in range(places)]
+    last = load**places / math.factorial(places) / (1 - load / places)
+    waiting = last / (sum(terms) + last) * load / (places - load)
+    assert in_flight(load, {1: 1.0, 2: 2.0, 3: 3.0}) == pytest.approx(load + waiting)
+
+
+@pytest.mark.parametrize("sizes", ["equal", "exponential"])
+def test_the_mean_is_that_of_a_simulation_however_lengths_are_spread(sizes):
+    """Requests that come at random and share a replica, 30,000 of them."""
+    places, load = 8, 1.3
+    carried = {n: 2.4 * (1 - 0.6**n) for n in range(1, places + 1)}
+    draw = random.Random(1)
+    now, held, area, come = 0.0, [], 0.0, draw.expovariate(load)
+    for _ in range(30_000):
+        while True:  # until the next one comes, some may end
+            served = held[:places]
+            speed = carried[len(served)] / len(served) if served else 0
+            end = min(served) / speed if served else math.inf
+            step = min(end, come - now)
+            area += step * len(held)
+            now += step
+            held = [left - step * speed if i < places else left for i, left in enumerate(held)]
+            held = [left for left in held if left > 1e-9]
+            if now >= come:
+                break
+        held.append(1.0 if sizes == "equal" else draw.expovariate(1))
+        come = now + draw.expovariate(load)
+    assert area / now == pytest.approx(in_flight(load, carried), rel=0.06)
 
 
 def test_longer_prompts_take_their_time_of_the_prefill():
@@ -45,12 +87,32 @@ def test_longer_prompts_take_their_time_of_the_prefill():
     assert 1 / long - 1 / short == pytest.approx(2000 / 2000)
 
 
-def test_a_latency_that_must_be_kept_allows_fewer_clients():
-    made = plan(Traffic(1200, 50, 100), REPLICA, 3.0, seconds_at_most=2.1)
-    assert made.clients == 8, "8 clients wait 2 seconds, 32 wait 4"
-    assert made.replicas > plan(Traffic(1200, 50, 100), REPLICA, 3.0).replicas
-    with pytest.raises(UserError, match=r"seconds_at_most: a request takes 1 s at least, not 0.9"):
+def test_a_latency_that_must_be_kept_takes_more_replicas():
+    free = plan(Traffic(1200, 50, 100), REPLICA, 3.0)
+    made = plan(Traffic(1200, 50, 100), REPLICA, 3.0, seconds_at_most=1.5)
+    assert made.latency_seconds <= 1.5 < free.latency_seconds
+    assert made.replicas > free.replicas
+    each = 20 / (made.replicas - 1)
+    carried = REPLICA.requests_per_second(Traffic(1200, 50, 100))
+    assert in_flight(each, carried) / each > 1.5, "one fewer would not do"
+    with pytest.raises(UserError, match=r"seconds_at_most: a request takes 1 s if .* not 0.9"):
         plan(Traffic(1200, 50, 100), REPLICA, 3.0, seconds_at_most=0.9)
+
+
+def test_a_longer_context_is_slower_by_what_is_read_of_it():
+    slower = replace(REPLICA, context_seconds=1e-5)
+    near, far = (slower.requests_per_second(Traffic(1, p, 100))[32] for p in (50, 1050))
+    assert near == pytest.approx(8), "the measured shape itself"
+    assert 1 / far - 1 / near == pytest.approx(1000 / 2000 + 100 * 1000 * 1e-5)
+
+
+def test_the_cache_limits_how_many_are_in_flight():
+    small = replace(REPLICA, cache_tokens=1600)
+    assert max(small.requests_per_second(Traffic(1, 100, 100))) == 8
+    made = plan(Traffic(600, 100, 100), small, 1.0)
+    assert made.clients == 8
+    with pytest.raises(UserError, match="2000 together, and the cache holds 1600"):
+        plan(Traffic(1, 1000, 1000), small, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +123,12 @@ def test_a_latency_that_must_be_kept_allows_fewer_clients():
         (lambda: Traffic(1, 1, 0), "completion_tokens: should be at least 1 and finite, not 0"),
         (lambda: Traffic(math.nan, 1, 1), "requests_per_minute: .* not nan"),
         (lambda: Traffic(1, math.inf, 1), "prompt_tokens: .* not inf"),
-        (lambda: Replica({}, 1, 1, 1), "curve: is empty"),
+        (lambda: Replica({}, 1, 1, 1), r"curve: should be clients -> tokens .* not \{\}"),
+        (lambda: Replica([100], 1, 1, 1), r"curve: should be clients -> tokens .* not \[100\]"),
+        (lambda: Traffic("600", 1, 1), "requests_per_minute: should be a number, .* not '600'"),
+        (lambda: Traffic(1, None, 1), "prompt_tokens: should be a number, .* not None"),
+        (lambda: Traffic(True, 1, 1), "requests_per_minute: should be a number, .* not True"),
+        (lambda: plan(Traffic(1, 1, 1), REPLICA, 1, utilization=1), "utilization: .* for ever"),
         (lambda: Replica({0: 1.0}, 1, 0, 1), "curve, clients: should be at least 1"),
         (lambda: Replica({8: 0.0}, 1, 0, 1), r"curve\[8\]: should be over 0"),
         (lambda: Replica({1: 100.0}, 50, 100, 100), "prefill_tokens_per_second: at 50 the prompts"),
@@ -75,7 +142,7 @@ def test_what_is_wrong_is_named(make, message):
         make()
 
 
-@given(traffics, replicas(), st.floats(0.1, 1))
+@given(traffics, replicas(), st.floats(0.1, 0.99))
 def test_enough_replicas_and_not_one_more(traffic, replica, utilization):
     made = plan(traffic, replica, 1.0, utilization=utilization)
     assert 0 < made.utilization <= utilization * (1 + 1e-9)
@@ -97,19 +164,32 @@ def test_littles_law_and_the_curve(traffic, replica):
     made = plan(traffic, replica, 1.0)
     each = traffic.requests_per_minute / 60 / made.replicas
     assert made.in_flight == pytest.approx(each * made.latency_seconds)
-    assert 0 < made.in_flight <= made.clients * (1 + 1e-9)
     carried = replica.requests_per_second(traffic)
-    measured = [clients / rate for clients, rate in carried.items()]
-    assert min(measured) <= made.latency_seconds * (1 + 1e-9)
-    assert made.latency_seconds <= max(measured) * (1 + 1e-9)
+    quickest = min(n / rate for n, rate in carried.items())
+    assert made.latency_seconds >= quickest * (1 - 1e-9)
 
 
-@given(replicas(), traffics)
-def test_the_curve_read_backwards(replica, traffic):
+@given(traffics, replicas())
+def test_what_a_replica_carries_grows_up_to_what_was_measured(traffic, replica):
     carried = replica.requests_per_second(traffic)
-    assert list(carried.values()) == sorted(set(carried.values())), "it grows"
-    for clients, rate in carried.items():
-        assert in_flight(rate, carried) == pytest.approx(clients)
+    assert list(carried) == list(range(1, max(carried) + 1))
+    assert list(carried.values()) == sorted(carried.values())
+    measured = {n: 1 / replica._seconds(n, traffic) for n in replica.curve}
+    assert carried[max(carried)] == pytest.approx(max(measured.values()))
+
+
+@given(traffics, replicas(), st.floats(1.01, 20))
+def test_a_latency_is_kept_by_as_few_as_possible(traffic, replica, factor):
+    carried = replica.requests_per_second(traffic)
+    assume(all(b / n <= a / m for (m, a), (n, b) in pairwise(carried.items())))  # sharing slows
+    limit = factor / carried[1]
+    made = plan(traffic, replica, 1.0, seconds_at_most=limit)
+    assert made.latency_seconds <= limit
+    free = plan(traffic, replica, 1.0)
+    assert made.replicas >= free.replicas
+    if made.replicas > free.replicas:
+        each = traffic.requests_per_minute / 60 / (made.replicas - 1)
+        assert in_flight(each, carried) / each > limit
 
 
 @given(traffics, replicas(), st.floats(0, 1e3), st.floats(0.5, 50))
