@@ -1,6 +1,6 @@
 """How fast the machine could run SmolLM2-135M, and how fast the engine does: the roofline.
 
-    python -m benchmarks.roofline      # a minute; writes results/roofline.json
+    python -m benchmarks.roofline      # two minutes; writes results/roofline.json
 
 A step of the engine has to read every weight once, whatever it does with it, and to compute two
 operations for each weight and each token. So speed has two ceilings, memory bandwidth times
@@ -40,6 +40,9 @@ ROUNDS = 5
 SEQUENCES = (1, 8, 32)
 NEW_TOKENS = 64
 PROMPT = 512
+CONTEXTS, BESIDE = (100, 700), 16
+"""Prompts of two lengths, and how many at once, for what a longer context costs."""
+
 SIDE = 2048
 """Of the square matrix whose product is timed: 4 MB in 8 bits, so that memory is not in the way."""
 
@@ -100,6 +103,31 @@ def prefill_rate(engine: Engine, tokens: int) -> float:
     return read / (time.perf_counter() - began)
 
 
+def context_seconds(engine: Engine) -> float:
+    """Seconds that one more token of context adds to each token that is written.
+
+    The slope between prompts of two lengths, BESIDE sequences at once. It is the engine's, not the
+    memory's: reading the keys and values alone would take a small part of it.
+    """
+    short, long = (_step_seconds(engine, tokens) for tokens in CONTEXTS)
+    return (long - short) / BESIDE / (CONTEXTS[1] - CONTEXTS[0])
+
+
+def _step_seconds(engine: Engine, tokens: int) -> float:
+    """Of a step that writes a token for each of BESIDE sequences, once all prompts are read."""
+    sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
+    for key in range(BESIDE):  # each begins with another word: nothing is shared
+        engine.submit(key, f"{key} " + "river " * (tokens - 2), sampling, stream=True)
+    written, left, began, before = {}, BESIDE, 0.0, 0
+    while left:
+        for progress in engine.advance(0):
+            written[progress.key] = progress.completion_tokens
+            left -= progress.finish_reason is not None
+        if not began and len(written) == BESIDE:
+            began, before = time.perf_counter(), sum(written.values())
+    return (time.perf_counter() - began) / (sum(written.values()) - before) * BESIDE
+
+
 def work(weights: Path, exported: Path, config: EngineConfig) -> dict[str, dict[str, float]]:
     """Operations and bytes from RAM per token of each of `speeds`.
 
@@ -150,7 +178,7 @@ def summed_up(
     found: Sequence[dict[str, float]],
     done: dict[str, dict[str, float]],
 ) -> dict[str, dict]:
-    """The figures that results/roofline.json keeps, and `plots.roofline` draws.
+    """What `plots.roofline` draws.
 
     The best round counts, of the machine and of the engine: what else runs only makes them slower.
 
@@ -184,15 +212,20 @@ def main(arguments: list[str] | None) -> None:
     exported = export(weights, config)
     engine = create_engine(exported, config)
     speeds(engine)  # the first run of every shape compiles it
-    ceilings, found = [], []
+    context_seconds(engine)
+    ceilings, found, slopes = [], [], []
     for _ in tqdm(range(ROUNDS), unit="round"):
         ceilings.append(machine(config))
         found.append(speeds(engine))
+        slopes.append(context_seconds(engine))
     figures = summed_up(ceilings, found, work(weights, exported, config))
+    figures["ceilings"] = {name: summary([c[name] for c in ceilings]) for name in ceilings[0]}
+    figures["context_seconds"] = summary(slopes)
     for name, row in figures["points"].items():
         print(
             f"{name}: {row['flop_per_byte']:.3g} flop/byte, {row['share_of_roof']:.2f} of the roof"
         )
+    print(f"a token of context costs {1e6 * figures['context_seconds']['median']:.1f} us a token")
     print(write("roofline", figures, ["openvino", "openvino-genai"]).name)
 
 

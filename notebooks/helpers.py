@@ -87,12 +87,12 @@ def table(rows: Sequence[dict[str, object]]) -> None:
     for row in rows:
         cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in (row[n] for n in names))
         lines.append(f"| {' | '.join(cells)} |")
-    _markdown("\n".join(lines))
+    markdown("\n".join(lines))
 
 
 def document_table(name: str) -> None:
     """A table of README.md or LOG.md, made from its result file."""
-    _markdown(TABLES[name](result(SOURCES.get(name, name))))
+    markdown(TABLES[name](result(SOURCES.get(name, name))))
 
 
 def interactive(controls: dict[str, ValueWidget], text: Callable[..., str]) -> None:
@@ -114,7 +114,7 @@ def interactive(controls: dict[str, ValueWidget], text: Callable[..., str]) -> N
     display(sliders | {"text/plain": "(The sliders appear where the notebook runs.)"}, raw=True)
 
 
-def _markdown(text: str) -> None:
+def markdown(text: str) -> None:
     """Show it, and as it is where a viewer knows no Markdown."""
     display({"text/markdown": text, "text/plain": text}, raw=True)
 
@@ -134,7 +134,7 @@ def show(drawing: Figure, alt: str) -> None:
     content = f"{alt}\n{_content(drawing)}"
     picture = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": content}
     display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
-    _markdown(f"*{alt}*")
+    markdown(f"*{alt}*")
 
 
 def _content(drawing: Figure) -> str:
@@ -174,7 +174,7 @@ def source(thing: Callable | type | Path, start: str = "", end: str = "") -> Non
         lines = lines[: next(i for i, line in enumerate(lines) if i and end in line)]
     language = {".py": "python", ".yaml": "yaml", ".properties": "properties"}.get(path.suffix, "")
     code = textwrap.dedent("\n".join(lines)).strip()
-    _markdown(f"`{path.relative_to(ROOT)}`\n```{language}\n{code}\n```")
+    markdown(f"`{path.relative_to(ROOT)}`\n```{language}\n{code}\n```")
 
 
 def result(name: str) -> dict:
