@@ -59,6 +59,7 @@ if REPOSITORY:
 # installed without following dependencies. Neither service can be told all of that.
 
 copybutton_prompt_text = "$ "
+copybutton_line_continuation_character = "\\"
 copybutton_selector = "div.highlight:not(.output *) pre"
 
 
