@@ -48,9 +48,9 @@ def plan(settings: Settings, app: str) -> str:
         ("logs", "stdout and stderr of the replicas", "by volume, above a free allowance"),
     ]
     lines = [f"{'region':11}{region}"]
+    wrap = textwrap.TextWrapper(WIDTH, " " * 11, " " * 11, break_on_hyphens=False)
     for name, what, cost in rows:
-        indent = {"initial_indent": " " * 11, "subsequent_indent": " " * 11}
-        lines += [f"{name:11}{what}", *textwrap.wrap(f"cost: {cost}", WIDTH, **indent)]
+        lines += [f"{name:11}{what}", *wrap.wrap(f"cost: {cost}")]
     labels = ", ".join(f"{key}={value}" for key, value in settings.labels_for(app).items())
     lines += [
         *notes,
