@@ -49,6 +49,18 @@ def figure(columns: int = 1, *, width: float = 5.0, height: float = 3.0) -> tupl
     return made, *(made.add_subplot(1, columns, i + 1) for i in range(columns))
 
 
+def in_rows(axes: Axes) -> None:
+    """A chart of horizontal bars: the first on top, and lines only where values are read."""
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.grid(axis="y", visible=False)
+
+
+def heading(title: str) -> str:
+    """With a capital, whatever the caller's name of the thing begins with."""
+    return title[:1].upper() + title[1:]
+
+
 SYSTEMS = {
     "ours int8": ("this handler, int8", BLUE, "o-"),
     "ours int4": ("this handler, int4", SKY, "o-"),
@@ -61,19 +73,25 @@ SYSTEMS = {
 }
 """Systems of results/serving.json -> how a figure shows them."""
 
+NAMES = {name: label for name, (label, *_) in SYSTEMS.items()} | {
+    "direct int8": "the engine alone, int8",
+    "direct int4": "the engine alone, int4",
+}
+"""All systems of results/serving.json -> the words for them, in figures and tables."""
+
 CLIENTS = (1, 8, 32)
 COMPLETION = 128
 """Tokens of every completion in results/serving.json."""
 
 
 def serving(record: dict) -> Figure:
-    """Tokens per second of every system over the number of clients, as multiples of the seed's.
+    """Tokens per second of every system over the number of clients, as multiples of the original's.
 
     Each point is the median of the ratios within a round, each bar their spread.
     """
     figures = record["figures"]
     base = figures["seed"]["tokens_per_second 1"]["values"]
-    made, axes = figure(width=6.4, height=3.8)
+    made, axes = figure(width=6.8, height=4.4)
     for name, (label, colour, line) in SYSTEMS.items():
         points = []
         for clients in CLIENTS:
@@ -90,10 +108,10 @@ def serving(record: dict) -> Figure:
     _doubling(axes, CLIENTS)
     axes.set(
         xlabel="clients that always wait for an answer",
-        ylabel="times the original's way, 1 client",
-        title="Speed in tokens per second, SmolLM2-135M on 2 cores",
+        ylabel="times the original's, with 1 client",
+        title="Speed, as a multiple of the original's way",
     )
-    made.legend(loc="outside right upper", fontsize=8)
+    made.legend(loc="outside lower center", ncol=3, fontsize=8)
     return made
 
 
@@ -117,7 +135,7 @@ def offload(record: dict) -> Figure:
             ]
             axes.errorbar(places, middle, spread, fmt="o-", color=colour, label=label, capsize=2)
             if state == "warm":
-                axes.set_xticks(places, budgets)
+                axes.set_xticks(places, [spaced(budget) for budget in budgets])
         if state == "cold":
             limit = [row["disk_limit_tokens_per_second"]["median"] for row in rows.values()]
             speed.plot(places, limit, ":", color=GREY, label="what the disk allows")
@@ -129,6 +147,11 @@ def offload(record: dict) -> Figure:
     lines, labels = speed.get_legend_handles_labels()
     made.legend(lines, labels, loc="outside lower center", ncol=3, fontsize=8)
     return made
+
+
+def spaced(budget: str) -> str:
+    """`1GiB`, as accelerate takes it -> "1 GiB", as people read it."""
+    return budget.replace("GiB", " GiB")
 
 
 def soak(record: dict) -> Figure:
@@ -152,7 +175,7 @@ def latency(record: dict) -> Figure:
     The seconds are the mean that Little's law gives for clients that always wait for an answer:
     clients * tokens of a completion / tokens per second.
     """
-    made, axes = figure(width=6.0, height=3.0)
+    made, axes = figure(width=6.8, height=3.8)
     for name, (label, colour, line) in SYSTEMS.items():
         found = record["figures"][name]
         points = [
@@ -170,10 +193,10 @@ def latency(record: dict) -> Figure:
                 text = f"{number} client{'s' * (number > 1)}"
                 axes.annotate(text, (rate, second), color=colour, **at)
     axes.set(xscale="log", yscale="log", xlabel="tokens per second, all clients together")
-    axes.set(ylabel=f"seconds for {COMPLETION} tokens", title="1, 8 and 32 clients on each line")
+    axes.set(ylabel=f"seconds for {COMPLETION} tokens", title="1, 8, 32 clients along each line")
     _plain_ticks(axes, [20, 50, 100, 200, 500, 1000], [1, 2, 5, 10, 20, 50])
     axes.set_xlim(right=2000)
-    made.legend(loc="outside right upper", fontsize=8)
+    made.legend(loc="outside lower center", ncol=3, fontsize=8)
     return made
 
 
@@ -184,7 +207,7 @@ def first_tokens(record: dict) -> Figure:
         for name, (label, *_) in SYSTEMS.items()
         if "first_token_seconds 8" in record["figures"][name]
     }
-    made, axes = figure(width=6.0, height=2.3)
+    made, axes = figure(width=6.0, height=2.6)
     for label, both in found.items():
         alone, busy = (1000 * figures["median"] for figures in both)
         axes.plot([alone, busy], [label, label], color="#cccccc", zorder=0)
@@ -193,10 +216,16 @@ def first_tokens(record: dict) -> Figure:
         axes.plot(values, list(found), marker, color=colour, label=label)
     axes.set(xlabel="ms until the first token, median", xlim=(0, None))
     axes.set_title("Waiting for the first token")
-    axes.invert_yaxis()
-    axes.grid(axis="x")
+    _dots_in_rows(axes)
     axes.legend(fontsize=8)
     return made
+
+
+def _dots_in_rows(axes: Axes) -> None:
+    """Room above the first row and below the last; lines lead from a name to its dots."""
+    axes.margins(y=0.12)
+    axes.invert_yaxis()
+    axes.grid(axis="x")
 
 
 RIVALS = ("llama.cpp Q4_0", "llama.cpp Q8_0", "vllm", "batched", "seed")
@@ -205,7 +234,7 @@ RIVALS = ("llama.cpp Q4_0", "llama.cpp Q8_0", "vllm", "batched", "seed")
 def verdict(record: dict) -> Figure:
     """How many times as many tokens per second `ours int8` writes as each of RIVALS."""
     figures = record["figures"]
-    made, axes = figure(width=6.0, height=2.4)
+    made, axes = figure(width=6.0, height=2.7)
     looks = ((SKY, "o"), (BLUE, "s"), (BLACK, "^"))
     for clients, (colour, marker) in zip(CLIENTS, looks, strict=True):
         quantity = f"tokens_per_second {clients}"
@@ -229,8 +258,7 @@ def verdict(record: dict) -> Figure:
     axes.xaxis.set_major_formatter("{x:g} x")
     axes.set(xlabel="tokens per second of this handler, int8, divided by theirs")
     axes.set_title("Left of the line they are faster, right of it this handler is")
-    axes.invert_yaxis()
-    axes.grid(axis="x")
+    _dots_in_rows(axes)
     axes.legend(fontsize=8, frameon=True, framealpha=1, edgecolor="white")
     return made
 
@@ -240,7 +268,7 @@ def roofline(record: dict) -> Figure:
     figures = record["figures"]
     ceilings = figures["machine"]
     made, axes = figure(width=6.0, height=3.2)
-    x = [2 ** (i / 8) for i in range(-8, 81)]  # 0.5 to 1024
+    x = [2 ** (i / 8) for i in range(-8, 89)]  # 0.5 to 2048
     for peak, colour, label in (
         ("int8_flops", BLACK, "8-bit products"),
         ("float32_flops", GREY, "float32 products"),
@@ -252,14 +280,14 @@ def roofline(record: dict) -> Figure:
         place, reached = row["flop_per_byte"], row["flops"] / 1e9
         axes.vlines(place, reached, row["roof"] / 1e9, color=colour, linestyle=":", linewidth=1)
         axes.plot(place, reached, "o", color=colour, markersize=6)
-        at = {"xytext": (7, -8 if colour == ORANGE else 7), "textcoords": "offset points"}
+        at = {"xytext": (7, -8 if colour == ORANGE else 0), "textcoords": "offset points"}
         at |= {"fontsize": 8, "va": "center"}
         axes.annotate(_point_name(name), (place, reached), **at)
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="operations per byte read from memory")
     axes.set(ylabel="billion operations a second", title="The roofline, and the engine below it")
     lowest = min(row["flops"] for row in figures["points"].values())
-    axes.set(xlim=(0.5, 1024), ylim=(lowest / 2e9, 2e-9 * ceilings["int8_flops"]))
+    axes.set(xlim=(0.5, 2048), ylim=(lowest / 2e9, 2e-9 * ceilings["int8_flops"]))
     _plain_ticks(axes, [1, 4, 16, 64, 256, 1024], [10, 30, 100, 300, 1000])
     axes.legend(fontsize=8, loc="lower right")
     return made

@@ -9,10 +9,16 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.plots import NAMES, spaced
 from benchmarks.record import RESULTS
 from deploy.paths import ROOT
 
 DOCUMENTS = ("LOG.md", "README.md")
+
+
+def singular(name: str) -> str:
+    """`1 clients`, as result files name it, is one client."""
+    return re.sub(r"\b1 (client|sequence)s\b", r"1 \1", name)
 
 
 def engine_batching(record: dict) -> str:
@@ -21,8 +27,8 @@ def engine_batching(record: dict) -> str:
     for case, systems in record["figures"].items():
         rate = {name: s["tokens_per_second"]["median"] for name, s in systems.items()}
         ratios = [f"{rate['ours'] / rate[name]:.2f}" for name in ("generate", "continuous")]
-        row = [case, *(f"{rate[name]:.0f}" for name in ("ours", "generate", "continuous"))]
-        lines.append(f"| {' | '.join(row)} | {' and '.join(ratios)} |")
+        row = [f"{rate[name]:.0f}" for name in ("ours", "generate", "continuous")]
+        lines.append(f"| {singular(case)} | {' | '.join(row)} | {' and '.join(ratios)} |")
     return "\n".join(lines)
 
 
@@ -30,17 +36,20 @@ def serving(record: dict) -> str:
     """Everybody beside `ours int8`: the median over the rounds of the ratio within a round."""
     figures = record["figures"]
     quantities = [f"tokens_per_second {n}" for n in (1, 8, 32)] + ["first_token_seconds 8"]
-    head = "tokens per second, 1 client", "8", "32", "time to first token, 8 streams"
-    lines = [f"| | {' | '.join(head)} | memory | start |", "|---" * 7 + "|"]
+    head = "tokens per second, 1 client", "8 clients", "32 clients"
+    head += "time to first token, 8 clients", "memory", "start"
+    lines = [f"| | {' | '.join(head)} |", "|---" * 7 + "|"]
     for name, system in figures.items():
         if why := system.get("not measured"):
-            lines.append(f"| {name} | not measured: {why} | | | | | |")
+            lines.append(f"| {NAMES[name]} | not measured: {why} | | | | | |")
             continue
         cells = [ratio(figures, name, "ours int8", quantity) for quantity in quantities]
+        if name == "ours int8":
+            cells = ["1"] * len(quantities)  # all are divided by it
         memory, start = system.get("memory_mb"), system.get("start_seconds")
         cells.append(f"{memory['median'] / 1000:.1f} GB" if memory else "")
         cells.append(f"{start['median']:.0f} s" if memory else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -49,24 +58,24 @@ def http(record: dict) -> str:
     lines = ["| | through HTTP / engine alone, tokens per second |", "|---|---|"]
     for clients, pairs in record["figures"].items():
         spread = f"({pairs['min']:.2f} to {pairs['max']:.2f}, {pairs['rounds']} pairs)"
-        lines.append(f"| {clients} | **{pairs['median']:.2f}** {spread} |")
+        lines.append(f"| {singular(clients)} | **{pairs['median']:.2f}** {spread} |")
     return "\n".join(lines)
 
 
 TARGETS = (
-    ("through HTTP against the engine alone", "ours int8", "direct int8", (0.95, 0.95, 0.95)),
-    ("the same, int4", "ours int4", "direct int4", (0.95, 0.95, 0.95)),
-    ("against the original's way", "ours int8", "seed", (5, 24, None)),
-    ("against vLLM", "ours int8", "vllm", (2.0, 1.5, 1.25)),
-    ("against llama.cpp, 8 bits", "ours int8", "llama.cpp Q8_0", (1.0, 1.3, 1.6)),
-    ("against llama.cpp, 4 bits", "ours int4", "llama.cpp Q4_0", (1.0, 1.3, 1.6)),
+    ("int8 through HTTP against the engine alone", "ours int8", "direct int8", (0.95, 0.95, 0.95)),
+    ("int4 through HTTP against the engine alone", "ours int4", "direct int4", (0.95, 0.95, 0.95)),
+    ("int8 against the original's way", "ours int8", "seed", (5, 24, None)),
+    ("int8 against vLLM", "ours int8", "vllm", (2.0, 1.5, 1.25)),
+    ("int8 against llama.cpp, 8 bits", "ours int8", "llama.cpp Q8_0", (1.0, 1.3, 1.6)),
+    ("int4 against llama.cpp, 4 bits", "ours int4", "llama.cpp Q4_0", (1.0, 1.3, 1.6)),
 )
 """What was to be reached at 1, 8 and 32 clients, in tokens per second."""
 
 
 def targets(record: dict) -> str:
     """Ratios reached, and the ones aimed at."""
-    lines = ["| tokens per second | 1 client | 8 | 32 |", "|---|---|---|---|"]
+    lines = ["| tokens per second | 1 client | 8 clients | 32 clients |", "|---|---|---|---|"]
     for what, ours, other, aims in TARGETS:
         cells = []
         for clients, aim in zip((1, 8, 32), aims, strict=True):
@@ -91,9 +100,11 @@ def quality(record: dict) -> str:
     """Perplexity and agreement of each precision."""
     rows = record["figures"]["rows"]
     base = next(iter(rows.values()))["perplexity"]
-    lines = ["| | perplexity | | same choice | same words |", "|---|---|---|---|---|"]
+    head = "perplexity", "against float32", "same choice", "same tokens"
+    lines = [f"| | {' | '.join(head)} |", "|---" * 5 + "|"]
     for name, row in rows.items():
-        more = f"{100 * (row['perplexity'] / base - 1):+.2f} %"
+        change = round(100 * (row["perplexity"] / base - 1), 2)
+        more = f"{change:+.2f} %" if change else "0.00 %"  # nothing has no sign
         same = f"{100 * row['same_choice']:.1f} % | {row['same_words']:.0f} of 64"
         lines.append(f"| {name} | {row['perplexity']:.2f} | {more} | {same} |")
     return "\n".join(lines)
@@ -132,7 +143,8 @@ def roofline(record: dict) -> str:
 
 def startup(record: dict) -> str:
     """Start of the server beside the load of its engine, and memory."""
-    head = "engine alone", "server READY", "ratio", "memory, loaded", "after 32 clients"
+    ratios = "READY to engine, median of the rounds' ratios"
+    head = "engine alone", "server READY", ratios, "memory, loaded", "after 32 clients"
     lines = [f"| | {' | '.join(head)} |", "|---" * 6 + "|"]
     for name, row in record["figures"].items():
         middle = {quantity: found["median"] for quantity, found in row.items()}
@@ -145,7 +157,7 @@ def startup(record: dict) -> str:
 
 def offload(record: dict) -> str:
     """The dolly-v2-3b shape under a RAM budget: speed, its limit, memory."""
-    head = "on disk", "tokens per second", "the disk allows", "of that", "peak memory"
+    head = "on disk", "tokens per second", "the disk allows", "share of it", "peak memory"
     lines = [f"| RAM for weights | {' | '.join(head)} |", "|---" * 6 + "|"]
     for name, row in record["figures"].items():
         rate = row["tokens_per_second"]
@@ -157,7 +169,8 @@ def offload(record: dict) -> str:
             cells += [f"{limit['median']:.2f}", f"{statistics.median(shares):.2f}"]
         else:
             cells += ["", ""]
-        lines.append(f"| {name} | {' | '.join(cells)} | {row['peak_memory_gb']['median']:.1f} GB |")
+        cells += [f"{row['peak_memory_gb']['median']:.1f} GB"]
+        lines.append(f"| {spaced(name)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,11 @@
 """What the settings alone say of a deployment: no network, no credentials, no SDK."""
 
+import textwrap
+
 from deploy.vertex_config import Settings
+
+WIDTH = 90
+"""Of the plan's lines, as far as names allow: a notebook and a terminal show it without a break."""
 
 QUOTA_NAMES = {
     accelerator: f"custom_model_serving_nvidia_{short}_gpus"
@@ -33,26 +38,25 @@ def plan(settings: Settings, app: str) -> str:
     if settings.accelerator_type:
         machine += f" with {settings.accelerator_count} x {settings.accelerator_type}"
         quota = QUOTA_NAMES[settings.accelerator_type]
-    artifacts = [("artifacts", settings.artifact_uri, "its bucket's", "storage, likewise")]
+    artifacts = [("artifacts", settings.artifact_uri, "storage, likewise, in its bucket's region")]
     rows = [
-        ("image", settings.image_uri(app, "TAG"), region, "storage, by the gigabyte and month"),
+        ("image", settings.image_uri(app, "TAG"), "storage, by the gigabyte and month"),
         *(artifacts if settings.artifact_uri else []),
-        ("model", settings.model_name(app), region, "nothing"),
-        ("endpoint", settings.endpoint_name(app), region, "nothing by itself"),
-        ("replicas", machine, region, hourly(settings)),
-        ("logs", "stdout and stderr of the replicas", region, "by volume, above a free allowance"),
+        ("model", settings.model_name(app), "nothing"),
+        ("endpoint", settings.endpoint_name(app), "nothing by itself"),
+        ("replicas", machine, hourly(settings)),
+        ("logs", "stdout and stderr of the replicas", "by volume, above a free allowance"),
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = [f"{'region':11}{region}"]
+    wrap = textwrap.TextWrapper(WIDTH, " " * 11, " " * 11, break_on_hyphens=False)
+    for name, what, cost in rows:
+        lines += [f"{name:11}{what}", *wrap.wrap(f"cost: {cost}")]
     labels = ", ".join(f"{key}={value}" for key, value in settings.labels_for(app).items())
     lines += [
         *notes,
         f"labels: {labels}",
-        f"quota to check: aiplatform.googleapis.com/{quota} in {region}, at "
-        "https://console.cloud.google.com/iam-admin/quotas",
+        f"quota to check: aiplatform.googleapis.com/{quota} in {region},",
+        "  at https://console.cloud.google.com/iam-admin/quotas",
         "replicas bill from deploy until undeploy or cleanup, also when nobody asks",
     ]
     return "\n".join(lines)
@@ -67,7 +71,9 @@ def hourly(settings: Settings) -> str:
     least, most = (f"${each * n:.2f}" for n in (settings.min_replicas, settings.max_replicas))
     state = "verified" if prices.verified else "unverified"
     spot = ", before the discount for spot" if settings.spot else ""
-    return f"{least} to {most} per hour ({prices.region}, {prices.date}, {state}{spot})"
+    away = f"; {settings.region} may differ" if settings.region != prices.region else ""
+    source = f"{prices.region} on {prices.date}, {state}{away}{spot}"
+    return f"{least} to {most} per hour ({source})"
 
 
 def how_to_read_logs(settings: Settings, app: str) -> str:

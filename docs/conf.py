@@ -50,6 +50,7 @@ html_theme_options = {
     "use_download_button": False,
     "navbar_persistent": [],
     "footer_content_items": [],
+    "show_prev_next": False,  # chapters end with links of their own
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
@@ -59,6 +60,7 @@ if REPOSITORY:
 # installed without following dependencies. Neither service can be told all of that.
 
 copybutton_prompt_text = "$ "
+copybutton_line_continuation_character = "\\"
 copybutton_selector = "div.highlight:not(.output *) pre"
 
 
@@ -72,6 +74,21 @@ def alt_texts(app: Sphinx, page: nodes.document) -> None:
             image["alt"] = alts[Path(image["uri"]).stem]
 
 
+def scrolling_figures(app: Sphinx, page: nodes.document) -> None:
+    """Put each figure into a box: on a phone it keeps its size, and the box scrolls sideways.
+
+    The theme's script gives boxes of that class a place in the order of the Tab key.
+    """
+    for image in list(page.findall(nodes.image)):
+        alone = isinstance(image.parent, nodes.paragraph) and len(image.parent) == 1
+        shown = image.parent if alone else image
+        if "chapter" not in shown.parent.get("classes", []):  # a card of the front page
+            box = nodes.container(classes=["figure-box", "pst-scrollable-table-container"])
+            shown.replace_self(box)
+            box += image
+
+
 def setup(app: Sphinx) -> None:
     """Sphinx calls this."""
     app.connect("doctree-read", alt_texts)
+    app.connect("doctree-read", scrolling_figures)

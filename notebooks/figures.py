@@ -10,7 +10,19 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks.load import Report
-from benchmarks.plots import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, figure
+from benchmarks.plots import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    figure,
+    heading,
+    in_rows,
+)
 from deploy.capacity import Plan
 
 PARTS = {"embeddings": ORANGE, "attention": BLUE, "MLP": GREEN}
@@ -33,7 +45,8 @@ def parts(models: dict[str, dict[str, int]]) -> Figure:
             list(values), list(values.values()), left=list(left.values()), color=colour, label=part
         )
         left = {title: left[title] + values[title] for title in left}
-    share.set(xlabel="% of the parameters", title="Where the parameters are")
+    share.set(xlabel="% of the parameters", title="Where the parameters are", xlim=(0, 100))
+    in_rows(share)
     looks = ((BLACK, "o"), (GREY, "s"), (PURPLE, "^"), (SKY, "D"))
     for (dtype, size), (colour, marker) in zip(BYTES.items(), looks, strict=True):
         gigabytes = [size * total / 1e9 for total in totals.values()]
@@ -118,9 +131,8 @@ def waiting(ways: dict[str, dict[str, tuple[float, float]]]) -> Figure:
     for axes, colour, (title, times) in zip(columns, (ORANGE, BLUE), ways.items(), strict=True):
         for name, (sent, answered) in times.items():
             axes.barh(name, answered - sent, left=sent, color=colour)
-        axes.set(title=title, xlabel="seconds", xlim=(0, 1.05 * latest))
-        axes.invert_yaxis()
-        axes.grid(axis="x")
+        axes.set(title=heading(title), xlabel="seconds", xlim=(0, 1.05 * latest))
+        in_rows(axes)
     return made
 
 
@@ -129,8 +141,7 @@ def bars(values: dict[str, float], xlabel: str, title: str) -> Figure:
     made, axes = figure(width=5, height=0.7 + 0.35 * len(values))
     axes.barh(list(values), list(values.values()), color=(GREY, BLUE, SKY, GREEN)[: len(values)])
     axes.set(xlabel=xlabel, title=title)
-    axes.invert_yaxis()
-    axes.grid(axis="x")
+    in_rows(axes)
     return made
 
 
@@ -139,9 +150,8 @@ def columns(rows: Sequence[dict], name: str, quantities: Sequence[str]) -> Figur
     made, *panels = figure(len(quantities), width=7.2, height=1.9)
     for axes, quantity, colour in zip(panels, quantities, (ORANGE, BLUE, GREY), strict=False):
         axes.barh([row[name] for row in rows], [row[quantity] for row in rows], color=colour)
-        axes.set(title=quantity)
-        axes.invert_yaxis()
-        axes.grid(axis="x")
+        axes.set(title=heading(quantity))
+        in_rows(axes)
         if axes is not panels[0]:
             axes.set_yticks([])
     return made
@@ -154,8 +164,7 @@ def readiness(healthy: float, ready: float) -> Figure:
     axes.barh("/ping says Healthy", end - healthy, left=healthy, color=ORANGE)
     axes.barh("a worker is READY", end - ready, left=ready, color=GREEN)
     axes.set(xlabel="seconds since the start", xlim=(0, end))
-    axes.invert_yaxis()
-    axes.grid(axis="x")
+    in_rows(axes)
     return made
 
 
@@ -245,9 +254,7 @@ def image_sizes(official: dict[str, float], ours: dict[str, dict[str, int]]) -> 
         )
         left = {name: left[name] + sizes[name] for name in left}
     axes.set(xlabel="GB")
-    axes.invert_yaxis()
-    axes.grid(axis="x")
-    axes.grid(axis="y", visible=False)
+    in_rows(axes)
     axes.legend(loc="lower right", ncol=2, fontsize=8)
     return made
 
@@ -301,16 +308,19 @@ def shares(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
             list(values), list(values.values()), left=list(left.values()), color=colour, label=part
         )
         left = {name: left[name] + values[name] for name in rows}
-    axes.set(xlabel=xlabel)
-    axes.invert_yaxis()
-    axes.grid(axis="x")
-    axes.grid(axis="y", visible=False)
+    axes.set(xlabel=xlabel, xlim=(0, 100))
+    in_rows(axes)
     made.legend(loc="outside upper center", ncol=4, fontsize=8)
     return made
 
 
-def capacity(plans: dict[float, Plan], price: str) -> Figure:
-    """Replicas, and what a million tokens costs. `plans`: requests per minute -> its plan."""
+def capacity(plans: dict[float, Plan], unit: str) -> Figure:
+    """Replicas, and what a million tokens costs.
+
+    Args:
+        plans: requests per minute -> its plan.
+        unit: of that cost; some 20 letters fit.
+    """
     made, replicas, cost = figure(2, width=6.4, height=2.3)
     traffic = list(plans)
     replicas.step(traffic, [p.replicas for p in plans.values()], where="post", color=BLUE)
@@ -318,7 +328,7 @@ def capacity(plans: dict[float, Plan], price: str) -> Figure:
     replicas.set_ylim(bottom=0)
     replicas.yaxis.set_major_locator(MaxNLocator(integer=True))
     cost.plot(traffic, [p.per_million_tokens for p in plans.values()], color=ORANGE)
-    cost.set(yscale="log", ylabel=price, title="A million completion tokens")
+    cost.set(yscale="log", ylabel=unit, title="A million completion tokens")
     cost.yaxis.set_major_formatter("{x:g}")
     for axes in (replicas, cost):
         axes.set(xlabel="requests per minute", xlim=(0, None))

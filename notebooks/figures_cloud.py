@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY, figure
+from benchmarks.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY, figure, in_rows
 from deploy.scaling import State
 from deploy.vertex_steps import Span
 
@@ -14,15 +14,16 @@ def timeline(spans: Sequence[Span]) -> Figure:
     whole = [span for span in spans if not span.stage]
     stages = [span for span in spans if span.stage]
     names = [*(span.step for span in whole), *(f"  {_words(span.stage)}" for span in stages)]
-    made, axes = figure(width=7.2, height=0.8 + 0.28 * len(names))
+    made, axes = figure(width=7.2, height=1.0 + 0.28 * len(names))
     for row, span in enumerate([*whole, *stages]):
         colour = SKY if span.stage else BLUE
         axes.barh(row, max(span.ended - span.began, 0.05), left=span.began, color=colour)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xlabel="seconds since the first call")
-    axes.invert_yaxis()
-    axes.grid(axis="x")
-    axes.grid(axis="y", visible=False)
+    in_rows(axes)
+    for colour, label in ((BLUE, "a call"), (SKY, "a stage of the deployment")):
+        axes.barh(0, 0, color=colour, label=label)
+    made.legend(loc="outside upper center", ncol=2, fontsize=8)
     return made
 
 
@@ -39,12 +40,14 @@ def autoscaling(states: Sequence[State]) -> Figure:
     serving = [state.replicas for state in states]
     count.step(minutes, serving, where="post", color=BLUE, label="serving")
     count.step(minutes, [s.load for s in states], where="post", color=ORANGE, label="load")
-    count.set(xlabel="minutes", ylabel="replicas", title="Replicas follow the load", ylim=(0, None))
+    count.set(xlabel="minutes", ylabel="replicas", title="Replicas follow the load")
     count.legend(fontsize=8)
     percent = [min(state.utilization, 250) for state in states]
-    use.step(minutes, percent, where="post", color=GREEN)
+    use.step(minutes, percent, where="post", color=GREEN, label="used")
     use.axhline(60, color=GREY, linestyle=":", label="target")
     use.axhline(100, color=RED, linestyle="--", label="all they can do")
-    use.set(xlabel="minutes", ylabel="%", title="How busy they are", ylim=(0, None))
+    use.set(xlabel="minutes", ylabel="%", title="How busy they are")
     use.legend(fontsize=8)
+    for axes in (count, use):
+        axes.set_ylim(0, 1.1 * max(max(line.get_ydata()) for line in axes.lines))
     return made

@@ -8,8 +8,9 @@ from threading import Thread
 import pytest
 from aiohttp import web
 
-from benchmarks import quality, roofline
+from benchmarks import quality, roofline, tables
 from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
+from benchmarks.plots import NAMES
 from benchmarks.systems import SYSTEMS
 
 LENGTH = 5
@@ -170,6 +171,25 @@ def test_quality_measures(smollm2):
     exact, small = found["float32"][0], found["int8"][0]
     assert 5 < exact < 60, "a language model, not noise"
     assert exact != small and abs(small / exact - 1) < 0.04, "less text, more spread than 1 %"
+
+
+def test_every_system_has_a_name_in_words():
+    """Figures, tables and chapter 7 say the same; `seed` and `direct` are for result files."""
+    assert NAMES.keys() == SYSTEMS.keys()
+    assert len(set(NAMES.values())) == len(NAMES)
+
+
+def test_tables_count_one_client_as_one():
+    assert tables.singular("float32, 1 sequences") == "float32, 1 sequence"
+    assert tables.singular("1 clients") == "1 client"
+    assert tables.singular("21 clients") == "21 clients"
+
+
+def test_a_table_gives_no_sign_to_nothing():
+    row = {"same_choice": 1, "same_words": 64}
+    rows = {name: row | {"perplexity": p} for name, p in (("a", 18.01), ("b", 18.0099999))}
+    text = tables.quality({"figures": {"rows": rows}})
+    assert text.count("| 0.00 % |") == 2
 
 
 def test_shared_tokens():

@@ -1,5 +1,6 @@
 """The settings and the plan: no network, no credentials, no SDK."""
 
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import yaml
 from deploy import vertex as commands
 from deploy.paths import ROOT, UserError
 from deploy.vertex_config import CONFIG, load_settings
+from deploy.vertex_plan import WIDTH
 
 APP = "smollm2-135m"
 
@@ -94,7 +96,9 @@ def test_a_label_of_ours_cannot_be_replaced():
 def test_the_plan_names_everything_and_says_how_well_the_price_is_known():
     settings = load_settings(project="a-project", min_replicas=2, max_replicas=4)
     text = commands.plan(settings, APP)
+    assert max(map(len, text.splitlines())) <= WIDTH
     for part in (
+        "region     europe-west4",
         settings.endpoint_name(APP),
         settings.model_name(APP),
         "europe-west4-docker.pkg.dev/a-project/serving/smollm2-135m",
@@ -108,9 +112,23 @@ def test_the_plan_names_everything_and_says_how_well_the_price_is_known():
     assert f"${2 * price:.2f} to ${4 * price:.2f} per hour" in text
 
 
+def test_a_price_says_whose_it_is():
+    """The list has one region's prices; a deployment may be in another."""
+    away = commands.hourly(load_settings(region="europe-west4"))
+    assert "(us-central1 on " in away and away.endswith("; europe-west4 may differ)")
+    at_home = commands.hourly(load_settings(region="us-central1", spot=True))
+    assert "differ" not in at_home and at_home.endswith("discount for spot)")
+
+
+def test_each_resource_has_its_cost_below():
+    text = commands.plan(load_settings(), APP)
+    for name in ("image", "model", "endpoint", "replicas", "logs"):
+        assert re.search(rf"^{name} .*\n +cost: ", text, re.MULTILINE), name
+
+
 def test_the_plan_names_what_is_in_cloud_storage():
     assert "artifacts" not in commands.plan(load_settings(), APP)
-    assert "gs://bucket/b " in commands.plan(load_settings(artifact_uri="gs://bucket/b"), APP)
+    assert "gs://bucket/b\n" in commands.plan(load_settings(artifact_uri="gs://bucket/b"), APP)
 
 
 def test_a_price_that_is_not_known_is_not_made_up():
