@@ -29,7 +29,7 @@ ENTRY = re.compile(
 )
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#]+)((?:#[^)]*)?)\)")
 CONSOLE = re.compile(r"^```console\n\$ ([^$].*?)^```$", re.MULTILINE | re.DOTALL)
-BACK = "Back to the [README](../README.md)"
+BACK = "Back to the [README](../README.md)", "Back to the [README](../index.md)"
 PICTURES = {".png", ".svg"}
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".properties": "properties"}
 
@@ -39,7 +39,7 @@ def stage(folder: Path) -> None:
 
     Raises:
         UserError: the README's list of chapters is not as `entries` wants it, a figure is missing
-            or not the notebook's, or has no alt text.
+            or not the notebook's, or has no alt text, or a notebook has another kind of picture.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -158,14 +158,24 @@ def figures(notebook: nbformat.NotebookNode) -> Iterator[tuple[bytes, str]]:
 def _write_notebook(path: Path, folder: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     for cell in notebook.cells:
+        _refuse_other_pictures(cell, path)
         if cell.cell_type == "markdown":
-            text = cell.source.replace(
-                BACK, BACK.replace("README.md", "index.md")
-            )  # the front page
-            cell.source = _links(text, PurePosixPath("notebooks"), folder)
+            cell.source = _links(cell.source, PurePosixPath("notebooks"), folder)
+            cell.source = cell.source.replace(*BACK)
     target = folder / "notebooks" / path.name
     target.parent.mkdir(exist_ok=True)
     nbformat.write(notebook, target)
+
+
+def _refuse_other_pictures(cell: nbformat.NotebookNode, path: Path) -> None:
+    """A chapter's pictures are PNGs in outputs: those have the alt texts that conf.py wants."""
+    kinds = {kind for output in cell.get("outputs", []) for kind in output.get("data", {})}
+    other = sorted(kind for kind in kinds if kind.startswith("image/") and kind != "image/png")
+    text = re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.DOTALL)
+    if cell.cell_type == "markdown" and (found := re.search(r"!\[.*|<(img|svg)\b.*", text)):
+        other.append(found[0])
+    if other:
+        raise UserError(f"{path.name}: a picture that `show` did not store: {other[0]}")
 
 
 def _write(folder: Path, name: str, text: str) -> None:

@@ -60,7 +60,7 @@ def prose(text: str) -> str:
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r'<img[^>]*alt="([^"]*)"[^>]*>', r"\1", text)
     text = re.sub(r"\]\([^)]*\)", "]", text)
-    text = unescape(re.sub(r"<!--.*?-->|</?[a-z][^>]*>", "", text, flags=re.DOTALL))
+    text = unescape(re.sub(r"<!--.*?-->|</?[a-z][^<>\n]*>", "", text, flags=re.DOTALL))
     return re.sub(r"[*`\[\]]|(?<!\w)_|_(?!\w)", "", text)
 
 
@@ -111,7 +111,9 @@ def written(path: Path) -> str:
                 for o in cell.outputs
                 if "metadata" in o
             ]
-    return "\n\n".join(texts)
+    text = "\n\n".join(texts)
+    assert "<!-- table:" not in text, f"{path.name}: tables are made in README.md and LOG.md only"
+    return text
 
 
 def captions(code: str) -> Iterator[str]:

@@ -7,17 +7,15 @@ import re
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import unquote, urldefrag
 
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
-from docutils import nodes
 from markdown_it import MarkdownIt
 
 from deploy.paths import ROOT, UserError
-from docs import conf, stage
+from docs import stage
 from docs.build import build
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
@@ -376,10 +374,16 @@ def test_a_figure_without_alt_text_is_refused():
         list(stage.figures(notebook))
 
 
-def test_another_picture_in_a_chapter_is_refused():
+@pytest.mark.parametrize("planted", ["![a plot](plot.png)", "image/svg+xml"])
+def test_another_picture_in_a_chapter_is_refused(tmp_path, planted):
     """Of Markdown or in SVG: it has no alt text that `show` stored."""
-    page = nodes.document(None, None)
-    page += nodes.image(uri="plot.svg")
-    env = SimpleNamespace(docname="", doc2path=lambda name: NOTEBOOKS[0])
-    with pytest.raises(UserError, match=r"01_load_models.ipynb: plot.svg is no PNG of an output"):
-        conf.alt_texts(SimpleNamespace(env=env), page)
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    if planted.startswith("!"):
+        notebook.cells[0].source += f"\n\n{planted}"
+    else:
+        output = nbformat.v4.new_output("display_data", {planted: "<svg/>"})
+        next(cell for cell in notebook.cells if cell.cell_type == "code").outputs.append(output)
+    path = tmp_path / NOTEBOOKS[0].name
+    nbformat.write(notebook, path)
+    with pytest.raises(UserError, match=re.escape(f"{path.name}: a picture that `show` did not")):
+        stage._write_notebook(path, tmp_path)
