@@ -1,182 +1,239 @@
-"""Every measured-looking number in the documents' prose is in a result file, or declared here.
+"""Every number of the documents' prose that looks measured is declared in `numbers.py`.
 
-Left out: tables that are made from result files (`tests/unit/test_repository.py` compares those),
+A declaration is a piece of a sentence. Its numbers are put in from a result file, or it says that
+nobody can do that: another's figure, read by hand, asked for. A new or changed number is in no
+declared piece, and fails here.
+
+Left out: tables made from result files (`tests/unit/test_repository.py` compares those), blocks of
 code and what programs print (`tests/served/test_readme.py` runs it), outputs of chapters (nbval).
 """
 
-import json
+import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from html import unescape
+from pathlib import Path
 
 import pytest
 
-from benchmarks.record import RESULTS
-from benchmarks.tables import SOURCES, TABLES
+from benchmarks.tables import TABLES
 from deploy.paths import ROOT
-from tests.notebooks.test_policy import CHAPTERS, NOTEBOOKS, read
+from tests.notebooks import numbers
+from tests.notebooks.test_policy import NOTEBOOKS, read
 
-UNITS = {
-    "s": "seconds",
-    "seconds": "seconds",
-    "ms": "milliseconds",
-    "minutes": "minutes",
-    "kB": "kilobytes",
-    "MB": "megabytes",
-    "GB": "gigabytes",
-    "KiB": "kibibytes",
-    "MiB": "mebibytes",
-    "GiB": "gibibytes",
-    "tokens/s": "rate",
-    "tokens a second": "rate",
-    "tokens per second": "rate",
-    "%": "per cent",
-    "x": "ratio",
-    "×": "ratio",
-    "times": "ratio",
-}
-NUMBER = re.compile(
-    r"(?<![\w.,-])(\d[\d,]*(?:\.\d+)?)\s*(" + "|".join(sorted(UNITS, key=len)[::-1]) + r")(?!\w)"
+DOCUMENTS = {path.name: path for path in (ROOT / "README.md", ROOT / "LOG.md", *NOTEBOOKS)}
+ONES = r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:\w+)teen"
+TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|dozen|hundred|thousand|million"
+WORD = rf"\b(?:{ONES}|{TENS})\b"
+MORE = rf"(?:\d(?:[\d,]*\d)?(?:\.\d+)?|{WORD})"
+COUNT = rf"(?<![\w.,=])(?<!\w-){MORE}"
+AND = r"\s*(?:-|–|/|,|\bto\b|\band\b|\bor\b|\bof\b)\s*"
+TIME = "s|sec|second|min|minute|h|hour|day|token"
+UNIT = (
+    r"(?:[mµun]?s|m?secs?|min|h|(?:milli|micro)?seconds?|minutes?|hours?|days?"
+    r"|[kKMGT]i?B|(?:kilo|mega|giga|tera)?bytes?|%|per\s?cent|x|×|times"
+    rf"|\w+/(?:{TIME})|(?:\w+\s+)?(?:\w+s|[kMG]i?B)\s+(?:in\s+)?(?:per|an?|one|each|every)\s+(?:{TIME})"
+    r")(?!\w)"
 )
-
-DECLARED = {
-    "1 GiB": ("handler/apps/defaults.yaml", "cache_gb: 1 "),
-    "3 GiB": ("notebooks/01_solutions.ipynb", "3GiB"),
-    "15 seconds": ("deploy/scaling.py", "TICK_SECONDS = 15"),
-    "60 %": ("deploy/scaling.py", "TARGET_PERCENT = 60"),
-    "10 MB": ("docker/config.properties", "max_request_size=10485760"),
-    "300 kB": ("handler/apps/defaults.yaml", "max_body_bytes: 300000"),
-    "5.7 GB": ("handler/apps/dolly-v2-3b.yaml", "gigabytes: 5.7"),
-    "0.5 GB": ("handler/apps/gpt2.yaml", "gigabytes: 0.5"),
-    "2.4 GB": ("notebooks/05_build_the_container.ipynb", "TorchServe's for CPUs\\\": 2.4e9"),
-    "5.9 GB": ("notebooks/05_build_the_container.ipynb", "TorchServe's for GPUs\\\": 5.9e9"),
-}
-"""Settings and other people's figures: what prose may say -> the file that has it, and the text."""
-
-ASKED_FOR = {
-    "2 GB": ("startup", "transformers", "served_mb"),
-    "3 GB": ("startup", "transformers", "served_mb"),
-    "4 GB": ("serving", "ours int8", "memory_mb"),
-    "5 GB": ("image", "cpu", "bytes_without_weights"),
-    "6 GB": ("image", "cpu", "bytes_without_weights"),
-    "20 GB": ("large", "exports", "openvino int8", "peak_memory_gb"),
-}
-"""Memory and disk that readers are asked to have: more than what this was measured to take."""
+PART = "third|quarter|fifth|sixth|seventh|eighth|ninth|tenth|twentieth|thirtieth|hundredth"
+CLAIMS = [
+    rf"{COUNT}(?:{AND}{MORE})*[\s-]*{UNIT}",
+    rf"{COUNT}(?:{AND}{MORE})*-?fold\b|\b(?:{ONES}|{TENS})-?fold\b",
+    rf"factors?\s+(?:of\s+)?{COUNT}",
+    r"\b(?:twice|thrice|half|halves|halved|(?:doubl|tripl)(?:e[sd]?|ing))\b",
+    rf"\b(?:an?|{ONES})[\s-]+(?:{PART})s?\b",
+    r"(?<![\w.,=/-])\d+\.\d+(?![\w.]*\.?\d)",
+    r"(?<=\|)\s*(?:about|some|over|under|[~≈<>±+])?\s*\d[^|\n]*(?=\|)",
+]
+"""Numbers and number words with a unit; ratios and parts; a bare 0.71; a number alone in a cell."""
+VERSION = r"\b(?:Python|torch|transformers|TorchServe|CUDA|Docker|engine|Netty|From) \d+(?:\.\d+)+"
 
 
 def prose(text: str) -> str:
-    """Without tables that are made, and without code."""
-    text = re.sub(r"<!-- table: .*?<!-- end of table -->", "", text, flags=re.DOTALL)
-    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    """Without tables that are made, blocks of code, marks and addresses. Lines are kept."""
+
+    def table(match: re.Match) -> str:
+        assert match[1] in TABLES, f"no table `{match[1]}` is made: nobody compares its numbers"
+        return ""
+
+    text = re.sub(r"<!-- table: (.*?) -->.*?<!-- end of table -->", table, text, flags=re.DOTALL)
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r'<img[^>]*alt="([^"]*)"[^>]*>', r"\1", text)
+    text = re.sub(r"\]\([^)]*\)", "]", text)
+    text = unescape(re.sub(r"<!--.*?-->|</?[a-z][^<>\n]*>", "", text, flags=re.DOTALL))
+    return re.sub(r"[*`\[\]]|(?<!\w)_|_(?!\w)", "", text)
 
 
-def leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Every number of a record with its path; of repeated measurements the median and the ends."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            if key not in {"rounds", "values"}:
-                yield from leaves(part, (*path, key))
-    elif isinstance(value, int | float):
-        yield path, value
+def declared(document: str) -> Iterator[str]:
+    """Pieces of sentences that a document has, with the numbers of the result files in them."""
+    for piece, values in numbers.MEASURED.get(document, {}).items():
+        yield piece.format(*values)
+    for kind in numbers.HOLDS, numbers.ELSEWHERE, numbers.BY_HAND, numbers.MANNER:
+        yield from kind.get(document, ())
 
 
-def in_units(path: tuple[str, ...], value: float) -> Iterator[tuple[str, float]]:
-    """A measured number in the units that prose may give it in. Its name says its own."""
-    name = " ".join(path)
-    scale = {"kilobytes": 1e3, "megabytes": 1e6, "gigabytes": 1e9}
-    scale |= {"kibibytes": 2**10, "mebibytes": 2**20, "gibibytes": 2**30}
-    size = next((s for sign, s in (("_mb", 1e6), ("_gb", 1e9), ("bytes", 1)) if sign in name), 0)
-    if "tokens_per_second" in name:
-        yield "rate", value
-    elif size and "per_second" not in name:
-        yield from ((unit, value * size / s) for unit, s in scale.items())
-    elif "seconds" in name:
-        yield from (("seconds", value), ("milliseconds", 1000 * value), ("minutes", value / 60))
-    else:
-        yield from (("ratio", value), ("per cent", 100 * value))
+def spans(piece: str, text: str) -> list[tuple[int, int]]:
+    """Where a piece stands, however its lines are broken."""
+    words = r"\s+".join(map(re.escape, piece.split()))
+    return [match.span() for match in re.finditer(rf"(?<![\w.]){words}(?!\w|\.\d)", text)]
 
 
-def measured() -> dict[str, list[float]]:
-    """Unit -> all values in result files, and in the tables that are made from them."""
-    found: dict[str, list[float]] = {unit: [] for unit in UNITS.values()}
-    records = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
-    for record in records.values():
-        for path, value in leaves(record["figures"]):
-            for unit, scaled in in_units(path, value):
-                found[unit].append(scaled)
-    for name, render in TABLES.items():
-        cells = render(records[SOURCES.get(name, name)])
-        found["ratio"] += [float(n) for n in re.findall(r"\*\*(\d+\.\d+)\*\*", cells)]
-        found["per cent"] += [float(n) for n in re.findall(r"(\d+\.\d+) %", cells)]
-    return found
+def untraced(document: str, text: str) -> list[str]:
+    """What looks measured in a document, and is in no declared piece."""
+    text = prose(text)
+    known = [span for piece in declared(document) for span in spans(piece, text)]
+    known += [match.span() for match in re.finditer(VERSION, text)]
+    found = {match.span() for claim in CLAIMS for match in re.finditer(claim, text)}
+    found = {span for span in found if not inside(span, known)}
+    return [
+        f"{document}: {text[max(0, start - 50) : end + 30]!r}"
+        for start, end in sorted(found)
+        if not inside((start, end), found - {(start, end)})
+    ]
 
 
-MEASURED = measured()
+def inside(span: tuple[int, int], others: Iterable[tuple[int, int]]) -> bool:
+    return any(first <= span[0] and span[1] <= last for first, last in others)
 
 
-def untraced(text: str) -> list[str]:
-    """Numbers with a unit that are neither measured nor declared."""
-    wrong = []
-    for match in NUMBER.finditer(prose(text)):
-        number, unit = match.groups()
-        said = f"{number} {unit}"
-        value, digits = float(number.replace(",", "")), len(number.partition(".")[2])
-        if said in DECLARED or said in ASKED_FOR:
-            continue
-        if not any(abs(round(m, digits) - value) < 1e-9 for m in MEASURED[UNITS[unit]]):
-            wrong.append(said)
-    return wrong
+def written(path: Path) -> str:
+    """A document's own words: of a notebook its prose, and the captions in its code."""
+    if path.suffix == ".md":
+        return path.read_text()
+    texts = []
+    for cell in read(path).cells:
+        if cell.cell_type == "markdown":
+            texts.append(cell.source)
+        elif not cell.source.startswith("%%"):
+            texts += captions(cell.source)
+            texts += [
+                o.metadata.get("image/png", {}).get("alt", "")
+                for o in cell.outputs
+                if "metadata" in o
+            ]
+    text = "\n\n".join(texts)
+    assert "<!-- table:" not in text, f"{path.name}: tables are made in README.md and LOG.md only"
+    return text
 
 
-def markdown(path) -> str:
-    return "\n\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
+def captions(code: str) -> Iterator[str]:
+    for call in ast.walk(ast.parse(code)):
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "show":
+            texts = [*call.args[1:], *(word.value for word in call.keywords)]
+            for part in [n for text in texts for n in ast.walk(text)]:
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    yield part.value
 
 
-def test_the_readmes_numbers_are_measured():
-    assert untraced((ROOT / "README.md").read_text()) == []
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_number_is_declared(document):
+    found = untraced(document, written(DOCUMENTS[document]))
+    assert not found, f"declare these in tests/notebooks/numbers.py, with their source: {found}"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_chapters_numbers_are_measured(path):
-    assert untraced(markdown(path)) == []
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_declaration_is_used(document):
+    """A number that is changed in the document, or in a result file, shows here as well."""
+    text = prose(written(DOCUMENTS[document]))
+    unused = [piece for piece in declared(document) if not spans(piece, text)]
+    assert not unused, f"{document} does not say this (see tests/notebooks/numbers.py): {unused}"
 
 
-@pytest.mark.parametrize("said", DECLARED)
-def test_what_is_declared_is_where_it_says(said):
-    file, text = DECLARED[said]
-    assert text in (ROOT / file).read_text()
+def test_declarations_are_of_documents_that_exist_and_are_no_bare_numbers():
+    kinds = numbers.MEASURED, numbers.HOLDS, numbers.ELSEWHERE, numbers.BY_HAND, numbers.MANNER
+    for kind in kinds:
+        assert kind.keys() <= DOCUMENTS.keys()
+        for pieces in kind.values():
+            short = [p for p in pieces if len(re.findall(r"[^\W\d_]{2,}", p)) < 2 and p[0] != "|"]
+            assert not short
 
 
-@pytest.mark.parametrize("said", ASKED_FOR)
-def test_readers_are_asked_for_enough(said):
-    name, *path = ASKED_FOR[said]
-    value = json.loads((RESULTS / f"{name}.json").read_text())["figures"]
-    for key in path:
-        value = value[key]
-    value = value.get("median") if isinstance(value, dict) else value
-    gigabytes = dict(in_units(tuple(path), value))["gigabytes"]
-    assert gigabytes < float(said.split()[0])
+def test_chapters_print_what_they_measure_and_type_none_of_it():
+    assert numbers.MEASURED.keys() == {"README.md", "LOG.md"}
 
 
+def test_comparisons_in_words_hold():
+    wrong = [p for pieces in numbers.HOLDS.values() for p, holds in pieces.items() if not holds]
+    assert not wrong
+
+
+def test_what_stands_elsewhere_is_there():
+    for pieces in numbers.ELSEWHERE.values():
+        for piece, (file, text) in pieces.items():
+            assert text in (ROOT / file).read_text(), f"{piece}: {file} has no {text!r}"
+
+
+CHAPTER = "04_serve_with_torchserve.ipynb"
+CHANGES = [
+    ("README.md", "takes 13 GB of memory", "takes 7 GB of memory"),
+    ("README.md", "serving it then 7 GB", "serving it then 3 GB"),
+    ("README.md", "5 GB of disk", "2 GB of disk"),
+    ("README.md", "trade half the", "trade a tenth of the"),
+    ("LOG.md", "0.71 of vLLM's", "0.51 of vLLM's"),
+    ("LOG.md", "some 30 µs", "some 3 µs"),
+    ("LOG.md", "six to ten times", "six to forty times"),
+    ("LOG.md", "| SmolLM2-135M | 65 |", "| SmolLM2-135M | 650 |"),
+    ("LOG.md", "121 instead of 211", "121 instead of 311"),
+    ("LOG.md", "40 % of a decode", "14 % of a decode"),
+    (CHAPTER, "about two minutes", "about four minutes"),
+    ("01_load_models.ipynb", "eight times as much", "twenty times as much"),
+]
+
+
+@pytest.mark.parametrize(("document", "true", "false"), CHANGES)
+def test_a_changed_number_is_found(document, true, false):
+    text = written(DOCUMENTS[document])
+    assert true in text
+    text = text.replace(true, false)
+    unused = [piece for piece in declared(document) if not spans(piece, prose(text))]
+    assert unused or untraced(document, text)
+
+
+@pytest.mark.parametrize("document", ["README.md", "LOG.md", CHAPTER])
 @pytest.mark.parametrize(
     "sentence",
     [
-        "vLLM is ready after 51 s.",
-        "It writes 4,711 tokens per second.",
-        "The image has 1.7 GB.",
-        "The first token comes after 33 ms.",
-        "It is 7.31 x as fast.",
-        "HTTP takes 37.4 % of the time.",
+        "The server answers in 5 s.",
+        "It is ready after `37 s`.",
+        "It writes **4,711** tokens per second.",
+        "It writes 4,711 tok/s.",
+        "It answers 99 requests per second.",
+        "It writes 3,141 completion tokens per second.",
+        "HTTP takes 37.4 percent of the time.",
+        "HTTP takes 37 per cent of it.",
+        "The image has 1.7 gigabytes.",
+        "It reads 4 TB of them.",
+        "It takes 3 hours.",
+        "It takes thirty-three seconds.",
+        "A product takes 30 µs.",
+        "The first token comes after 33-44 ms.",
+        "It needs 3.9–4.9 GB.",
+        "It is forty times as fast.",
+        "It is twice as fast.",
+        "It takes a tenth of the memory.",
+        "It is 20-fold faster.",
+        "It is a factor of 7.31 faster.",
+        "It reaches 0.93 of it.",
+        "| | seconds |\n|---|---|\n| vLLM | 51 |",
     ],
 )
-def test_a_planted_number_is_found(sentence):
-    readme = (ROOT / "README.md").read_text()
-    assert len(untraced(readme.replace("## What you need", sentence + "\n\n## What you need"))) == 1
-    assert len(untraced(markdown(CHAPTERS[0]) + "\n\n" + sentence)) == 1
+def test_a_new_number_is_found(document, sentence):
+    text = f"{written(DOCUMENTS[document])}\n\n{sentence}\n"
+    assert len(untraced(document, text)) == 1
 
 
-def test_a_measured_number_is_traced():
-    vllm = json.loads((RESULTS / "serving.json").read_text())["figures"]["vllm"]
-    start, rate = vllm["start_seconds"]["median"], vllm["tokens_per_second 32"]["median"]
-    first = 1000 * vllm["first_token_seconds 8"]["median"]
-    assert untraced(f"{start:.0f} s, {rate:.0f} tokens per second, {first:.0f} ms") == []
-    assert untraced(f"{start:.0f} MB") == [f"{start:.0f} MB"], "the unit counts"
+def test_what_is_no_measurement_may_be_said():
+    text = (
+        "Chapter 5, TorchServe 0.12.0, port 7080, 400 tokens, Python 3.11, 2026-11-26, 127.0.0.1."
+    )
+    assert untraced("README.md", text) == []
+
+
+def test_a_table_that_nobody_makes_is_found():
+    with pytest.raises(AssertionError, match="no table `speeds` is made"):
+        prose("<!-- table: speeds -->\n| vLLM | 51 s |\n<!-- end of table -->")
+
+
+def test_captions_are_read():
+    assert list(captions('show(figure(x), f"It takes {n} of 51 s.")')) == ["It takes ", " of 51 s."]
+    assert "/ping says Healthy long before a worker is ready." in written(DOCUMENTS[CHAPTER])

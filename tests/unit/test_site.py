@@ -24,9 +24,34 @@ README = (ROOT / "README.md").read_text()
 COMMONMARK = MarkdownIt("commonmark").enable("table")
 FORMULA = r"\n|\$\$?[^$]+\$\$?"
 LIMIT = 2_000_000
-"""Bytes that a chapter may weigh, uncompressed, with everything that it loads."""
+"""Bytes that a page may weigh, uncompressed, with everything that it loads."""
+ADDRESS = re.compile(r"""https?://[^\s"'`()<>\\]+|(?<=["'`(])//[\w-]+\.[^\s"'`()<>\\]+""")
+NAMESPACES = {f"http://www.w3.org/{name}" for name in ("1998/Math/MathML", "2000/svg")}
+COMMENTED = {
+    "clipboard.min.js": "https://clipboardjs.com/",
+    "copybutton.css": "https://codepen.io/mildrenben/pen/rVBrpK",
+    "english-stemmer.js": "https://snowballstem.org/",
+    "mystnb.css": "https://github.com/jupyter/notebook/blob/52581f8eda9b319eb0390ac77fe5903c38f81e3e/"
+    "notebook/static/notebook/less/ansicolors.less#L14-L21 "
+    "https://m2.material.io/design/color/the-color-system.html#tools-for-picking-colors "
+    "https://nbsphinx.readthedocs.io/en/latest/code-cells.html#ANSI-Colors "
+    "https://github.com/executablebooks/sphinx-book-theme/blob/"
+    "eb1b6baf098b27605e8f2b7b2979b17ebf1b9540/src/sphinx_book_theme/assets/styles/extensions/"
+    "_myst-nb.scss",
+    "pydata-sphinx-theme.css": "https://getbootstrap.com/ https://fontawesome.com "
+    "https://fontawesome.com/license/free https://github.com/twbs/bootstrap/blob/main/LICENSE",
+    "pydata-sphinx-theme.js": "https://pydata-sphinx-theme.readthedocs.io/en/stable/user_guide/"
+    "version-dropdown.html",
+    "searchtools.js": "https://developer.mozilla.org/en-US/docs/Web/JavaScript/Guide/"
+    "Regular_Expressions#escaping",
+    "sphinx-book-theme.css": "https://sass-guidelin.es/#architecture",
+}
+"""What the theme's own files name in comments and messages, and do not load."""
 
-pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # of the themes
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),  # of the themes
+    pytest.mark.filterwarnings("ignore::bs4.XMLParsedAsHTMLWarning"),  # SVG
+]
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -58,24 +83,54 @@ def chapter(pages: dict, site: Path, notebook: Path) -> BeautifulSoup:
 
 def loaded(page: BeautifulSoup) -> Iterator[str]:
     """Addresses of what a browser fetches with a page."""
-    for tag in page.find_all(["script", "img", "iframe", "source", "embed", "video", "audio"]):
-        yield from (tag[name] for name in ("src", "srcset") if tag.get(name))
-    for tag in page.find_all("link"):
-        if {"stylesheet", "preload", "icon", "modulepreload"} & set(tag["rel"]):
+    for tag in page.find_all(True):
+        names = ["src", "srcset", "data", "poster", *["xlink:href", "href"] * (tag.name == "image")]
+        yield from (tag[name] for name in names if tag.get(name))
+        yield from in_css(tag.get("style", ""))
+        if tag.name == "style":
+            yield from in_css(tag.get_text())
+        if tag.name == "link" and {"stylesheet", "preload", "icon", "modulepreload"} & {
+            *tag["rel"]
+        }:
             yield tag["href"]
+
+
+def in_css(text: str) -> list[str]:
+    links = re.findall(r"""url\(\s*['"]?([^'")]+)|@import\s+['"]([^'"]+)""", text)
+    return [one or other for one, other in links if (one or other)[:5] != "data:"]
 
 
 def files_of(path: Path, page: BeautifulSoup) -> set[Path]:
     """The files of a page: itself, what it loads, and what its style sheets load."""
-    found, todo = {path}, [path.parent / local(address) for address in loaded(page)]
+    found = {path}
+    todo = [path.parent / local(a) for a in loaded(page) if not a.startswith(("data:", "#"))]
     while todo:
         file = todo.pop().resolve()
         if file not in found:
             found.add(file)
             if file.suffix == ".css":
-                links = re.findall(r"url\(['\"]?([^'\")]+)", file.read_text())
-                todo += [file.parent / local(link) for link in links if link[:5] != "data:"]
+                todo += [file.parent / local(link) for link in in_css(file.read_text())]
     return found
+
+
+def elsewhere(name: str, text: str) -> set[str]:
+    """Addresses of other hosts in a file, but for those that a reader follows or reads."""
+    known = NAMESPACES | {*COMMENTED.get(re.sub(r"\.[0-9a-f]{64}", "", name), "").split()}
+    if name.endswith((".html", ".svg")):
+        page = BeautifulSoup(text, "html.parser")
+        parts = [
+            f'"{" ".join(value) if isinstance(value, list) else value}"'
+            for tag in page.find_all(True)
+            for key, value in tag.attrs.items()
+            if (tag.name, key) != ("a", "href") and not key.startswith(("xmlns", "rdf:"))
+        ]
+        parts += [tag.get_text() for tag in page.find_all(["script", "style"])]
+        text = "\n".join(parts)
+    return {match[0] for match in ADDRESS.finditer(text)} - known
+
+
+def without_alt(page: BeautifulSoup) -> list[str]:
+    return [str(tag) for tag in page.find_all(["img", "image"]) if not tag.get("alt", "").strip()]
 
 
 def local(address: str) -> str:
@@ -89,12 +144,43 @@ def test_a_page_loads_nothing_from_elsewhere_and_nothing_that_is_missing(pages):
             assert file.is_file(), f"{path.name}: {file}"
 
 
-def test_scripts_load_nothing_from_elsewhere(site, pages):
-    """MathJax, require.js, widgets: a script that fetches another one by its address."""
-    scripts = [file.read_text() for file in site.rglob("*.js")]
-    scripts += [tag.get_text() for page in pages.values() for tag in page.find_all("script")]
-    for script in scripts:
-        assert not re.search(r"cdnjs|jsdelivr|unpkg|googleapis|gstatic|googletagmanager", script)
+def test_no_file_names_another_host(site):
+    """In scripts, style sheets, pictures, attributes; links and text are for readers."""
+    for path in site.rglob("*"):
+        if path.suffix in {".html", ".js", ".css", ".svg"}:
+            found = elsewhere(path.name, path.read_text())
+            assert not found, f"{path.relative_to(site)} names another host: {found}"
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        '<p style="background: url(https://example.org/a.png)">',
+        '<style>@import "//example.org/a.css";</style>',
+        '<object data="https://example.org/a.svg"></object>',
+        '<video poster="https://example.org/a.png"></video>',
+        '<svg><image href="https://example.org/a.png"/></svg>',
+        '<input type="image" src="//example.org/a.png">',
+        '<script>import("https://example.org/a.js")</script>',
+        "<script>fetch('//example.org/a.json')</script>",
+        '<link rel="prefetch" href="https://example.org/a.js">',
+    ],
+)
+def test_another_host_is_found(planted):
+    assert elsewhere("index.html", f"<html><body>{planted}</body></html>")
+
+
+def test_another_host_is_found_in_files_and_not_where_readers_follow_it():
+    assert elsewhere("site.css", '@import url("https://example.org/a.css");')
+    assert elsewhere("pydata-sphinx-theme.js", 'fetch("https://example.org/a.json")')
+    assert not elsewhere("index.html", '<a href="https://example.org">https://example.org</a>')
+
+
+def test_every_picture_says_what_it_shows(site, pages):
+    for path, page in pages.items():
+        lost = without_alt(page)
+        assert not lost, f"{path.relative_to(site)}: pictures without alt text: {lost}"
+    assert without_alt(BeautifulSoup(COMMONMARK.render("![](a.png) ![b](b.png)"), "html.parser"))
 
 
 def test_every_link_and_anchor_leads_somewhere(site, pages):
@@ -111,11 +197,11 @@ def test_every_link_and_anchor_leads_somewhere(site, pages):
                 assert not anchor or unquote(anchor) in anchors[file], f"{path.name}: {tag}"
 
 
-@every_notebook
-def test_a_chapter_is_light(site, pages, path):
-    page = site / "notebooks" / f"{path.stem}.html"
-    weights = {file.name: file.stat().st_size for file in files_of(page, pages[page])}
-    assert sum(weights.values()) < LIMIT, sorted(weights.items(), key=lambda item: item[1])
+def test_a_page_is_light(site, pages):
+    for path, page in pages.items():
+        weights = {file.name: file.stat().st_size for file in files_of(path, page)}
+        heavy = sorted(weights.items(), key=lambda item: -item[1])[:3]
+        assert sum(weights.values()) < LIMIT, f"{path.relative_to(site)} is heavy: {heavy}"
 
 
 @every_notebook
@@ -162,7 +248,7 @@ def test_all_outputs_are_there(site, pages, path):
 def test_the_front_page_tells_the_story_once(site, pages):
     """What it is, the command, the reply: the README's words; a card with a figure a chapter."""
     article = pages[site / "index.html"].find("article")
-    first, _ = README.split("| | chapter |\n")
+    first, _ = README.split("<!-- chapters -->\n")
     html = COMMONMARK.render(first)
     for link in article.find_all("a", class_="headerlink"):
         link.decompose()
@@ -173,13 +259,80 @@ def test_the_front_page_tells_the_story_once(site, pages):
         assert card.img["alt"] and (site / card.img["src"]).stat().st_size > 1000
 
 
-@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
-def test_the_readme_shows_a_figure_of_each_chapter(path):
+def test_the_readme_shows_a_figure_of_each_chapter_and_no_other():
     """The first one, as the notebook stores it (`make notebooks` takes it from there)."""
-    row = next(row for row in stage.ROW.finditer(README) if row["link"] == f"notebooks/{path.name}")
-    picture, alt = stage.first_figure(path)
-    assert (stage.FIGURES / f"{row['number']}.png").read_bytes() == picture
-    assert unescape(row["alt"]) == alt
+    found = stage.entries(README, CHAPTERS)
+    for entry, path in zip(found, CHAPTERS, strict=True):
+        file, (picture, alt) = stage.FIGURES / f"{entry['number']}.png", stage.first_figure(path)
+        fresh = file.exists() and file.read_bytes() == picture and unescape(entry["alt"]) == alt
+        assert fresh, f"{file.name} or its alt text is not {path.name}'s: run python -m docs.stage"
+    names = {f"{entry['number']}.png" for entry in found}
+    surplus = {file.name for file in stage.FIGURES.iterdir()} - names
+    assert not surplus, f"docs/figures has pictures of no chapter: {surplus}"
+
+
+def swapped(text: str) -> str:
+    first, second = (entry[0] for entry in stage.entries(text, CHAPTERS)[:2])
+    return text.replace(first, "*").replace(second, first).replace("*\n", f"{second}\n", 1)
+
+
+FIRST, LAST = CHAPTERS[0].name, CHAPTERS[-1].name
+ENTRIES = {
+    "no list": (lambda text: text.replace("<!-- chapters -->", ""), "should have one `<!-- chap"),
+    "swapped": (swapped, "not those of notebooks/, in order"),
+    "malformed": (lambda text: text.replace("**01 [", "01 ["), "not written like the others: 01 "),
+    "no figure": (
+        lambda text: re.sub(r"\n\[<img src=.docs/figures/02.*\n", "", text),
+        r"not written like the others: \*\*02 ",
+    ),
+    "no chapter": (
+        lambda text: re.sub(r"\*\*01 .*\n\n.*\n", "", text),
+        "01_load_models.ipynb is not in the list",
+    ),
+    "wrong title": (
+        lambda text: text.replace("[Load models]", "[Write the handler]"),
+        "links to 01_load_models.ipynb, whose title is 1 Load models",
+    ),
+    "wrong link": (
+        lambda text: text.replace(f"(notebooks/{LAST})", f"(notebooks/{FIRST})"),
+        f"{LAST} is not in the list",
+    ),
+    "wrong figure": (
+        lambda text: text.replace("figures/02.png", "figures/01.png"),
+        r"not written like the others: \*\*02 ",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", ENTRIES)
+def test_a_fault_in_the_readmes_list_is_named(fault):
+    change, message = ENTRIES[fault]
+    with pytest.raises(UserError, match=message):
+        stage.entries(change(README), CHAPTERS)
+
+
+def test_a_stale_or_missing_figure_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "FIGURES", tmp_path)
+    with pytest.raises(UserError, match=r"01.png or its alt text.* run python -m docs.stage"):
+        stage.stage(tmp_path / "pages")
+
+
+def test_any_alt_text_survives(tmp_path, monkeypatch):
+    alt = "a | \"b\" 'c' [d] <e> & *f* \\1 $x$"
+    (entry, *_) = stage.entries(README, CHAPTERS)
+    readme = README.replace(entry[0], stage.with_alt(entry, alt))
+    (changed, *_) = stage.entries(readme, CHAPTERS)
+    assert unescape(changed["alt"]) == alt
+    assert BeautifulSoup(COMMONMARK.render(changed[0]), "html.parser").img["alt"] == alt
+    picture = stage.first_figure(CHAPTERS[0])[0]
+    monkeypatch.setattr(stage, "first_figure", lambda path: (picture, alt))
+    card = stage._cards([changed], tmp_path).splitlines()[2]
+    assert BeautifulSoup(COMMONMARK.render(card), "html.parser").img["alt"] == alt
+
+
+def test_the_last_chapter_leads_back_to_the_front_page(site, pages):
+    links = chapter(pages, site, CHAPTERS[-1]).find_all("a", href="../index.html")
+    assert [words(link) for link in links] == ["README"]
 
 
 def test_search_knows_the_chapters(site):
@@ -187,6 +340,7 @@ def test_search_knows_the_chapters(site):
     for path in NOTEBOOKS:
         assert f"notebooks/{path.stem}" in index
     assert "prefil" in index  # the stem of prefill
+    assert "text_sha256" not in index, "results are data, not pages to read"
 
 
 PLANTED = r"""
@@ -220,6 +374,16 @@ def test_a_figure_without_alt_text_is_refused():
         list(stage.figures(notebook))
 
 
-def test_a_chapter_that_the_readme_does_not_name_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"08_new.ipynb is not in the table of chapters"):
-        stage._cards("", [Path("08_new.ipynb")], tmp_path)
+@pytest.mark.parametrize("planted", ["![a plot](plot.png)", "image/svg+xml"])
+def test_another_picture_in_a_chapter_is_refused(tmp_path, planted):
+    """Of Markdown or in SVG: it has no alt text that `show` stored."""
+    notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
+    if planted.startswith("!"):
+        notebook.cells[0].source += f"\n\n{planted}"
+    else:
+        output = nbformat.v4.new_output("display_data", {planted: "<svg/>"})
+        next(cell for cell in notebook.cells if cell.cell_type == "code").outputs.append(output)
+    path = tmp_path / NOTEBOOKS[0].name
+    nbformat.write(notebook, path)
+    with pytest.raises(UserError, match=re.escape(f"{path.name}: a picture that `show` did not")):
+        stage._write_notebook(path, tmp_path)
