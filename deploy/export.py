@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from deploy.paths import BUILD, UserError, link_or_copy, shown
-from deploy.weights import choose_files, weight_files
+from deploy.weights import choose_files, one_at_a_time, weight_files
 from handler.config import EngineConfig
 
 EXPORTS = BUILD / "export"
@@ -63,15 +63,21 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
     """
     folder = _exported(weights, config, cache).parent
     if not (folder / EXPORTED).is_file():
-        traced = _trace(weights, cache)
-        print(f"making its weights {config.precision} ...", flush=True)
-        with _unfinished(folder) as unfinished:
-            command = [sys.executable, "-m", "deploy.compress", traced / EXPORTED]
-            _run([*command, unfinished / EXPORTED, *_settings(config)], unfinished, cache)
-            for path in exported_files(traced):
-                if not (unfinished / path.name).exists():
-                    link_or_copy(path, unfinished / path.name)
+        with one_at_a_time(cache):
+            if not (folder / EXPORTED).is_file():  # else another program has made it meanwhile
+                _make(folder, weights, config, cache)
     return folder
+
+
+def _make(folder: Path, weights: Path, config: EngineConfig, cache: Path) -> None:
+    traced = _trace(weights, cache)
+    print(f"making its weights {config.precision} ...", flush=True)
+    with _unfinished(folder) as unfinished:
+        command = [sys.executable, "-m", "deploy.compress", traced / EXPORTED]
+        _run([*command, unfinished / EXPORTED, *_settings(config)], unfinished, cache)
+        for path in exported_files(traced):
+            if not (unfinished / path.name).exists():
+                link_or_copy(path, unfinished / path.name)
 
 
 def _exported(weights: Path, config: EngineConfig, cache: Path) -> Path:

@@ -26,7 +26,7 @@ from deploy.lock import IMAGE_LOCKS
 from deploy.pack import archive_path
 from deploy.paths import BUILD, MODEL_STORE, ROOT, UserError, link_or_copy
 from deploy.setup_env import find_links
-from deploy.weights import get_weights
+from deploy.weights import get_weights, one_at_a_time
 
 TARGETS = ("cpu", "cpu-lean", "gpu")
 MADE = ("dev", "pro")
@@ -114,6 +114,11 @@ def build_image(
     Raises:
         UserError: the build failed; its last lines were printed.
     """
+    with one_at_a_time(CONTEXT):
+        return _build(app, weights, target, tag, baked)
+
+
+def _build(app: str, weights: Path, target: str | None, tag: str, baked: bool) -> str:
     program = engine()
     target = prepare_context(app, weights, target)
     arguments = ["--file", DOCKERFILE, "--target", target, "--tag", image_name(app, tag)]

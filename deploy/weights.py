@@ -8,16 +8,19 @@ A folder that is already complete is left as it is, so this is cheap to call aga
 """
 
 import errno
+import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 
 from deploy.cli import app_parser, command
-from deploy.paths import MODELS, UserError, shown
+from deploy.paths import BUILD, MODELS, UserError, shown
 from handler.config import App, load_app
 
 SOURCE_FILE = "SOURCE.json"
@@ -50,24 +53,40 @@ def get_weights(
         return check_folder(Path(app.weights.path).expanduser().resolve())
     folder = models / name
     source = _wanted_source(app, shape_only)
-    if source_of(folder) == source:
-        return folder
-    unfinished = models / f".{name}.unfinished"
+    if source_of(folder) != source:
+        with one_at_a_time(folder):
+            if source_of(folder) != source:  # else another program has made it meanwhile
+                _make(folder, source, app, _fetcher(name, app, shape_only))
+    return folder
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait while another program makes this folder: two would remove each other's files."""
+    locks = BUILD / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+    with FileLock(locks / f"{folder.name}-{digest}.lock"):
+        yield
+
+
+def _make(folder: Path, source: dict, app: App, fetch: Callable[[Path], None]) -> None:
+    """Fill a folder beside it first, so that what has the name is complete."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     try:
-        _fetcher(name, app, shape_only)(unfinished)
+        fetch(unfinished)
         (unfinished / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n")
         check_folder(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise UserError(_disk_full(models, app)) from error
+            raise UserError(_disk_full(folder.parent, app)) from error
         raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
 
 
 def source_of(folder: Path) -> dict:

@@ -164,7 +164,7 @@ def ask_until(done: threading.Event, statuses: list[int]) -> None:
 @pytest.mark.timeout(1200)
 def test_rounds_of_stop_kill_and_restart_under_load(container):
     """Stops and kills in turn, each in the middle of requests. ROUNDS=20 takes five minutes."""
-    for number in range(int(os.environ.get("ROUNDS", "4"))):
+    for number in range(int(os.environ.get("ROUNDS", "2"))):
         polite = number % 2 == 0
         statuses: list[int] = []
         done = threading.Event()

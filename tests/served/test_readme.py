@@ -70,7 +70,8 @@ def test_the_curl_commands(smollm2_server):
 
 def test_the_error(smollm2_server):
     body = {"instances": ["a"], "parameters": {"top_p": 1.5}}
-    assert httpx.post(smollm2_server.url, json=body).text in README
+    error = httpx.post(smollm2_server.url, json=body).json()
+    assert json.dumps(error, indent=2) in README
 
 
 def test_the_table_of_parameters():

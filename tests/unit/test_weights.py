@@ -3,6 +3,9 @@
 import errno
 import json
 import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -218,3 +221,21 @@ def test_the_command_line_says_it_in_one_line(arguments, message, capsys):
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith(message) and error.count("\n") == 1
+
+
+def test_two_programs_that_want_the_same_make_it_once(tiny_llama, tmp_path: Path, monkeypatch):
+    """Two would remove each other's unfinished folders."""
+    made = []
+
+    def slow(*_) -> Callable[[Path], None]:
+        def fetch(folder: Path) -> None:
+            made.append(folder)
+            time.sleep(0.5)
+            shutil.copytree(tiny_llama, folder, dirs_exist_ok=True)
+
+        return fetch
+
+    monkeypatch.setattr(deploy.weights, "_fetcher", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: get_weights("gpt2", models=tmp_path), range(2))
+    assert first == second and len(made) == 1
