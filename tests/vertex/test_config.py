@@ -1,5 +1,6 @@
 """The settings and the plan: no network, no credentials, no SDK."""
 
+import re
 import subprocess
 import sys
 
@@ -53,13 +54,27 @@ def test_settings_cannot_be_changed():
         ({"predict_route": "predict"}, r"predict_route: 'predict' given; .*'\^/'"),
         ({"startup_probe_timeout": 11}, r"startup_probe_timeout: 11 is more than"),
         ({"environment": {"AIP_HTTP_PORT": "1"}}, r"environment\.AIP_HTTP_PORT: .*platform"),
-        ({"artifact_uri": "bucket/folder"}, r"artifact_uri: 'bucket/folder' given; .*gs://"),
+        *(
+            ({"artifact_uri": uri}, rf"artifact_uri: '{re.escape(uri)}' given; .*gs://")
+            for uri in (
+                *("bucket/folder", "gs://", "gs://bucket//folder", "gs://bucket/folder//"),
+                *("gs://bucket/*", "gs://bucket/a?", "gs://bucket/[ab]", "gs://bucket/a#1"),
+                *("gs://bucket/../other", "gs://bucket/./a", "gs://bucket/a/..", "gs://b u/a"),
+            )
+        ),
         ({"project": "X"}, r"project: 'X' given"),
     ],
 )
 def test_wrong_values_name_field_value_and_what_is_allowed(wrong, message):
     with pytest.raises(UserError, match=message):
         load_settings(**wrong)
+
+
+def test_a_folder_may_end_with_a_slash():
+    """As in the command that fills it; two spellings of one folder would be two versions."""
+    for uri in ("gs://bucket", "gs://my.bucket_1/a/b.c-d/v1"):
+        assert load_settings(artifact_uri=uri).artifact_uri == uri
+        assert load_settings(artifact_uri=f"{uri}/").artifact_uri == uri
 
 
 def test_a_file_that_is_not_there_or_no_mapping_is_named(tmp_path):
