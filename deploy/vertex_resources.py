@@ -15,6 +15,11 @@ from deploy.vertex_operations import READ, Vertex
 
 CPU_METRIC = "aiplatform.googleapis.com/prediction/online/cpu/utilization"
 GPU_METRIC = "aiplatform.googleapis.com/prediction/online/accelerator/duty_cycle"
+NOT_FILLED_IN = {
+    *("command", "args", "env", "startup_probe", "exec_"),
+    *("spot", "accelerator_type", "accelerator_count"),
+}
+"""Fields, at any depth, that the service leaves empty if we do."""
 
 
 # ---- the model and its versions
@@ -82,16 +87,22 @@ def find_or_upload(vertex: Vertex, app: str, image_uri: str) -> str:
 def within(wanted: Any, actual: Any) -> bool:
     """Whether every field that is set in one message is the same in another.
 
-    The service fills in more than it was given, such as defaults of probes.
+    The service fills in more than it was given, such as defaults of probes. What it never fills in
+    is the same also where it is not set: a setting that was taken away is a change.
     """
-    fields = type(wanted).pb(wanted).ListFields()
-    given = type(actual).pb(actual)
-    for field, value in fields:
-        other = getattr(given, field.name)
-        plain = field.message_type is None or field.is_repeated
-        if plain and other != value:
-            return False
-        if not plain and any(getattr(other, f.name) != v for f, v in value.ListFields()):
+    return _within(type(wanted).pb(wanted), type(actual).pb(actual))
+
+
+def _within(wanted: Any, actual: Any) -> bool:
+    fields = {field.name: field for field, _ in wanted.ListFields()}
+    fields |= {field.name: field for field, _ in actual.ListFields() if field.name in NOT_FILLED_IN}
+    for name, field in fields.items():
+        one, other = getattr(wanted, name), getattr(actual, name)
+        if field.message_type is None or field.is_repeated:
+            same = one == other
+        else:
+            same = _within(one, other)
+        if not same:
             return False
     return True
 

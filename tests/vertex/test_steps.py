@@ -6,10 +6,12 @@ from collections.abc import Iterator
 import pytest
 from google.api_core import exceptions as errors
 from google.cloud import aiplatform
+from google.cloud.aiplatform_v1 import types
 
 from deploy import vertex as commands
 from deploy.paths import UserError
 from deploy.standin.local import Standin
+from deploy.vertex_resources import within
 from deploy.vertex_steps import cleanup, deploy, rollback, timeline, undeploy, what_is_there
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
@@ -70,6 +72,53 @@ def test_other_settings_of_the_container_are_another_version(app: Rehearsed):
     assert app.shares() == {"2": 100}
     answer = commands.ask(app.vertex(), app.app, BODY)["predict"][0]
     assert answer["name"] == "two"
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"environment": {"NAME": "two"}},
+        {"args": ["unused"]},
+        {"startup_probe": ["true"]},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_setting_of_the_container_is_taken_away_again(app: Rehearsed, setting):
+    app.deploy(**setting)
+    app.deploy()
+    assert app.shares() == {"2": 100}
+    app.deploy(**setting)
+    assert app.shares() == {"1": 100}
+
+
+def test_what_the_service_fills_in_is_no_difference():
+    spec = types.ModelContainerSpec
+    probe = {"exec_": {"command": ["true"]}, "period_seconds": 10}
+    filled = {"health_probe": {"period_seconds": 10}, "grpc_ports": [{"container_port": 8500}]}
+    default = {"startup_probe": {"period_seconds": 10, "failure_threshold": 3}}
+    assert within(spec(image_uri="a"), spec(image_uri="a", **filled | default))
+    assert within(
+        spec(startup_probe=probe), spec(startup_probe=probe | {"success_threshold": 1}, **filled)
+    )
+    assert not within(spec(image_uri="a"), spec(image_uri="a", command=["x"]))
+    assert not within(spec(image_uri="a"), spec(image_uri="a", startup_probe=probe))
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"spot": True}, {}),
+        ({}, {"spot": True}),
+        (
+            {"machine_spec": {"accelerator_type": "NVIDIA_TESLA_T4", "accelerator_count": 1}},
+            {"machine_spec": {}},
+        ),
+    ],
+)
+def test_machines_that_lose_or_gain_a_setting_are_others(before, now):
+    dedicated = {"min_replica_count": 1}
+    before = types.DedicatedResources(dedicated | before)
+    assert not within(types.DedicatedResources(dedicated | now), before)
 
 
 def test_another_folder_in_cloud_storage_is_another_version(app: Rehearsed):
