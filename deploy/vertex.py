@@ -50,7 +50,8 @@ def push(
     address for Vertex AI stays the same. Without Docker it has none, and serves the archive.
 
     Raises:
-        UserError: no container engine, no such image or archive, or the registry refused.
+        UserError: no container engine, no such image or archive, an image that Vertex AI could not
+            run as the settings are, or the registry refused.
     """
     registry = os.environ.get("VERTEX_REGISTRY")
     if "VERTEX_STANDIN" in os.environ and not registry:
@@ -66,11 +67,17 @@ def push(
             f"{local} is for {architecture}, and Vertex AI's machines are amd64; build it with "
             "DOCKER_DEFAULT_PLATFORM=linux/amd64, or in Cloud Build (deploy/cloudbuild.yaml)"
         )
-    labels = found["Config"]["Labels"] or {}
-    if labels.get(image.WEIGHTS) == "none" and not settings.artifact_uri:
+    weights = image.labels_of(found).get(image.WEIGHTS)
+    if weights == "none" and not settings.artifact_uri:
         raise UserError(
             f"artifact_uri: none given, and {local} has no weights; name their folder in Cloud "
-            f"Storage in deploy/vertex.yaml, or build them in: make build-{tag} APP={app}"
+            f"Storage in deploy/vertex.yaml, or build them in: {image.how_to_build(app, tag)}"
+        )
+    if weights == "baked" and settings.artifact_uri:
+        raise UserError(
+            f"artifact_uri: {settings.artifact_uri} given, and {local} has weights in it, which "
+            "would be served instead; give none, or build it without: "
+            f"{image.how_to_build(app, tag, 'BAKED=no')}"
         )
     there = f"{tag}-{found['Id'].removeprefix('sha256:')[:12]}"
     uri = settings.image_uri(app, there)

@@ -74,6 +74,15 @@ def test_without_an_image_it_says_how_to_build_one(
     assert capsys.readouterr().err == expected
 
 
+def test_the_command_that_builds_an_image_without_weights():
+    assert image.how_to_build("gpt2", "pro", "BAKED=no") == "`make build-pro APP=gpt2 BAKED=no`"
+
+
+@pytest.mark.parametrize("config", [{}, {"Labels": None}, {"Labels": {}}])
+def test_an_image_without_labels(config):
+    assert image.labels_of({"Config": config}) == {}
+
+
 def test_the_makefile_has_a_target_for_each_tag_that_is_named():
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\nbuild-{tag}: " in makefile for tag in image.MADE)
