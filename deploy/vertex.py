@@ -153,6 +153,18 @@ def status(vertex: "Vertex", app: str) -> str:
     return "\n".join(lines)
 
 
+def what_is_kept(settings: Settings, app: str) -> str:
+    """What cleanup leaves, because others may use it, and the commands that remove it."""
+    lines = [f"Artifact Registry keeps the images: {delete_images(settings, app)}"]
+    if settings.artifact_uri:
+        remove = f"gcloud storage rm --recursive {settings.artifact_uri}"
+        lines.append(
+            "Cloud Storage keeps the archive, and the bucket bills until you remove the folder "
+            f"with all that is in it: {remove}"
+        )
+    return "\n".join(lines)
+
+
 def token() -> str:
     """An access token of the application-default credentials, for curl. Valid for an hour."""
     from google.auth.transport.requests import Request
@@ -194,7 +206,7 @@ def act(vertex: "Vertex", options: argparse.Namespace) -> None:
             vertex, app
         )
         if name == "cleanup":
-            print(f"Artifact Registry keeps the images: {delete_images(vertex.settings, app)}")
+            print(what_is_kept(vertex.settings, app))
 
 
 @contextmanager
@@ -241,7 +253,11 @@ def main(arguments: list[str] | None) -> None:
     parser.add_argument("--project", help="instead of GCP_PROJECT and vertex.yaml")
     parser.add_argument("--region", help="instead of vertex.yaml's")
     parser.add_argument("--canary", type=int, metavar="PERCENT", help="of requests; deploy only")
-    parser.add_argument("--image", help="an image that is in the registry already; deploy only")
+    parser.add_argument(
+        *("--image",),
+        help="an image that is in the registry already; deploy only. What push refuses is not "
+        "looked for in it: another architecture, no weights, or weights beside artifact_uri",
+    )
     parser.add_argument("--tag", default="pro", help="of the image that is pushed")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, do nothing")
     options = parser.parse_args(arguments)

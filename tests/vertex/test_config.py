@@ -128,6 +128,17 @@ def test_the_plan_names_what_is_in_cloud_storage():
     assert "gs://bucket/b " in commands.plan(load_settings(artifact_uri="gs://bucket/b"), APP)
 
 
+def test_cleanup_says_what_it_leaves_and_how_to_remove_it():
+    settings = load_settings(project="a-project")
+    images = "gcloud artifacts docker images delete europe-west4-docker.pkg.dev/a-project/serving/"
+    assert images in commands.what_is_kept(settings, APP)
+    assert "storage" not in commands.what_is_kept(settings, APP)
+    settings = load_settings(project="a-project", artifact_uri="gs://bucket/b/")
+    said = commands.what_is_kept(settings, APP)
+    assert images in said and said.endswith(": gcloud storage rm --recursive gs://bucket/b")
+    assert "bucket bills until" in said
+
+
 def test_a_price_that_is_not_known_is_not_made_up():
     settings = load_settings(machine_type="c3-standard-22")
     assert commands.hourly(settings) == "price of c3-standard-22 not known here; see the price list"
