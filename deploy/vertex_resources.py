@@ -4,6 +4,7 @@ Which of them to do, and in which order, is the business of `vertex_steps`.
 """
 
 import datetime
+import re
 from typing import Any
 
 from google.api_core.exceptions import BadRequest, NotFound
@@ -15,6 +16,8 @@ from deploy.vertex_operations import READ, Vertex
 
 CPU_METRIC = "aiplatform.googleapis.com/prediction/online/cpu/utilization"
 GPU_METRIC = "aiplatform.googleapis.com/prediction/online/accelerator/duty_cycle"
+BACK = " back"
+"""The end of the display name of what `rollback` deployed; of the others it may be ` after 3`."""
 NOT_FILLED_IN = {
     *("command", "args", "env", "startup_probe", "exec_"),
     *("spot", "accelerator_type", "accelerator_count"),
@@ -159,14 +162,29 @@ def check_endpoint(vertex: Vertex, endpoint: types.Endpoint) -> None:
 
 
 def deployed_at(endpoint: types.Endpoint | None) -> list[types.DeployedModel]:
-    """What is deployed at an endpoint, oldest version first."""
+    """What is deployed at an endpoint, in the order in which it was."""
     found = list(endpoint.deployed_models) if endpoint else []
-    return sorted(found, key=lambda one: (int(version_of(one)), one.create_time))
+    return sorted(found, key=lambda one: (one.create_time, int(version_of(one))))
 
 
 def version_of(deployed: types.DeployedModel) -> str:
     """The number of the model's version behind a deployed model."""
     return deployed.model_version_id or deployed.model.partition("@")[2] or "1"
+
+
+def previous_of(deployed: types.DeployedModel) -> str | None:
+    """The version that had the requests when `deploy` put this one beside it, by its name.
+
+    Nothing else on Vertex AI tells: what is undeployed leaves no trace, and a version's number says
+    when it was uploaded, not when it served.
+    """
+    found = re.search(r" after (\d+)$", deployed.display_name)
+    return found and found[1]
+
+
+def brought_back(deployed: types.DeployedModel) -> bool:
+    """Whether `rollback` deployed it."""
+    return deployed.display_name.endswith(BACK)
 
 
 def traffic_of(endpoint: types.Endpoint, deployed: types.DeployedModel) -> int:

@@ -9,6 +9,7 @@ from google.cloud import aiplatform
 from google.cloud.aiplatform_v1 import types
 
 from deploy import vertex as commands
+from deploy import vertex_steps
 from deploy.paths import UserError
 from deploy.standin.local import Standin
 from deploy.vertex_resources import within
@@ -161,6 +162,69 @@ def test_rollback_of_a_canary_and_of_a_full_deployment(app: Rehearsed):
     uploads = app.changes().count("UploadModel")
     app.deploy("2")
     assert app.shares() == {"2": 100} and app.changes().count("UploadModel") == uploads
+
+
+def test_rollback_goes_to_what_served_before_whatever_its_number(app: Rehearsed):
+    """A, B, A: version 1 serves after version 2."""
+    app.deploy("1")
+    app.deploy("2")
+    app.deploy("1")
+    app.deploy("1", max_replicas=2)  # on other machines: still after version 2
+    assert app.shares() == {"1": 100}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"2": 100}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"1": 100}
+    with pytest.raises(UserError, match=r"version 1 of .* is the first, as far as is known here"):
+        rollback(app.vertex(), app.app)
+
+
+def test_rollback_of_an_old_version_as_canary(app: Rehearsed):
+    app.deploy("1")
+    app.deploy("2")
+    app.deploy("1", canary=20)
+    assert app.shares() == {"1": 20, "2": 80}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"2": 100}
+    app.deploy("1", canary=90)  # also of one that has most by now
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"2": 100}
+
+
+def test_rollback_of_other_machines_as_canary(app: Rehearsed):
+    app.deploy()
+    app.deploy(canary=20, max_replicas=2)
+    rollback(app.vertex(), app.app)
+    (deployed,) = aiplatform.Endpoint(small().endpoint_name(app.app)).list_models()
+    assert deployed.dedicated_resources.max_replica_count == 1
+
+
+def test_rollback_that_was_cut_off_is_taken_up(app: Rehearsed, monkeypatch):
+    """The version that comes back is deployed last: it is not taken for a canary."""
+    app.deploy("1")
+    app.deploy("2")
+    with monkeypatch.context() as patched:
+        patched.setattr(vertex_steps, "undeploy_model", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            rollback(app.vertex(), app.app)
+    assert app.shares() == {"1": 100, "2": 0}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"1": 100}
+
+
+def test_rollback_of_a_deployment_that_was_cut_off(app: Rehearsed, monkeypatch):
+    app.deploy("1")
+    with monkeypatch.context() as patched:
+        patched.setattr(vertex_steps, "undeploy_model", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            app.deploy("2")
+    assert app.shares() == {"1": 0, "2": 100}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"1": 100}
+
+
+def cut_off(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_made(app: Rehearsed):
