@@ -4,10 +4,14 @@ Which of them to do, and in which order, is the business of `vertex_steps`.
 """
 
 import datetime
+import hashlib
+import os
 import re
 from typing import Any
 
-from google.api_core.exceptions import BadRequest, NotFound
+from google.api_core.exceptions import BadRequest, GoogleAPIError, NotFound
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import storage
 from google.cloud.aiplatform_v1 import types
 
 from deploy.paths import UserError
@@ -16,6 +20,7 @@ from deploy.vertex_operations import READ, Vertex
 
 CPU_METRIC = "aiplatform.googleapis.com/prediction/online/cpu/utilization"
 GPU_METRIC = "aiplatform.googleapis.com/prediction/online/accelerator/duty_cycle"
+ARTIFACTS_DIGEST = "ARTIFACTS_DIGEST"
 BACK = " back"
 """The end of the display name of what `rollback` deployed; of the others it may be ` after 3`."""
 NOT_FILLED_IN = {
@@ -42,6 +47,8 @@ def container(vertex: Vertex, app: str, image_uri: str) -> types.ModelContainerS
         deployment_timeout=datetime.timedelta(seconds=settings.deployment_timeout),
         shared_memory_size_mb=settings.shared_memory_mb,
     )
+    if digest := artifacts_digest(vertex):
+        spec.env.append(types.EnvVar(name=ARTIFACTS_DIGEST, value=digest))
     if settings.startup_probe:
         spec.startup_probe = types.Probe(
             exec_=types.Probe.ExecAction(command=settings.startup_probe),
@@ -50,6 +57,31 @@ def container(vertex: Vertex, app: str, image_uri: str) -> types.ModelContainerS
             failure_threshold=settings.startup_probe_failures,
         )
     return spec
+
+
+def artifacts_digest(vertex: Vertex) -> str:
+    """Digits that tell what is in the folder that `artifact_uri` names; empty if it names none.
+
+    Vertex AI copies the folder when a version is uploaded. With the digits in the version's
+    environment, where nobody can change them, another archive in the same folder is seen.
+
+    Raises:
+        UserError: the folder is empty, or may not be listed.
+    """
+    uri = vertex.settings.artifact_uri
+    if not uri or ("VERTEX_STANDIN" in os.environ and "STORAGE_EMULATOR_HOST" not in os.environ):
+        return ""  # the stand-in has no Cloud Storage, and lets nobody out to Google's
+    bucket, _, folder = uri.removeprefix("gs://").partition("/")
+    client = storage.Client(project=vertex.settings.project, credentials=vertex.credentials)
+    try:
+        blobs = list(client.list_blobs(bucket, prefix=f"{folder}/" if folder else None))
+    except (GoogleAPIError, GoogleAuthError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"artifact_uri: {uri} cannot be listed: {reason}") from error
+    found = sorted((b.name, b.crc32c, b.md5_hash) for b in blobs if not b.name.endswith("/"))
+    if not found:
+        raise UserError(f"artifact_uri: {uri} given, and there is nothing; copy an archive there")
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
 
 
 def versions(vertex: Vertex, app: str) -> list[int]:

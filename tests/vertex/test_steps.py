@@ -1,7 +1,11 @@
 """The life of a deployment on the stand-in: twice the same, canary, rollback, failures, cleanup."""
 
 import itertools
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from google.api_core import exceptions as errors
@@ -10,7 +14,8 @@ from google.cloud.aiplatform_v1 import types
 
 from deploy import vertex as commands
 from deploy import vertex_steps
-from deploy.paths import UserError
+from deploy.paths import ROOT, UserError
+from deploy.standin.images import can_connect, free_port
 from deploy.standin.local import Standin
 from deploy.vertex_resources import within
 from deploy.vertex_steps import cleanup, deploy, rollback, timeline, undeploy, what_is_there
@@ -131,6 +136,47 @@ def test_another_folder_in_cloud_storage_is_another_version(app: Rehearsed):
     assert answer["env"]["AIP_STORAGE_URI"] == "gs://bucket/folder"
     app.deploy()
     assert app.shares() == {"1": 100}
+
+
+@pytest.fixture
+def buckets(monkeypatch, tmp_path) -> Iterator[Path]:
+    """A folder that a small Cloud Storage serves, with an archive in gs://artifacts/folder."""
+    archive = tmp_path / "artifacts" / "folder" / "app"
+    archive.mkdir(parents=True)
+    (archive / "weights").write_text("first")
+    port = free_port()
+    server = ROOT / "tests" / "container" / "gcs_server.py"
+    process = subprocess.Popen([sys.executable, server, tmp_path, str(port)])
+    deadline = time.monotonic() + 20
+    while not can_connect(port):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    yield tmp_path
+    process.kill()
+    process.wait()
+
+
+def test_another_archive_in_the_same_folder_is_another_version(app: Rehearsed, buckets: Path):
+    uri = "gs://artifacts/folder"
+    for _ in range(2):
+        app.deploy(artifact_uri=uri)
+    assert app.shares() == {"1": 100}
+    (buckets / "artifacts" / "folder" / "app" / "weights").write_text("other")
+    app.deploy(artifact_uri=uri)
+    assert app.shares() == {"2": 100}
+    (buckets / "artifacts" / "folder" / "app" / "weights").write_text("first")
+    app.deploy(artifact_uri=uri)
+    assert app.shares() == {"1": 100}
+
+
+def test_a_folder_with_nothing_to_serve_is_refused_before_anything_is_made(app, buckets):
+    before = app.changes()
+    with pytest.raises(UserError, match="artifact_uri: gs://artifacts/fold given, and there is no"):
+        app.deploy(artifact_uri="gs://artifacts/fold")
+    with pytest.raises(UserError, match=r"artifact_uri: gs://unknown/a cannot be listed: 404 "):
+        app.deploy(artifact_uri="gs://unknown/a")
+    assert app.changes() == before
 
 
 def test_a_canary_gets_its_share_and_is_promoted(app: Rehearsed):
