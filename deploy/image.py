@@ -93,10 +93,19 @@ def inspect_image(app: str, tag: str) -> dict[str, Any]:
     image = image_name(app, tag)
     found = _docker(engine(), "image", "inspect", image)
     if found is None:
-        targets = (tag,) if tag in MADE else MADE
-        ways = " or ".join(f"`make build-{name} APP={app}`" for name in targets)
-        raise UserError(f"there is no image {image}; build one with {ways}")
+        raise UserError(f"there is no image {image}; build one with {how_to_build(app, tag)}")
     return json.loads(found)[0]
+
+
+def how_to_build(app: str, tag: str, *variables: str) -> str:
+    """The commands that build an app's image: with that tag, if the Makefile builds it."""
+    rest = " ".join([f"APP={app}", *variables])
+    return " or ".join(f"`make build-{name} {rest}`" for name in ((tag,) if tag in MADE else MADE))
+
+
+def labels_of(found: dict[str, Any]) -> dict[str, str]:
+    """The labels in what `inspect_image` returned; an engine may leave out that there are none."""
+    return found["Config"].get("Labels") or {}
 
 
 def build_image(
@@ -184,7 +193,7 @@ def run_container(
         UserError: it did not become ready; the message has the end of its log.
     """
     program, name, image = engine(), container_name(app), image_name(app, tag)
-    labels = inspect_image(app, tag)["Config"]["Labels"] or {}
+    labels = labels_of(inspect_image(app, tag))
     _docker(program, "rm", "--force", name)
     options = [*HARDENED, "--stop-timeout", str(STOP_SECONDS)]
     options += ["--publish", f"127.0.0.1:{port}:{(environment or {}).get('AIP_HTTP_PORT', PORT)}"]

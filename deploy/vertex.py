@@ -50,7 +50,8 @@ def push(
     address for Vertex AI stays the same. Without Docker it has none, and serves the archive.
 
     Raises:
-        UserError: no container engine, no such image or archive, or the registry refused.
+        UserError: no container engine, no such image or archive, an image that Vertex AI could not
+            run as the settings are, or the registry refused.
     """
     registry = os.environ.get("VERTEX_REGISTRY")
     if "VERTEX_STANDIN" in os.environ and not registry:
@@ -66,11 +67,17 @@ def push(
             f"{local} is for {architecture}, and Vertex AI's machines are amd64; build it with "
             "DOCKER_DEFAULT_PLATFORM=linux/amd64, or in Cloud Build (deploy/cloudbuild.yaml)"
         )
-    labels = found["Config"]["Labels"] or {}
-    if labels.get(image.WEIGHTS) == "none" and not settings.artifact_uri:
+    weights = image.labels_of(found).get(image.WEIGHTS)
+    if weights == "none" and not settings.artifact_uri:
         raise UserError(
             f"artifact_uri: none given, and {local} has no weights; name their folder in Cloud "
-            f"Storage in deploy/vertex.yaml, or build them in: make build-{tag} APP={app}"
+            f"Storage in deploy/vertex.yaml, or build them in: {image.how_to_build(app, tag)}"
+        )
+    if weights == "baked" and settings.artifact_uri:
+        raise UserError(
+            f"artifact_uri: {settings.artifact_uri} given, and {local} has weights in it, which "
+            "would be served instead; give none, or build it without: "
+            f"{image.how_to_build(app, tag, 'BAKED=no')}"
         )
     there = f"{tag}-{found['Id'].removeprefix('sha256:')[:12]}"
     uri = settings.image_uri(app, there)
@@ -146,6 +153,18 @@ def status(vertex: "Vertex", app: str) -> str:
     return "\n".join(lines)
 
 
+def what_is_kept(settings: Settings, app: str) -> str:
+    """What cleanup leaves, because others may use it, and the commands that remove it."""
+    lines = [f"Artifact Registry keeps the images: {delete_images(settings, app)}"]
+    if settings.artifact_uri:
+        remove = f"gcloud storage rm --recursive {settings.artifact_uri}"
+        lines.append(
+            "Cloud Storage keeps the archive, and the bucket bills until you remove the folder "
+            f"with all that is in it: {remove}"
+        )
+    return "\n".join(lines)
+
+
 def token() -> str:
     """An access token of the application-default credentials, for curl. Valid for an hour."""
     from google.auth.transport.requests import Request
@@ -187,7 +206,7 @@ def act(vertex: "Vertex", options: argparse.Namespace) -> None:
             vertex, app
         )
         if name == "cleanup":
-            print(f"Artifact Registry keeps the images: {delete_images(vertex.settings, app)}")
+            print(what_is_kept(vertex.settings, app))
 
 
 @contextmanager
@@ -234,7 +253,11 @@ def main(arguments: list[str] | None) -> None:
     parser.add_argument("--project", help="instead of GCP_PROJECT and vertex.yaml")
     parser.add_argument("--region", help="instead of vertex.yaml's")
     parser.add_argument("--canary", type=int, metavar="PERCENT", help="of requests; deploy only")
-    parser.add_argument("--image", help="an image that is in the registry already; deploy only")
+    parser.add_argument(
+        *("--image",),
+        help="an image that is in the registry already; deploy only. What push refuses is not "
+        "looked for in it: another architecture, no weights, or weights beside artifact_uri",
+    )
     parser.add_argument("--tag", default="pro", help="of the image that is pushed")
     parser.add_argument("--dry-run", action="store_true", help="show the plan, do nothing")
     options = parser.parse_args(arguments)

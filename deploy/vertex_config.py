@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from deploy.paths import UserError, shown
 
@@ -22,7 +29,12 @@ MANAGED_BY = "serving-llms"
 
 Percent = Annotated[int, Field(ge=1, le=100)]
 Route = Annotated[str, Field(pattern="^/")]
-Folder = Annotated[str, Field(pattern=r"^gs://[a-z0-9][a-z0-9._-]+(/[^/\s]+)*$")]
+# no `.`, `..` or wildcards: the container would look for a folder of exactly this name
+Folder = Annotated[
+    str,
+    Field(pattern=r"^gs://[a-z0-9][a-z0-9._-]+(/[^/\s.*?#\[\]][^/\s*?#\[\]]*)*/?$"),
+    AfterValidator(lambda uri: uri.removesuffix("/")),
+]
 LabelPart = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,63}$")]
 
 

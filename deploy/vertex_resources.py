@@ -4,9 +4,14 @@ Which of them to do, and in which order, is the business of `vertex_steps`.
 """
 
 import datetime
+import hashlib
+import os
+import re
 from typing import Any
 
-from google.api_core.exceptions import BadRequest, NotFound
+from google.api_core.exceptions import BadRequest, GoogleAPIError, NotFound
+from google.auth.exceptions import GoogleAuthError
+from google.cloud import storage
 from google.cloud.aiplatform_v1 import types
 
 from deploy.paths import UserError
@@ -15,6 +20,14 @@ from deploy.vertex_operations import READ, Vertex
 
 CPU_METRIC = "aiplatform.googleapis.com/prediction/online/cpu/utilization"
 GPU_METRIC = "aiplatform.googleapis.com/prediction/online/accelerator/duty_cycle"
+ARTIFACTS_DIGEST = "ARTIFACTS_DIGEST"
+BACK = " back"
+"""The end of the display name of what `rollback` deployed; of the others it may be ` after 3`."""
+NOT_FILLED_IN = {
+    *("command", "args", "env", "startup_probe", "exec_"),
+    *("spot", "accelerator_type", "accelerator_count"),
+}
+"""Fields, at any depth, that the service leaves empty if we do."""
 
 
 # ---- the model and its versions
@@ -34,6 +47,8 @@ def container(vertex: Vertex, app: str, image_uri: str) -> types.ModelContainerS
         deployment_timeout=datetime.timedelta(seconds=settings.deployment_timeout),
         shared_memory_size_mb=settings.shared_memory_mb,
     )
+    if digest := artifacts_digest(vertex):
+        spec.env.append(types.EnvVar(name=ARTIFACTS_DIGEST, value=digest))
     if settings.startup_probe:
         spec.startup_probe = types.Probe(
             exec_=types.Probe.ExecAction(command=settings.startup_probe),
@@ -42,6 +57,31 @@ def container(vertex: Vertex, app: str, image_uri: str) -> types.ModelContainerS
             failure_threshold=settings.startup_probe_failures,
         )
     return spec
+
+
+def artifacts_digest(vertex: Vertex) -> str:
+    """Digits that tell what is in the folder that `artifact_uri` names; empty if it names none.
+
+    Vertex AI copies the folder when a version is uploaded. With the digits in the version's
+    environment, where nobody can change them, another archive in the same folder is seen.
+
+    Raises:
+        UserError: the folder is empty, or may not be listed.
+    """
+    uri = vertex.settings.artifact_uri
+    if not uri or ("VERTEX_STANDIN" in os.environ and "STORAGE_EMULATOR_HOST" not in os.environ):
+        return ""  # the stand-in has no Cloud Storage, and lets nobody out to Google's
+    bucket, _, folder = uri.removeprefix("gs://").partition("/")
+    client = storage.Client(project=vertex.settings.project, credentials=vertex.credentials)
+    try:
+        blobs = list(client.list_blobs(bucket, prefix=f"{folder}/" if folder else None))
+    except (GoogleAPIError, GoogleAuthError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"artifact_uri: {uri} cannot be listed: {reason}") from error
+    found = sorted((b.name, b.crc32c, b.md5_hash) for b in blobs if not b.name.endswith("/"))
+    if not found:
+        raise UserError(f"artifact_uri: {uri} given, and there is nothing; copy an archive there")
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:12]
 
 
 def versions(vertex: Vertex, app: str) -> list[int]:
@@ -82,16 +122,22 @@ def find_or_upload(vertex: Vertex, app: str, image_uri: str) -> str:
 def within(wanted: Any, actual: Any) -> bool:
     """Whether every field that is set in one message is the same in another.
 
-    The service fills in more than it was given, such as defaults of probes.
+    The service fills in more than it was given, such as defaults of probes. What it never fills in
+    is the same also where it is not set: a setting that was taken away is a change.
     """
-    fields = type(wanted).pb(wanted).ListFields()
-    given = type(actual).pb(actual)
-    for field, value in fields:
-        other = getattr(given, field.name)
-        plain = field.message_type is None or field.is_repeated
-        if plain and other != value:
-            return False
-        if not plain and any(getattr(other, f.name) != v for f, v in value.ListFields()):
+    return _within(type(wanted).pb(wanted), type(actual).pb(actual))
+
+
+def _within(wanted: Any, actual: Any) -> bool:
+    fields = {field.name: field for field, _ in wanted.ListFields()}
+    fields |= {field.name: field for field, _ in actual.ListFields() if field.name in NOT_FILLED_IN}
+    for name, field in fields.items():
+        one, other = getattr(wanted, name), getattr(actual, name)
+        if field.message_type is None or field.is_repeated:
+            same = one == other
+        else:
+            same = _within(one, other)
+        if not same:
             return False
     return True
 
@@ -148,14 +194,29 @@ def check_endpoint(vertex: Vertex, endpoint: types.Endpoint) -> None:
 
 
 def deployed_at(endpoint: types.Endpoint | None) -> list[types.DeployedModel]:
-    """What is deployed at an endpoint, oldest version first."""
+    """What is deployed at an endpoint, in the order in which it was."""
     found = list(endpoint.deployed_models) if endpoint else []
-    return sorted(found, key=lambda one: (int(version_of(one)), one.create_time))
+    return sorted(found, key=lambda one: (one.create_time, int(version_of(one))))
 
 
 def version_of(deployed: types.DeployedModel) -> str:
     """The number of the model's version behind a deployed model."""
     return deployed.model_version_id or deployed.model.partition("@")[2] or "1"
+
+
+def previous_of(deployed: types.DeployedModel) -> str | None:
+    """The version that had the requests when `deploy` put this one beside it, by its name.
+
+    Nothing else on Vertex AI tells: what is undeployed leaves no trace, and a version's number says
+    when it was uploaded, not when it served.
+    """
+    found = re.search(r" after (\d+)$", deployed.display_name)
+    return found and found[1]
+
+
+def brought_back(deployed: types.DeployedModel) -> bool:
+    """Whether `rollback` deployed it."""
+    return deployed.display_name.endswith(BACK)
 
 
 def traffic_of(endpoint: types.Endpoint, deployed: types.DeployedModel) -> int:

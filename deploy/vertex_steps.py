@@ -13,6 +13,8 @@ from typing import NamedTuple
 from deploy.paths import UserError
 from deploy.vertex_operations import Event, Span, Vertex, exceptions, kind_of, timeline
 from deploy.vertex_resources import (
+    BACK,
+    brought_back,
     check_endpoint,
     create_endpoint,
     delete,
@@ -22,6 +24,7 @@ from deploy.vertex_resources import (
     get_endpoint,
     matching,
     ours,
+    previous_of,
     set_traffic,
     traffic_of,
     types,
@@ -102,10 +105,12 @@ def _deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None) -> typ
 
 
 def rollback(vertex: Vertex, app: str) -> types.Endpoint:
-    """Go back to the version before: of two that are deployed to the older, else to the one before.
+    """Go back to what served before what was deployed last.
 
-    The latter is deployed again, which takes minutes. The version that is left stays in the model
-    registry.
+    A canary goes away, and what is beside it gets all requests. Where all requests go to one
+    version already, the one before it is deployed again, which takes minutes: the one that had most
+    of them when it was deployed; where that is not known, the next lower number. So rolling back
+    twice goes back by two. The version that is left stays in the model registry.
 
     Raises:
         UserError: there is nothing to go back to.
@@ -115,17 +120,26 @@ def rollback(vertex: Vertex, app: str) -> types.Endpoint:
     deployed = deployed_at(endpoint)
     if not deployed:
         raise UserError(f"rollback: nothing of {app} is deployed")
-    newest = deployed[-1]
-    if len(deployed) > 1:
-        older = max(deployed[:-1], key=lambda one: traffic_of(endpoint, one))
-        vertex.report(f"back from version {version_of(newest)} to {version_of(older)}")
-        return _give(vertex, app, endpoint, {older.id: 100})
-    current = int(version_of(newest))
-    before = [number for number in versions(vertex, app) if number < current]
-    if not before:
-        raise UserError(f"rollback: version {current} of {app} is the first; none is before it")
-    vertex.report(f"back from version {current} to {max(before)}, which is deployed again")
-    return _serve(vertex, app, endpoint, str(max(before)), None)
+    *others, newest = deployed
+    if others and brought_back(newest):
+        vertex.report(f"back to version {version_of(newest)}, as begun in an earlier run")
+        return _give(vertex, app, endpoint, {newest.id: 100})
+    if others:
+        before = max(others, key=lambda one: traffic_of(endpoint, one))
+        vertex.report(f"back from version {version_of(newest)} to {version_of(before)}")
+        return _give(vertex, app, endpoint, {before.id: 100})
+    current, known = version_of(newest), versions(vertex, app)
+    lower = [number for number in known if number < int(current)]
+    number = int(previous_of(newest) or current)
+    if number not in known or number == int(current):
+        number = max(lower, default=None)
+    if number is None:
+        raise UserError(
+            f"rollback: version {current} of {app} is the first, as far as is known here; deploy "
+            "the image that you want instead"
+        )
+    vertex.report(f"back from version {current} to {number}, which is deployed again")
+    return _serve(vertex, app, endpoint, str(number), None, back=True)
 
 
 def undeploy(vertex: Vertex, app: str) -> None:
@@ -221,15 +235,29 @@ def _going_on(vertex: Vertex, app: str | None, found: list) -> Iterator:
 
 
 def _serve(
-    vertex: Vertex, app: str, endpoint: types.Endpoint, version: str, canary: int | None
+    vertex: Vertex,
+    app: str,
+    endpoint: types.Endpoint,
+    version: str,
+    canary: int | None,
+    back: bool = False,
 ) -> types.Endpoint:
-    """Have a version deployed as the settings say, with its share of the requests."""
+    """Have a version deployed as the settings say, with its share of the requests.
+
+    Its name says for `rollback` what had most of them, or that it is itself brought `back`.
+    """
     wanted = wanted_deployment(vertex, app, version)
     there = matching(endpoint, wanted)
     others = [one for one in deployed_at(endpoint) if not there or one.id != there.id]
+    most = max(others, key=lambda one: traffic_of(endpoint, one), default=None)
+    if back:
+        wanted.display_name += BACK
+    elif most:  # the same version on other machines stands where the one on the old ones stood
+        inherited = previous_of(most) if version_of(most) == version else None
+        wanted.display_name += f" after {inherited or version_of(most)}"
     split = {there.id if there else "0": canary or 100}
-    if canary and others:
-        split[max(others, key=lambda one: traffic_of(endpoint, one)).id] = 100 - canary
+    if canary and most:
+        split[most.id] = 100 - canary
     elif canary:
         raise UserError(f"canary: {canary} given, and version {version} is alone already")
     if not there:

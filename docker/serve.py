@@ -10,6 +10,7 @@ Exit codes: 0 after SIGTERM or SIGINT, 2 for a mistake in the environment, 1 if 
 itself, whatever its own code was: the platform should start the container again.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -37,7 +38,7 @@ def main() -> int:
         drain_seconds = whole_number("DRAIN_SECONDS", 20, most=86_400)
         if whole_number("AIP_HTTP_PORT", 7080, least=1, most=65535) in range(7081, 7085):
             raise ValueError("AIP_HTTP_PORT: 7081 to 7084 are taken, by management and metrics")
-        store = model_store()
+        store = by_name(model_store())
         archive = only_archive(store)
     except (ValueError, OSError, LookupError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -85,6 +86,30 @@ def model_store() -> Path:
 
     target = TEMPORARY / "models"
     fetch(uri, target)
+    return target
+
+
+def by_name(store: Path) -> Path:
+    """The store; if it is itself an archive, another with the archive by its name in it.
+
+    That is what `gcloud storage cp --recursive model_store/APP gs://bucket/new` makes, and it is
+    as good: the manifest has the name.
+
+    Raises:
+        ValueError: the manifest has none.
+    """
+    manifest = store / "MAR-INF" / "MANIFEST.json"
+    if not manifest.is_file():
+        return store
+    try:
+        name = Path(json.loads(manifest.read_text())["model"]["modelName"]).name
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{manifest}: model.modelName cannot be read: {error!r}") from error
+    target = TEMPORARY / "store"
+    target.mkdir(exist_ok=True)
+    for leftover in target.iterdir():  # of a start before, in the same container
+        leftover.unlink()
+    (target / name).symlink_to(store.absolute())
     return target
 
 

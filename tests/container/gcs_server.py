@@ -25,8 +25,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         path, query = url.path.removeprefix("/download"), parse_qs(url.query)
-        _, _, _, _, bucket, _, *name = path.split("/", 7)
-        if not (FOLDER / bucket).is_dir():
+        _, _, _, _, bucket, *rest = path.split("/", 7)
+        name = rest[1:]  # after the `o`; the library also asks, in passing, for the bucket itself
+        if not rest or not (FOLDER / bucket).is_dir():
             self.send_error(404)
         elif name and query.get("alt") == ["media"]:
             self.media(FOLDER / bucket / unquote(name[0]))

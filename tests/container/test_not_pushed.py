@@ -64,6 +64,20 @@ def test_no_weights_and_nowhere_to_get_them_from(load):
     assert said == []
 
 
+def test_weights_in_it_and_elsewhere_too(load):
+    """The container would serve those in it, and nobody would see that the others are not used."""
+    load("amd64", {image.WEIGHTS: "baked"})
+    said = []
+    settings = load_settings(project="a-project", artifact_uri="gs://bucket/folder")
+    wanted = (
+        r"artifact_uri: gs://bucket/folder given, and .*foreign:pro has weights in it.* build it "
+        r"without: `make build-pro APP=foreign BAKED=no`"
+    )
+    with pytest.raises(UserError, match=wanted):
+        push(settings, APP, TAG, said.append)
+    assert said == []
+
+
 @pytest.mark.parametrize(
     ("labels", "artifact_uri"),
     [

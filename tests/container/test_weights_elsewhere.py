@@ -55,19 +55,21 @@ def test_without_an_archive_to_mount_it_says_so(bare, tmp_path):
         image.run_container(APP, tag="bare-test", port=PORT)
 
 
-def test_an_archive_comes_from_cloud_storage(bare, cloud_storage):
+@pytest.mark.parametrize("folder", ["", f"/{APP}"], ids=["archive-in-it", "is-the-archive"])
+def test_an_archive_comes_from_cloud_storage(bare, cloud_storage, folder):
+    """Also from a folder that is itself the archive: what gcloud makes of a new folder's name."""
     name = image.run_container(
         *(APP,),
         tag="bare-test",
         port=PORT,
-        environment=cloud_storage | {"AIP_STORAGE_URI": "gs://artifacts"},
+        environment=cloud_storage | {"AIP_STORAGE_URI": f"gs://artifacts{folder}"},
         arguments=["--network", NETWORK],
     )
     form = f"{{{{(index .NetworkSettings.Networks {NETWORK!r}).IPAddress}}}}".replace("'", '"')
     address = docker("inspect", "--format", form, name)
     reply = predict(f"http://{address}:7080/predictions/{APP}", FRANCE)
     assert "Paris" in reply["predictions"][0]
-    assert "MB from gs://artifacts" in docker("logs", name)
+    assert f"MB from gs://artifacts{folder} in" in docker("logs", name)
 
 
 @pytest.mark.parametrize(

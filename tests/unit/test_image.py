@@ -1,14 +1,16 @@
 """What an image is made of, without an engine: names, parts, the build in the cloud, the drain."""
 
+import importlib.util
 import re
 import stat
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import yaml
 
-from deploy import image, image_report
+from deploy import image, image_report, launch
 from deploy.image_report import PARTS, REST, part_of, table
 from deploy.launch import java_command, read_properties
 from deploy.paths import ROOT, UserError
@@ -70,6 +72,15 @@ def test_without_an_image_it_says_how_to_build_one(
     assert main([*arguments, "--tag", tag]) == 1
     expected = f"error: there is no image serving-llms/gpt2:{tag}; build one with {ways}\n"
     assert capsys.readouterr().err == expected
+
+
+def test_the_command_that_builds_an_image_without_weights():
+    assert image.how_to_build("gpt2", "pro", "BAKED=no") == "`make build-pro APP=gpt2 BAKED=no`"
+
+
+@pytest.mark.parametrize("config", [{}, {"Labels": None}, {"Labels": {}}])
+def test_an_image_without_labels(config):
+    assert image.labels_of({"Config": config}) == {}
 
 
 def test_the_makefile_has_a_target_for_each_tag_that_is_named():
@@ -140,6 +151,48 @@ def test_the_command_and_its_configuration():
     x = Path("/somewhere")
     command = java_command("java", config=x, log4j=x, store=x, archive="a.mar", temporary=x)
     assert command[0] == "java" and command[-2:] == ["-m", "a=a.mar"]
+
+
+@pytest.fixture
+def serve(monkeypatch, tmp_path):
+    """The container's entry, which finds `launch` beside itself."""
+    monkeypatch.setitem(sys.modules, "launch", launch)
+    spec = importlib.util.spec_from_file_location("serve", ROOT / "docker" / "serve.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "TEMPORARY", tmp_path / "temporary")
+    module.TEMPORARY.mkdir()
+    return module
+
+
+def archive_in(folder: Path, manifest: str = '{"model": {"modelName": "gpt2"}}') -> None:
+    (folder / "MAR-INF").mkdir(parents=True)
+    (folder / "MAR-INF" / "MANIFEST.json").write_text(manifest)
+    (folder / "llm_handler.py").touch()
+
+
+def test_layouts_of_a_store(serve, tmp_path):
+    archive_in(tmp_path / "parent" / "gpt2")
+    assert serve.by_name(tmp_path / "parent") == tmp_path / "parent"
+    assert serve.only_archive(tmp_path / "parent") == "gpt2"
+    archive_in(tmp_path / "itself")
+    for _ in range(2):  # also after a restart
+        store = serve.by_name(tmp_path / "itself")
+        assert serve.only_archive(store) == "gpt2"
+        assert (store / "gpt2" / "llm_handler.py").is_file()
+    archive_in(tmp_path / "two" / "gpt2")
+    archive_in(tmp_path / "two" / "other")
+    with pytest.raises(LookupError, match="two holds gpt2, other, but should hold one archive"):
+        serve.only_archive(serve.by_name(tmp_path / "two"))
+    with pytest.raises(LookupError, match="absent is empty, but should hold one"):
+        serve.only_archive(serve.by_name(tmp_path / "absent"))
+
+
+@pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"model": {"modelName": 1}}'])
+def test_an_archive_without_a_name_is_refused(serve, tmp_path, manifest):
+    archive_in(tmp_path / "itself", manifest)
+    with pytest.raises(ValueError, match=r"MANIFEST\.json: model\.modelName cannot be read"):
+        serve.by_name(tmp_path / "itself")
 
 
 def test_scripts_of_the_image_can_be_run():

@@ -55,13 +55,27 @@ def test_settings_cannot_be_changed():
         ({"predict_route": "predict"}, r"predict_route: 'predict' given; .*'\^/'"),
         ({"startup_probe_timeout": 11}, r"startup_probe_timeout: 11 is more than"),
         ({"environment": {"AIP_HTTP_PORT": "1"}}, r"environment\.AIP_HTTP_PORT: .*platform"),
-        ({"artifact_uri": "bucket/folder"}, r"artifact_uri: 'bucket/folder' given; .*gs://"),
+        *(
+            ({"artifact_uri": uri}, rf"artifact_uri: '{re.escape(uri)}' given; .*gs://")
+            for uri in (
+                *("bucket/folder", "gs://", "gs://bucket//folder", "gs://bucket/folder//"),
+                *("gs://bucket/*", "gs://bucket/a?", "gs://bucket/[ab]", "gs://bucket/a#1"),
+                *("gs://bucket/../other", "gs://bucket/./a", "gs://bucket/a/..", "gs://b u/a"),
+            )
+        ),
         ({"project": "X"}, r"project: 'X' given"),
     ],
 )
 def test_wrong_values_name_field_value_and_what_is_allowed(wrong, message):
     with pytest.raises(UserError, match=message):
         load_settings(**wrong)
+
+
+def test_a_folder_may_end_with_a_slash():
+    """As in the command that fills it; two spellings of one folder would be two versions."""
+    for uri in ("gs://bucket", "gs://my.bucket_1/a/b.c-d/v1"):
+        assert load_settings(artifact_uri=uri).artifact_uri == uri
+        assert load_settings(artifact_uri=f"{uri}/").artifact_uri == uri
 
 
 def test_a_file_that_is_not_there_or_no_mapping_is_named(tmp_path):
@@ -129,6 +143,17 @@ def test_each_resource_has_its_cost_below():
 def test_the_plan_names_what_is_in_cloud_storage():
     assert "artifacts" not in commands.plan(load_settings(), APP)
     assert "gs://bucket/b\n" in commands.plan(load_settings(artifact_uri="gs://bucket/b"), APP)
+
+
+def test_cleanup_says_what_it_leaves_and_how_to_remove_it():
+    settings = load_settings(project="a-project")
+    images = "gcloud artifacts docker images delete europe-west4-docker.pkg.dev/a-project/serving/"
+    assert images in commands.what_is_kept(settings, APP)
+    assert "storage" not in commands.what_is_kept(settings, APP)
+    settings = load_settings(project="a-project", artifact_uri="gs://bucket/b/")
+    said = commands.what_is_kept(settings, APP)
+    assert images in said and said.endswith(": gcloud storage rm --recursive gs://bucket/b")
+    assert "bucket bills until" in said
 
 
 def test_a_price_that_is_not_known_is_not_made_up():

@@ -1,15 +1,23 @@
 """The life of a deployment on the stand-in: twice the same, canary, rollback, failures, cleanup."""
 
 import itertools
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from google.api_core import exceptions as errors
 from google.cloud import aiplatform
+from google.cloud.aiplatform_v1 import types
 
 from deploy import vertex as commands
-from deploy.paths import UserError
+from deploy import vertex_steps
+from deploy.paths import ROOT, UserError
+from deploy.standin.images import can_connect, free_port
 from deploy.standin.local import Standin
+from deploy.vertex_resources import within
 from deploy.vertex_steps import cleanup, deploy, rollback, timeline, undeploy, what_is_there
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
@@ -72,6 +80,53 @@ def test_other_settings_of_the_container_are_another_version(app: Rehearsed):
     assert answer["name"] == "two"
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"environment": {"NAME": "two"}},
+        {"args": ["unused"]},
+        {"startup_probe": ["true"]},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_setting_of_the_container_is_taken_away_again(app: Rehearsed, setting):
+    app.deploy(**setting)
+    app.deploy()
+    assert app.shares() == {"2": 100}
+    app.deploy(**setting)
+    assert app.shares() == {"1": 100}
+
+
+def test_what_the_service_fills_in_is_no_difference():
+    spec = types.ModelContainerSpec
+    probe = {"exec_": {"command": ["true"]}, "period_seconds": 10}
+    filled = {"health_probe": {"period_seconds": 10}, "grpc_ports": [{"container_port": 8500}]}
+    default = {"startup_probe": {"period_seconds": 10, "failure_threshold": 3}}
+    assert within(spec(image_uri="a"), spec(image_uri="a", **filled | default))
+    assert within(
+        spec(startup_probe=probe), spec(startup_probe=probe | {"success_threshold": 1}, **filled)
+    )
+    assert not within(spec(image_uri="a"), spec(image_uri="a", command=["x"]))
+    assert not within(spec(image_uri="a"), spec(image_uri="a", startup_probe=probe))
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"spot": True}, {}),
+        ({}, {"spot": True}),
+        (
+            {"machine_spec": {"accelerator_type": "NVIDIA_TESLA_T4", "accelerator_count": 1}},
+            {"machine_spec": {}},
+        ),
+    ],
+)
+def test_machines_that_lose_or_gain_a_setting_are_others(before, now):
+    dedicated = {"min_replica_count": 1}
+    before = types.DedicatedResources(dedicated | before)
+    assert not within(types.DedicatedResources(dedicated | now), before)
+
+
 def test_another_folder_in_cloud_storage_is_another_version(app: Rehearsed):
     app.deploy()
     for _ in range(2):
@@ -81,6 +136,47 @@ def test_another_folder_in_cloud_storage_is_another_version(app: Rehearsed):
     assert answer["env"]["AIP_STORAGE_URI"] == "gs://bucket/folder"
     app.deploy()
     assert app.shares() == {"1": 100}
+
+
+@pytest.fixture
+def buckets(monkeypatch, tmp_path) -> Iterator[Path]:
+    """A folder that a small Cloud Storage serves, with an archive in gs://artifacts/folder."""
+    archive = tmp_path / "artifacts" / "folder" / "app"
+    archive.mkdir(parents=True)
+    (archive / "weights").write_text("first")
+    port = free_port()
+    server = ROOT / "tests" / "container" / "gcs_server.py"
+    process = subprocess.Popen([sys.executable, server, tmp_path, str(port)])
+    deadline = time.monotonic() + 20
+    while not can_connect(port):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    yield tmp_path
+    process.kill()
+    process.wait()
+
+
+def test_another_archive_in_the_same_folder_is_another_version(app: Rehearsed, buckets: Path):
+    uri = "gs://artifacts/folder"
+    for _ in range(2):
+        app.deploy(artifact_uri=uri)
+    assert app.shares() == {"1": 100}
+    (buckets / "artifacts" / "folder" / "app" / "weights").write_text("other")
+    app.deploy(artifact_uri=uri)
+    assert app.shares() == {"2": 100}
+    (buckets / "artifacts" / "folder" / "app" / "weights").write_text("first")
+    app.deploy(artifact_uri=uri)
+    assert app.shares() == {"1": 100}
+
+
+def test_a_folder_with_nothing_to_serve_is_refused_before_anything_is_made(app, buckets):
+    before = app.changes()
+    with pytest.raises(UserError, match="artifact_uri: gs://artifacts/fold given, and there is no"):
+        app.deploy(artifact_uri="gs://artifacts/fold")
+    with pytest.raises(UserError, match=r"artifact_uri: gs://unknown/a cannot be listed: 404 "):
+        app.deploy(artifact_uri="gs://unknown/a")
+    assert app.changes() == before
 
 
 def test_a_canary_gets_its_share_and_is_promoted(app: Rehearsed):
@@ -112,6 +208,69 @@ def test_rollback_of_a_canary_and_of_a_full_deployment(app: Rehearsed):
     uploads = app.changes().count("UploadModel")
     app.deploy("2")
     assert app.shares() == {"2": 100} and app.changes().count("UploadModel") == uploads
+
+
+def test_rollback_goes_to_what_served_before_whatever_its_number(app: Rehearsed):
+    """A, B, A: version 1 serves after version 2."""
+    app.deploy("1")
+    app.deploy("2")
+    app.deploy("1")
+    app.deploy("1", max_replicas=2)  # on other machines: still after version 2
+    assert app.shares() == {"1": 100}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"2": 100}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"1": 100}
+    with pytest.raises(UserError, match=r"version 1 of .* is the first, as far as is known here"):
+        rollback(app.vertex(), app.app)
+
+
+def test_rollback_of_an_old_version_as_canary(app: Rehearsed):
+    app.deploy("1")
+    app.deploy("2")
+    app.deploy("1", canary=20)
+    assert app.shares() == {"1": 20, "2": 80}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"2": 100}
+    app.deploy("1", canary=90)  # also of one that has most by now
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"2": 100}
+
+
+def test_rollback_of_other_machines_as_canary(app: Rehearsed):
+    app.deploy()
+    app.deploy(canary=20, max_replicas=2)
+    rollback(app.vertex(), app.app)
+    (deployed,) = aiplatform.Endpoint(small().endpoint_name(app.app)).list_models()
+    assert deployed.dedicated_resources.max_replica_count == 1
+
+
+def test_rollback_that_was_cut_off_is_taken_up(app: Rehearsed, monkeypatch):
+    """The version that comes back is deployed last: it is not taken for a canary."""
+    app.deploy("1")
+    app.deploy("2")
+    with monkeypatch.context() as patched:
+        patched.setattr(vertex_steps, "undeploy_model", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            rollback(app.vertex(), app.app)
+    assert app.shares() == {"1": 100, "2": 0}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"1": 100}
+
+
+def test_rollback_of_a_deployment_that_was_cut_off(app: Rehearsed, monkeypatch):
+    app.deploy("1")
+    with monkeypatch.context() as patched:
+        patched.setattr(vertex_steps, "undeploy_model", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            app.deploy("2")
+    assert app.shares() == {"1": 0, "2": 100}
+    rollback(app.vertex(), app.app)
+    assert app.shares() == {"1": 100}
+
+
+def cut_off(*_) -> None:
+    raise KeyboardInterrupt
 
 
 def test_what_cannot_be_done_is_refused_before_anything_is_made(app: Rehearsed):
