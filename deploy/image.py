@@ -11,7 +11,6 @@ What the image holds is the business of `docker/Dockerfile`.
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,10 +21,9 @@ from typing import Any
 from deploy.archive import prepare
 from deploy.cli import app_parser, command
 from deploy.export import EXPORTED
-from deploy.lock import IMAGE_LOCKS
+from deploy.lock import collect_wheels
 from deploy.pack import archive_path
-from deploy.paths import BUILD, MODEL_STORE, ROOT, UserError, link_or_copy
-from deploy.setup_env import find_links
+from deploy.paths import BUILD, MODEL_STORE, ROOT, UserError
 from deploy.weights import get_weights, one_at_a_time
 
 TARGETS = ("cpu", "cpu-lean", "gpu")
@@ -123,23 +121,19 @@ def build_image(
     Raises:
         UserError: the build failed; its last lines were printed.
     """
-    with one_at_a_time(CONTEXT):
-        return _build(app, weights, target, tag, baked)
-
-
-def _build(app: str, weights: Path, target: str | None, tag: str, baked: bool) -> str:
-    program = engine()
-    target = prepare_context(app, weights, target)
-    arguments = ["--file", DOCKERFILE, "--target", target, "--tag", image_name(app, tag)]
-    arguments += ["--build-arg", f"APP={app}"]
-    arguments += ["--build-arg", f"WEIGHTS={'baked' if baked else 'none'}"]
-    arguments += ["--label", f"org.opencontainers.image.version={tag}"]
-    arguments += ["--label", f"org.opencontainers.image.revision={_commit()}"]
+    program, name = engine(), image_name(app, tag)
     environment = os.environ | {"DOCKER_BUILDKIT": "1"}  # docker 20.10 has it, but not by default
-    run = subprocess.run([program, "build", *arguments, ROOT], env=environment)
+    with one_at_a_time(CONTEXT):
+        target = prepare_context(app, weights, target)
+        arguments = ["--file", DOCKERFILE, "--target", target, "--tag", name]
+        arguments += ["--build-arg", f"APP={app}"]
+        arguments += ["--build-arg", f"WEIGHTS={'baked' if baked else 'none'}"]
+        arguments += ["--label", f"org.opencontainers.image.version={tag}"]
+        arguments += ["--label", f"org.opencontainers.image.revision={_commit()}"]
+        run = subprocess.run([program, "build", *arguments, ROOT], env=environment)
     if run.returncode != 0:
-        raise UserError(f"the build of {image_name(app, tag)} failed; see above")
-    return image_name(app, tag)
+        raise UserError(f"the build of {name} failed; see above")
+    return name
 
 
 def prepare_context(app: str, weights: Path, target: str | None = None) -> str:
@@ -150,19 +144,6 @@ def prepare_context(app: str, weights: Path, target: str | None = None) -> str:
     if target is None:
         target = "cpu-lean" if (prepared / "weights" / EXPORTED).is_file() else "cpu"
     return target
-
-
-def collect_wheels(folder: Path) -> None:
-    """The wheel of torch, if pip's configuration names a folder that has it (find-links).
-
-    Empty on most machines; then the build asks PyTorch's index.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    version = re.match(r"torch==(\S+)", (IMAGE_LOCKS / "torch.txt").read_text()).group(1)
-    for source in find_links(Path(sys.executable)):
-        for wheel in Path(source).glob(f"torch-{version}-*.whl"):
-            if not (folder / wheel.name).exists():
-                link_or_copy(wheel, folder / wheel.name)
 
 
 def run_container(

@@ -14,8 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.paths import ROOT
-from deploy.setup_env import LOCK, locked_blocks
+from deploy.paths import ROOT, link_or_copy
+from deploy.setup_env import LOCK, find_links, locked_blocks
 
 IMAGE_LOCKS = ROOT / "docker" / "locks"
 IMAGES = ("archive", "cpu", "cpu-lean", "gpu")
@@ -95,6 +95,19 @@ def tidy(text: str) -> str:
     blocks[at] = blocks[at].replace(first, f"{first} ; sys_platform == 'darwin'", 1)
     blocks.insert(at, " \\\n".join(cpu) + "\n")
     return text[: _BLOCK.search(text).start()] + "".join(blocks)
+
+
+def collect_wheels(folder: Path) -> None:
+    """The wheel of torch, if pip's configuration names a folder that has it (find-links).
+
+    Empty on most machines; then the build asks PyTorch's index.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    version = re.match(r"torch==(\S+)", (IMAGE_LOCKS / "torch.txt").read_text()).group(1)
+    for source in find_links(Path(sys.executable)):
+        for wheel in Path(source).glob(f"torch-{version}-*.whl"):
+            if not (folder / wheel.name).exists():
+                link_or_copy(wheel, folder / wheel.name)
 
 
 if __name__ == "__main__":
