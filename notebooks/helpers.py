@@ -1,5 +1,6 @@
 """What all chapters share: bars, tables, figures, sources, servers. Nothing here knows a model."""
 
+import ast
 import atexit
 import base64
 import inspect
@@ -141,14 +142,14 @@ def _content(drawing: Figure) -> str:
     """What is drawn, without the measured values: nbval compares this, pictures it does not."""
     lines = []
     for axes in drawing.axes:
-        titles = [axes.get_title(), axes.get_xlabel(), axes.get_ylabel()]
+        titles = [axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel()]
         ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
         names = [tick.get_text() for tick in ticks if any(map(str.isalpha, tick.get_text()))]
         series = axes.get_legend_handles_labels()[1]
         bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
         drawn = {
             "lines": sum(len(line.get_xdata()) > 0 for line in axes.lines),
-            "bars": sum(bar.get_width() * bar.get_height() != 0 for bar in bars),
+            "bars": sum(bool(bar.get_width() * bar.get_height()) for bar in bars),
             "arrows and boxes": len(axes.patches) - len(bars),
             "clouds": sum(len(cloud.get_offsets()) > 0 for cloud in axes.collections),
             "words": [text.get_text() for text in axes.texts],
@@ -173,8 +174,19 @@ def source(thing: Callable | type | Path, start: str = "", end: str = "") -> Non
     if end:
         lines = lines[: next(i for i, line in enumerate(lines) if i and end in line)]
     language = {".py": "python", ".yaml": "yaml", ".properties": "properties"}.get(path.suffix, "")
-    code = textwrap.dedent("\n".join(lines)).strip()
+    code = textwrap.dedent("\n".join(lines)).strip("\n")
+    if language == "python" and not _is_python(code):
+        language = ""
     markdown(f"`{path.relative_to(ROOT)}`\n```{language}\n{code}\n```")
+
+
+def _is_python(text: str) -> bool:
+    """Whether it can be read as code: a part of a docstring should not be coloured like some."""
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
 
 
 def result(name: str) -> dict:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from deploy.paths import ROOT
 from tests.notebooks import test_policy as policy
@@ -48,6 +49,24 @@ def test_a_wrong_number_in_an_output(planted):
 
     run = nbval(planted(QUICK, change))
     assert run.returncode == 1 and "Cell outputs differ" in run.stdout, run.stdout
+
+
+def test_a_figure_that_lost_a_series(planted):
+    """Pictures are not compared, what is in them is."""
+    path = planted(QUICK, lambda cells: None)
+    notebook = nbformat.v4.new_notebook()
+    draw = "from benchmarks import plots\nfrom helpers import result, show\n"
+    draw += "show(plots.serving(result('serving')), 'Everybody.')"
+    notebook.cells = [nbformat.v4.new_code_cell(draw)]
+    NotebookClient(notebook, resources={"metadata": {"path": path.parent}}).execute()
+    nbformat.write(notebook, path)
+    run = nbval(path)
+    assert run.returncode == 0, run.stdout
+    data = notebook.cells[0].outputs[0].data
+    data["text/plain"] = data["text/plain"].replace("'vLLM, bfloat16', ", "")
+    nbformat.write(notebook, path)
+    run = nbval(path)
+    assert run.returncode == 1 and "vLLM, bfloat16" in run.stdout, run.stdout
 
 
 def test_a_cell_that_was_not_run(planted):
