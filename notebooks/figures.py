@@ -7,7 +7,7 @@ from textwrap import shorten
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from benchmarks.load import Report
 from benchmarks.plots import (
@@ -330,6 +330,8 @@ def capacity(plans: dict[float, Plan], unit: str) -> Figure:
     cost.plot(traffic, [p.per_million_tokens for p in plans.values()], color=ORANGE)
     cost.set(yscale="log", ylabel=unit, title="A million completion tokens")
     cost.yaxis.set_major_formatter("{x:g}")
+    cost.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    cost.yaxis.set_minor_locator(NullLocator())
     for axes in (replicas, cost):
         axes.set(xlabel="requests per minute", xlim=(0, None))
     return made

@@ -20,6 +20,7 @@ from ipywidgets import ValueWidget, VBox
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image as Picture
+from PIL.Image import Quantize
 
 from benchmarks.record import RESULTS
 from benchmarks.tables import SOURCES, TABLES
@@ -131,7 +132,8 @@ def show(drawing: Figure, alt: str) -> None:
     stream = io.BytesIO()
     drawing.savefig(stream, format="png", dpi=110)
     small = io.BytesIO()
-    Picture.open(stream).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
+    few = Picture.open(stream).convert("RGB").quantize(32, Quantize.MAXCOVERAGE)  # keeps rare hues
+    few.save(small, "PNG", optimize=True)
     content = f"{alt}\n{_content(drawing)}"
     picture = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": content}
     display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
