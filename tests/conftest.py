@@ -24,6 +24,7 @@ GROUPS = {
 """The beginning of a path -> its group; all other tests are one more."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What `make check` runs side by side, in two processes (pytest-xdist).
 
