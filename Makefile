@@ -26,7 +26,7 @@ ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 export VENV TORCH
 # torch's threads wait asleep, not spinning: on a machine with other work, chapters are then several
 # times as fast (LOG.md).
-check lab chapters notebooks: export OMP_WAIT_POLICY = passive
+lab chapters notebooks: export OMP_WAIT_POLICY = passive
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
         bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
@@ -43,11 +43,7 @@ setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 quickstart: setup ## Set up, serve APP, ask it one question, print the answer, stop
 	@$(PY) -m deploy.server $(ARCHIVE) --port "$(PORT)" --quickstart
 
-NBVAL := --nbval notebooks --nbval-sanitize-with notebooks/nbval.cfg
-
-# As `unit` and `chapters`, but side by side: half of the time is waiting for servers and containers.
-check: setup lint ## Set up and pass every check
-	@env -u APP $(PY) -m pytest -n 2 --dist loadgroup --durations=15 tests $(NBVAL)
+check: setup lint unit chapters ## Set up and pass every check
 
 lint: setup ## ruff and hadolint
 	@$(VENV)/bin/ruff check
@@ -58,7 +54,7 @@ unit: setup ## pytest
 	@$(PY) -m pytest
 
 chapters: setup ## Run every chapter and compare its outputs (pytest --nbval)
-	@env -u APP $(PY) -m pytest $(NBVAL)
+	@env -u APP $(PY) -m pytest --nbval notebooks --nbval-sanitize-with notebooks/nbval.cfg
 
 notebooks: setup ## Run every chapter in place, to store new outputs
 	@$(PY) -m nbconvert --to notebook --execute --inplace \

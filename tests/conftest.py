@@ -14,28 +14,6 @@ from tests import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-GROUPS = {
-    "tests/container": "docker",
-    "notebooks/05": "docker",
-    "notebooks/06": "docker",
-    "tests/vertex": "vertex",
-    "notebooks": "chapters",
-}
-"""The beginning of a path -> its group; all other tests are one more."""
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What `make check` runs side by side, in two processes (pytest-xdist).
-
-    A group is one process's: its servers' ports, its images and its containers are used by nobody
-    else at the same time.
-    """
-    for item in items:
-        path = item.path.relative_to(item.config.rootpath).as_posix()
-        group = next((group for start, group in GROUPS.items() if path.startswith(start)), "served")
-        item.add_marker(pytest.mark.xdist_group(group))
-
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
