@@ -16,6 +16,7 @@ CANARY    ?=
 PROJECT   ?=
 REGION    ?=
 VENV      ?= .venv
+JOBS      ?= 2
 PYTHON    ?= $(shell command -v python3.11 || command -v python3 || echo python3)
 
 PY      := $(VENV)/bin/python
@@ -43,7 +44,8 @@ setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 quickstart: setup ## Set up, serve APP, ask it one question, print the answer, stop
 	@$(PY) -m deploy.server $(ARCHIVE) --port "$(PORT)" --quickstart
 
-check: setup lint unit chapters ## Set up and pass every check
+check: setup lint ## Set up and pass every check (JOBS=2 at a time)
+	@$(PY) -m tests --jobs "$(JOBS)"
 
 lint: setup ## ruff and hadolint
 	@$(VENV)/bin/ruff check
@@ -54,7 +56,7 @@ unit: setup ## pytest
 	@$(PY) -m pytest
 
 chapters: setup ## Run every chapter and compare its outputs (pytest --nbval)
-	@env -u APP $(PY) -m pytest --nbval notebooks --nbval-sanitize-with notebooks/nbval.cfg
+	@env -u APP $(PY) -m pytest --nbval notebooks
 
 notebooks: setup ## Run every chapter in place, to store new outputs
 	@$(PY) -m nbconvert --to notebook --execute --inplace \

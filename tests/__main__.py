@@ -1,0 +1,103 @@
+"""Every check, some side by side: `python -m tests` (make check), or only the parts that are named.
+
+A part is a folder of tests, or a chapter with its solutions. Each has ports and containers of its
+own, so that it can run beside any other part. Much of their time they wait, mostly for a server to
+start: two at a time are done sooner than one after the other, on two cores as well.
+"""
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from deploy.paths import ROOT
+
+LONGEST_FIRST = ["tests/vertex", "tests/served", "notebooks/05", "tests/container", "notebooks/06"]
+"""So that no long part is left for the end, with nothing beside it."""
+
+NOTEBOOKS = sorted(ROOT.glob("notebooks/0*.ipynb"))
+
+
+def parts() -> list[str]:
+    """All parts, as paths below the project's folder, in the order in which they are begun."""
+    tests = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
+    chapters = {f"notebooks/{path.name[:2]}" for path in NOTEBOOKS}
+    return [*LONGEST_FIRST, *sorted((tests | chapters) - {*LONGEST_FIRST})]
+
+
+def start(part: str) -> subprocess.Popen[str]:
+    """Begin a part, in a process group of its own."""
+    chapters = [str(path) for path in NOTEBOOKS if str(path).startswith(f"{ROOT / part}_")]
+    command = [sys.executable, "-m", "pytest", *(["--nbval", *chapters] if chapters else [part])]
+    # torch's threads wait asleep, not spinning: the cores are for whoever has work (LOG.md).
+    environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
+    environment.pop("APP", None)  # make exports it, and tests and chapters are about the default
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(names: list[str], jobs: int) -> Iterator[tuple[str, int, str, float]]:
+    """Run parts, `jobs` at a time: name, pytest's exit status, output, seconds; as each ends.
+
+    If the caller leaves early (Ctrl-C), what runs is interrupted, so that it stops its servers.
+    """
+    running: list[subprocess.Popen[str]] = []
+
+    def one(name: str) -> tuple[str, int, str, float]:
+        began = time.monotonic()
+        process = start(name)
+        running.append(process)
+        output, _ = process.communicate()
+        return name, process.returncode, output, time.monotonic() - began
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in as_completed([pool.submit(one, name) for name in names]):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in running:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGINT)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 1 if a part failed."""
+    parser = argparse.ArgumentParser(prog="python -m tests", description="run the project's checks")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="such as tests/unit, notebooks/04")
+    parser.add_argument("--jobs", default="2", help="parts at a time, 1 or more")
+    options = parser.parse_args(arguments)
+    if not options.jobs.isdecimal() or int(options.jobs) < 1:
+        parser.exit(2, f"error: JOBS={options.jobs}: use a whole number, 1 or more\n")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is interrupted then, too
+    names = options.parts or parts()
+    began, ended = time.monotonic(), []
+    print(f"{len(names)} parts, {options.jobs} at a time; each is shown when it ends", flush=True)
+    for name, status, output, seconds in run(names, int(options.jobs)):
+        print(f"\n{output}", flush=True)
+        ended.append((seconds, name, status))
+        print(f"{name}: {_clock(seconds)}, {len(ended)} of {len(names)} parts done", flush=True)
+    print()
+    for seconds, name, status in sorted(ended, reverse=True):
+        print(f"{name:20} {_clock(seconds):>6}  {'FAILED' if status else 'passed'}")
+    print(f"{'all':20} {_clock(time.monotonic() - began):>6}")
+    return int(any(status for _, _, status in ended))
+
+
+def _clock(seconds: float) -> str:
+    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

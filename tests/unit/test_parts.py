@@ -1,0 +1,65 @@
+"""`python -m tests`: everything is in one of its parts, and one that fails is noticed."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy.paths import ROOT
+from tests.__main__ import main, parts
+
+LONG = """
+import time
+from pathlib import Path
+
+def test_it():
+    Path(__file__).with_name("began").touch()
+    try:
+        time.sleep(60)
+    finally:
+        Path(__file__).with_name("cleaned").touch()
+"""
+
+
+def test_every_test_and_every_chapter_is_in_one_part():
+    files = [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")]
+    files += [f"notebooks/{path.name}" for path in ROOT.glob("notebooks/0*.ipynb")]
+    assert len(files) > 50
+    for file in files:
+        assert len([part for part in parts() if file.startswith((f"{part}/", f"{part}_"))]) == 1
+    assert len(parts()) == len({*parts()})
+
+
+def test_one_part_fails_and_the_others_are_run(tmp_path: Path, capsys):
+    texts = {"bad": "def test_it(): assert 1 == 2", "good": "def test_it(): pass", "none": ""}
+    for name, text in texts.items():
+        (tmp_path / f"test_{name}.py").write_text(text)
+    names = [str(tmp_path / f"test_{name}.py") for name in texts]
+    assert main([*names, "--jobs", "1"]) == 1
+    shown = capsys.readouterr().out
+    assert "assert 1 == 2" in shown and "3 of 3 parts done" in shown
+    ends = {line.split()[0]: line.split()[-1] for line in shown.splitlines() if "  " in line}
+    assert [ends[name] for name in names] == ["FAILED", "passed", "FAILED"]
+    assert main([names[1]]) == 0
+
+
+def test_what_runs_cleans_up_when_the_whole_is_stopped(tmp_path: Path):
+    (tmp_path / "test_long.py").write_text(LONG)
+    command = [sys.executable, "-m", "tests", str(tmp_path / "test_long.py")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 143
+    assert (tmp_path / "cleaned").exists()
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two", ""])
+def test_jobs(jobs: str, capsys):
+    with pytest.raises(SystemExit):
+        main([f"--jobs={jobs}"])
+    assert capsys.readouterr().err == f"error: JOBS={jobs}: use a whole number, 1 or more\n"
