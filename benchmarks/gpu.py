@@ -74,6 +74,20 @@ def first_tokens(engine: TransformersEngine) -> float:
     return tokens / seconds_of(engine, 8, 1)
 
 
+def kernel_seconds(engine: TransformersEngine, sequences: int, new_tokens: int) -> float:
+    """Seconds in which the GPU computes, summed over the kernels of one decode step.
+
+    From torch's profiler, which slows down what it watches: so only the kernels' own times are
+    used, never the run's.
+    """
+    spent = []
+    for written in (1, 1 + new_tokens):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+            seconds_of(engine, sequences, written)
+        spent.append(sum(event.self_device_time_total for event in trace.key_averages()) / 1e6)
+    return (spent[1] - spent[0]) / new_tokens
+
+
 def child(question: dict) -> None:
     """Load one engine, measure it, print the figures as JSON."""
     speed = bandwidth()
@@ -92,6 +106,11 @@ def child(question: dict) -> None:
     figures["prompt_tokens_per_second"] = first_tokens(engine)
     if engine.model.device.type == "cuda":
         figures["share_of_roofline"] = figures["tokens_per_second 1"] * figures["bytes"] / speed
+    if "engine" not in question:
+        for sequences in SEQUENCES:
+            steps_per_second = figures[f"tokens_per_second {sequences}"] / sequences
+            busy = kernel_seconds(engine, sequences, new_tokens=16) * steps_per_second
+            figures[f"share_of_time_in_kernels {sequences}"] = busy
     figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
     figures["peak_memory_gb"] = peak_memory_gb()
     print(engine.description, file=sys.stderr)
