@@ -1,6 +1,8 @@
 """The engine `transformers` on a GPU: how much of it one gets, and what offload costs there.
 
-    python -m benchmarks.gpu        # one GPU, 6 GB of disk; so far only its first round was run
+    python -m benchmarks.gpu        # one GPU, 6 GB of disk
+
+results/gpu.json has two rounds of `smollm2 gpu` and `dolly gpu`; nobody has run all systems yet.
 
 SmolLM2-135M with its real weights and the dolly-v2-3b shape with random ones, in bfloat16, decode
 only, at 1, 8 and 32 sequences: continuous batching as the handler drives it, one request at a time

@@ -130,6 +130,36 @@ def large(record: dict) -> str:
     return "\n".join(lines)
 
 
+GPU_MODELS = {"smollm2 gpu": "SmolLM2-135M", "dolly gpu": "dolly-v2-3b's shape"}
+
+
+def gpu(record: dict) -> str:
+    """The engine `transformers` on a GPU: what batching gives, and what a decode step waits for.
+
+    One step reads all weights once: so steps per second times their bytes is what it takes of the
+    memory's bandwidth, keys and values left out.
+    """
+    head = "tokens per second, beside one sequence", "weights read, of the memory's bandwidth"
+    head += ("time in which kernels run",)
+    lines = [f"| model, sequences | {' | '.join(head)} |", "|---" * 4 + "|"]
+    for name, model in GPU_MODELS.items():
+        row = {q: found["values"] for q, found in record["figures"]["systems"][name].items()}
+        alone = row["tokens_per_second 1"]
+        for sequences in (1, 8, 32):
+            rates = row[f"tokens_per_second {sequences}"]
+            read = zip(rates, row["bytes"], row["bandwidth"], strict=True)
+            shares = [rate / sequences * size / speed for rate, size, speed in read]
+            gains = [rate / one for rate, one in zip(rates, alone, strict=True)]
+            spread = f"({min(gains):.1f} to {max(gains):.1f})"
+            cells = [f"{statistics.median(gains):.1f} {spread}" if sequences > 1 else "1"]
+            cells += [f"{100 * statistics.median(shares):.1f} %"]
+            busy = row[f"share_of_time_in_kernels {sequences}"]
+            percent = f"{100 * min(busy):.0f} to {100 * max(busy):.0f} %"
+            cells += [f"**{100 * statistics.median(busy):.0f} %** ({percent})"]
+            lines.append(f"| {model}, {sequences} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def roofline(record: dict) -> str:
     """How near the engine comes to what the machine allows."""
     head = "tokens per second", "operations per byte", "of the roof"
@@ -221,6 +251,7 @@ TABLES = {
     "image": image,
     "large": large,
     "engine_batching": engine_batching,
+    "gpu": gpu,
     "http": http,
     "offload": offload,
     "quality": quality,

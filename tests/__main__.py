@@ -96,7 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _clock(seconds: float) -> str:
-    return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
 
 
 if __name__ == "__main__":
