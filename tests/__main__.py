@@ -10,14 +10,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 
-from deploy.paths import ROOT
+from deploy.paths import BUILD, ROOT
 
 LONGEST_FIRST = ["tests/vertex", "tests/served", "notebooks/05", "tests/container", "notebooks/06"]
 """So that no long part is left for the end, with nothing beside it."""
+
+LOGS = BUILD / "check"
+"""What each part prints, while it runs and after."""
 
 NOTEBOOKS = sorted(ROOT.glob("notebooks/0*.ipynb"))
 
@@ -29,22 +34,23 @@ def parts() -> list[str]:
     return [*LONGEST_FIRST, *sorted((tests | chapters) - {*LONGEST_FIRST})]
 
 
-def start(part: str) -> subprocess.Popen[str]:
-    """Begin a part, in a process group of its own."""
+def start(part: str, log: Path) -> subprocess.Popen[bytes]:
+    """Begin a part, away from the terminal's Ctrl-C: `run` passes it on."""
     chapters = [str(path) for path in NOTEBOOKS if str(path).startswith(f"{ROOT / part}_")]
     command = [sys.executable, "-m", "pytest", *(["--nbval", *chapters] if chapters else [part])]
     # torch's threads wait asleep, not spinning: the cores are for whoever has work (LOG.md).
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     environment.pop("APP", None)  # make exports it, and tests and chapters are about the default
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    # Not a pipe: a server that a failed part left behind would hold it open for ever.
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def run(names: list[str], jobs: int) -> Iterator[tuple[str, int, str, float]]:
@@ -52,20 +58,25 @@ def run(names: list[str], jobs: int) -> Iterator[tuple[str, int, str, float]]:
 
     If the caller leaves early (Ctrl-C), what runs is interrupted, so that it stops its servers.
     """
-    running: list[subprocess.Popen[str]] = []
+    LOGS.mkdir(parents=True, exist_ok=True)
+    running: list[subprocess.Popen[bytes]] = []
+    stopping = threading.Event()
 
     def one(name: str) -> tuple[str, int, str, float]:
-        began = time.monotonic()
-        process = start(name)
+        began, log = time.monotonic(), LOGS / f"{name.strip('/').replace('/', '-')}.log"
+        process = start(name, log)
         running.append(process)
-        output, _ = process.communicate()
-        return name, process.returncode, output, time.monotonic() - began
+        if stopping.is_set():  # it began while the others were being interrupted
+            process.send_signal(signal.SIGINT)
+        status = process.wait()
+        return name, status, log.read_text(errors="replace"), time.monotonic() - began
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for future in as_completed([pool.submit(one, name) for name in names]):
                 yield future.result()
         finally:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in running:
                 if process.poll() is None:
@@ -73,7 +84,7 @@ def run(names: list[str], jobs: int) -> Iterator[tuple[str, int, str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 1 if a part failed."""
+    """The command line; returns 1 if a part failed, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m tests", description="run the project's checks")
     parser.add_argument("parts", nargs="*", metavar="PART", help="such as tests/unit, notebooks/04")
     parser.add_argument("--jobs", default="2", help="parts at a time, 1 or more")
@@ -81,10 +92,24 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.jobs.isdecimal() or int(options.jobs) < 1:
         parser.exit(2, f"error: JOBS={options.jobs}: use a whole number, 1 or more\n")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is interrupted then, too
-    names = options.parts or parts()
+    # A shell starts what is in its background deaf to SIGINT, and the parts would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return report(options.parts or parts(), int(options.jobs))
+    except KeyboardInterrupt:
+        print("\nstopped")
+        return 130  # what a shell reports for a program that Ctrl-C ended
+
+
+def report(names: list[str], jobs: int) -> int:
+    """Run parts and print what they print, and at the end how long each took; 1 if one failed."""
     began, ended = time.monotonic(), []
-    print(f"{len(names)} parts, {options.jobs} at a time; each is shown when it ends", flush=True)
-    for name, status, output, seconds in run(names, int(options.jobs)):
+    logs = LOGS.relative_to(ROOT)
+    print(
+        f"{len(names)} parts, {jobs} at a time; each is shown when it ends, and before in {logs}/"
+    )
+    sys.stdout.flush()
+    for name, status, output, seconds in run(names, jobs):
         print(f"\n{output}", flush=True)
         ended.append((seconds, name, status))
         print(f"{name}: {_clock(seconds)}, {len(ended)} of {len(names)} parts done", flush=True)

@@ -1,5 +1,7 @@
 """`python -m tests`: everything is in one of its parts, and one that fails is noticed."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,16 +48,26 @@ def test_one_part_fails_and_the_others_are_run(tmp_path: Path, capsys):
     assert main([names[1]]) == 0
 
 
-def test_what_runs_cleans_up_when_the_whole_is_stopped(tmp_path: Path):
+@pytest.mark.parametrize(("stop", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_runs_cleans_up_when_the_whole_is_stopped(tmp_path: Path, stop, status):
     (tmp_path / "test_long.py").write_text(LONG)
     command = [sys.executable, "-m", "tests", str(tmp_path / "test_long.py")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (tmp_path / "began").exists():
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 143
+    process.send_signal(stop)
+    assert process.wait(30) == status
     assert (tmp_path / "cleaned").exists()
+
+
+def test_a_server_that_was_left_behind_holds_nobody_up(tmp_path: Path, capsys):
+    text = "import subprocess\n\ndef test_it():\n    print(subprocess.Popen(['sleep', '60']).pid)\n"
+    (tmp_path / "test_left.py").write_text(text + "    raise SystemError\n")
+    began = time.monotonic()
+    assert main([str(tmp_path / "test_left.py")]) == 1
+    assert time.monotonic() - began < 30
+    os.kill(int(re.search(r"^(\d+)$", capsys.readouterr().out, re.MULTILINE)[1]), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "two", ""])
