@@ -45,7 +45,7 @@ quickstart: setup ## Set up, serve APP, ask it one question, print the answer, s
 	@$(PY) -m deploy.server $(ARCHIVE) --port "$(PORT)" --quickstart
 
 check: setup lint ## Set up and pass every check (JOBS=2 at a time)
-	@$(PY) -m tests --jobs "$(JOBS)"
+	@exec $(PY) -m tests --jobs "$(JOBS)"
 
 lint: setup ## ruff and hadolint
 	@$(VENV)/bin/ruff check

@@ -80,7 +80,7 @@ def kernel_seconds(engine: TransformersEngine, sequences: int, new_tokens: int) 
     """Seconds in which the GPU computes, summed over the kernels of one decode step.
 
     From torch's profiler, which slows down what it watches: so only the kernels' own times are
-    used, never the run's.
+    used, never the run's. (These few steps have shorter contexts than the timed ones.)
     """
     spent = []
     for written in (1, 1 + new_tokens):
@@ -94,6 +94,7 @@ def child(question: dict) -> None:
     """Load one engine, measure it, print the figures as JSON."""
     speed = bandwidth()
     torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()  # what was just read is not the engine's
     weights = get_weights(question["app"], shape_only=question["app"] == LARGE)
     files = [f for f in weight_files(weights) if f.suffix == ".safetensors"]
     began = time.perf_counter()

@@ -134,28 +134,23 @@ GPU_MODELS = {"smollm2 gpu": "SmolLM2-135M", "dolly gpu": "dolly-v2-3b's shape"}
 
 
 def gpu(record: dict) -> str:
-    """The engine `transformers` on a GPU: what batching gives, and what a decode step waits for.
+    """The engine `transformers` on a GPU: how long a decode step is, and what takes it.
 
-    One step reads all weights once: so steps per second times their bytes is what it takes of the
-    memory's bandwidth, keys and values left out.
+    Reading the weights alone is their bytes by the memory's bandwidth: no step can be shorter.
     """
-    head = "tokens per second, beside one sequence", "weights read, of the memory's bandwidth"
-    head += ("time in which kernels run",)
-    lines = [f"| model, sequences | {' | '.join(head)} |", "|---" * 4 + "|"]
+    head = "tokens per second", "step, ms", "of that, kernels run", "reading the weights alone"
+    lines = [f"| model, sequences | {' | '.join(head)} |", "|---" * 5 + "|"]
     for name, model in GPU_MODELS.items():
         row = {q: found["values"] for q, found in record["figures"]["systems"][name].items()}
-        alone = row["tokens_per_second 1"]
+        read = [1000 * b / s for b, s in zip(row["bytes"], row["bandwidth"], strict=True)]
         for sequences in (1, 8, 32):
             rates = row[f"tokens_per_second {sequences}"]
-            read = zip(rates, row["bytes"], row["bandwidth"], strict=True)
-            shares = [rate / sequences * size / speed for rate, size, speed in read]
-            gains = [rate / one for rate, one in zip(rates, alone, strict=True)]
-            spread = f"({min(gains):.1f} to {max(gains):.1f})"
-            cells = [f"{statistics.median(gains):.1f} {spread}" if sequences > 1 else "1"]
-            cells += [f"{100 * statistics.median(shares):.1f} %"]
-            busy = row[f"share_of_time_in_kernels {sequences}"]
-            percent = f"{100 * min(busy):.0f} to {100 * max(busy):.0f} %"
-            cells += [f"**{100 * statistics.median(busy):.0f} %** ({percent})"]
+            steps = [1000 * sequences / rate for rate in rates]
+            shares = row[f"share_of_time_in_kernels {sequences}"]
+            kernels = [step * share for step, share in zip(steps, shares, strict=True)]
+            cells = [f"{statistics.median(rates):.0f} ({min(rates):.0f} to {max(rates):.0f})"]
+            cells += [f"{statistics.median(steps):.1f} ({min(steps):.1f} to {max(steps):.1f})"]
+            cells += [f"{statistics.median(kernels):.1f}", f"{statistics.median(read):.2g}"]
             lines.append(f"| {model}, {sequences} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

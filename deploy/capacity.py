@@ -10,10 +10,12 @@ that always wait for an answer (`benchmarks.load`), and tokens per second of the
                + context seconds * (context - measured context)
         context = prompt + completion / 2, which is what a token looks back on, on average
     requests per second that a replica carries    r(n) = 1 / s(n), a straight line between two n
-    replicas                                      ceil(requests per second / (utilization * r))
-    chance that n are in flight                   p(n) = p(n - 1) * requests per second / r(n)
-    in flight                                     the sum of n * p(n)
-    latency, Little's law                         in flight / requests per second
+    replicas                                      ceil(all requests per second / utilization / most)
+        most is the greatest r(n): a full replica
+    requests per second of each                   q = all requests per second / replicas
+    chance that n are in flight in it             p(n) = p(n - 1) * q / r(n)
+    in flight in it                               the sum of n * p(n)
+    latency, Little's law                         in flight / q
 
 The chances are those of requests that come at random, independently of each other, and share the
 replica (a processor-sharing queue whose speed depends on how many share it). Then only the means of

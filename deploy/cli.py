@@ -57,3 +57,10 @@ def _name(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text):
         raise argparse.ArgumentTypeError(f"APP={text}: use letters, digits and . _ - only")
     return text
+
+
+def port_number(text: str) -> int:
+    """A server's first port: four more belong to it (those of a container stay inside)."""
+    if not text.isdecimal() or not 1024 <= int(text) <= 65_531:
+        raise argparse.ArgumentTypeError(f"PORT={text}: use a number from 1024 to 65531")
+    return int(text)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.archive import prepare
-from deploy.cli import app_parser, command
+from deploy.cli import app_parser, command, port_number
 from deploy.export import EXPORTED
 from deploy.lock import collect_wheels
 from deploy.pack import archive_path
@@ -283,6 +283,8 @@ def _build(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     began = time.monotonic()
+    if _docker(engine(), "container", "inspect", container_name(options.app)):
+        print(f"replacing the container {container_name(options.app)} that is there")
     name = run_container(
         options.app,
         tag=options.tag,
@@ -329,7 +331,7 @@ def main(arguments: list[str] | None) -> None:
     parser.add_argument("--tag", default="dev")
     parser.add_argument("--target", choices=TARGETS)
     parser.add_argument("--without-weights", action="store_true")
-    parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument("--port", type=port_number, default=PORT)
     parser.add_argument("--memory")
     parser.add_argument("--registry")
     options = parser.parse_args(arguments)

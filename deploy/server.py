@@ -7,7 +7,6 @@ How it is started and set is shared with the container: `deploy/launch.py` and
 `docker/config.properties`.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ import httpx
 import psutil
 
 from deploy.archive import add_archive_options, build_app
-from deploy.cli import app_parser, command
+from deploy.cli import app_parser, command, port_number
 from deploy.client import predict
 from deploy.guard import dismiss, guard
 from deploy.java import find_java
@@ -306,7 +305,7 @@ def main(arguments: list[str] | None) -> None:
     """The command line; see the module's docstring."""
     parser = app_parser("deploy.server", "archive and serve an app")
     add_archive_options(parser)
-    parser.add_argument("--port", type=_port, default=PORT)
+    parser.add_argument("--port", type=port_number, default=PORT)
     parser.add_argument("--quickstart", action="store_true", help="one request, then stop")
     options = parser.parse_args(arguments)
     for stop in (signal.SIGINT, signal.SIGTERM):  # a shell may have told us to ignore Ctrl-C
@@ -315,12 +314,6 @@ def main(arguments: list[str] | None) -> None:
     server.check_ports()  # before the minutes that weights may take
     build_app(options)
     (_quickstart if options.quickstart else _serve)(server)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 1024 <= int(text) <= 65_531:
-        raise argparse.ArgumentTypeError(f"PORT={text}: use a number from 1024 to 65531")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -120,8 +120,12 @@ def ask(vertex: "Vertex", app: str, body: dict) -> dict[str, Any]:
     try:
         predicted = endpoint.predict(body["instances"], parameters=body.get("parameters"))
     except NotFound as error:
-        raise UserError(f"nothing of {app} is deployed; run deploy first") from error
+        raise UserError(f"nothing of {app} is deployed; `make deploy APP={app}` does it") from error
     except ValueError as error:
+        if "no model is deployed" in str(error):  # an endpoint is there: after `undeploy`, say
+            raise UserError(
+                f"nothing of {app} is deployed any more; `make deploy APP={app}` does it"
+            ) from error
         raise UserError(f"predict: {error}") from error
     raw = endpoint.raw_predict(json.dumps(body).encode(), headers)
     if raw.status_code != 200:
@@ -191,6 +195,7 @@ def act(vertex: "Vertex", options: argparse.Namespace) -> None:
 
     app, name = options.app, options.action
     if name == "deploy":
+        steps.check_canary(options.canary)  # before the minutes that a push may take
         uri = options.image or push(vertex.settings, app, options.tag)
         endpoint = steps.deploy(vertex, app, uri, options.canary)
         print(f"{app} answers at https://{endpoint.dedicated_endpoint_dns}")

@@ -40,6 +40,7 @@ __all__ = [
     "Resource",
     "Span",
     "Vertex",
+    "check_canary",
     "cleanup",
     "deploy",
     "rollback",
@@ -78,8 +79,7 @@ def deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None = None) 
         UserError: a wrong argument, or a canary with nothing beside it.
         GoogleAPICallError: Google refused, or the model server never became ready.
     """
-    if canary is not None and not (type(canary) is int and 1 <= canary <= 99):
-        raise UserError(f"canary: {canary!r} given; should be a whole number from 1 to 99, or none")
+    check_canary(canary)
     if not image_uri.startswith(f"{vertex.settings.region}-docker.pkg.dev/"):
         raise UserError(
             f"image_uri: {image_uri} given; should be in Artifact Registry in the same region, "
@@ -91,6 +91,16 @@ def deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None = None) 
     except exceptions.AlreadyExists:
         # Begun by a run that was killed a moment ago, and not listed until now.
         return _deploy(vertex, app, image_uri, canary)
+
+
+def check_canary(canary: int | None) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        UserError: it is neither None nor a whole number from 1 to 99.
+    """
+    if canary is not None and not (type(canary) is int and 1 <= canary <= 99):
+        raise UserError(f"canary: {canary!r} given; should be a whole number from 1 to 99, or none")
 
 
 def _deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None) -> types.Endpoint:
@@ -259,7 +269,10 @@ def _serve(
     if canary and most:
         split[most.id] = 100 - canary
     elif canary:
-        raise UserError(f"canary: {canary} given, and version {version} is alone already")
+        raise UserError(
+            f"canary: {canary} given, and version {version} is alone already, with this image; "
+            "build another, or name one (TAG=)"
+        )
     if not there:
         rest = {one.id: 0 for one in others}
         deploy_model(vertex, endpoint, wanted, rest | split)

@@ -21,6 +21,9 @@ from deploy.paths import BUILD, ROOT
 LONGEST_FIRST = ["tests/vertex", "tests/served", "notebooks/05", "tests/container", "notebooks/06"]
 """So that no long part is left for the end, with nothing beside it."""
 
+MAKES = ("APP", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")
+"""What make passes on to the programs that it starts, and they to the make that they start."""
+
 LOGS = BUILD / "check"
 """What each part prints, while it runs and after."""
 
@@ -40,7 +43,8 @@ def start(part: str, log: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pytest", *(["--nbval", *chapters] if chapters else [part])]
     # torch's threads wait asleep, not spinning: the cores are for whoever has work (LOG.md).
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    environment.pop("APP", None)  # make exports it, and tests and chapters are about the default
+    for name in MAKES:  # `make check APP=gpt2`: tests and chapters are about the default
+        environment.pop(name, None)
     # Not a pipe: a server that a failed part left behind would hold it open for ever.
     with log.open("wb") as output:
         return subprocess.Popen(
@@ -91,7 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.jobs.isdecimal() or int(options.jobs) < 1:
         parser.exit(2, f"error: JOBS={options.jobs}: use a whole number, 1 or more\n")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what runs is interrupted then, too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # what runs is interrupted then, too
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     # A shell starts what is in its background deaf to SIGINT, and the parts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -23,7 +23,8 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.random_model(tmp_path_factory.mktemp("models") / "tiny", tiny.LLAMA)
+    """Exports bear its name; that of this process keeps other tests' out."""
+    return tiny.random_model(tmp_path_factory.mktemp("models") / f"tiny-{os.getpid()}", tiny.LLAMA)
 
 
 @pytest.fixture(scope="session")
@@ -66,5 +67,5 @@ def tiny_openvino_server(tiny_llama: Path, serve):
     """The same with the other engine."""
     with serve("tiny", tiny_llama, "openvino", 7220) as server:
         yield server
-    for folder in EXPORTS.glob("tiny-*"):
+    for folder in EXPORTS.glob(f"{tiny_llama.name}-*"):
         shutil.rmtree(folder)

@@ -34,6 +34,7 @@ def main(arguments: list[str] | None) -> None:
     with standin:
         for name, value in standin.environment.items():
             print(f"export {name}={shlex.quote(value)}")
+        print("# paste these lines into another terminal; there, deploy as ever")
         print(
             f"# running ({standin.runner}); Ctrl-C stops it and everything it started", flush=True
         )

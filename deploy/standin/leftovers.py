@@ -57,7 +57,10 @@ def clean() -> None:
     """Remove what stand-ins that are no more have left."""
     for path in LEDGERS.glob("*.json"):
         if not _alive(path.stem):
-            content = json.loads(path.read_text() or "{}")
+            try:
+                content = json.loads(path.read_text() or "{}")
+            except FileNotFoundError:  # another stand-in that starts just now was quicker
+                continue
             for pid, began in content.get("processes", []):
                 _kill(pid, began)
             if content.get("folder"):

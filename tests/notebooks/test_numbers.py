@@ -6,6 +6,7 @@ declared piece, and fails here.
 
 Left out: tables made from result files (`tests/unit/test_repository.py` compares those), blocks of
 code and what programs print (`tests/served/test_readme.py` runs it), outputs of chapters (nbval).
+Not seen: a bare count, such as "640 kernels", and most comparisons in words.
 """
 
 import ast
@@ -24,7 +25,7 @@ from tests.notebooks.test_policy import NOTEBOOKS, read
 DOCUMENTS = {path.name: path for path in (ROOT / "README.md", ROOT / "LOG.md", *NOTEBOOKS)}
 ONES = r"one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:\w+)teen"
 TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety|dozen|hundred|thousand|million"
-WORD = rf"\b(?:{ONES}|{TENS})\b"
+WORD = rf"\b(?i:{ONES}|{TENS})\b"
 MORE = rf"(?:\d(?:[\d,]*\d)?(?:\.\d+)?|{WORD})"
 COUNT = rf"(?<![\w.,=])(?<!\w-){MORE}"
 AND = r"\s*(?:-|–|/|,|\bto\b|\band\b|\bor\b|\bof\b)\s*"
@@ -43,6 +44,9 @@ CLAIMS = [
     r"\b(?:twice|thrice|half|halves|halved|(?:doubl|tripl)(?:e[sd]?|ing))\b",
     rf"\b(?:an?|{ONES})[\s-]+(?:{PART})s?\b",
     r"(?<![\w.,=/-])\d+\.\d+(?![\w.]*\.?\d)",
+    rf"{COUNT}\s+(?:out\s+of|of|in|from)\s+{MORE}\b|\bfrom\s+{COUNT}\s+to\s+{MORE}\b",
+    r"\borders?\s+of\s+magnitude\b",
+    r"(?<![\w.])\d[\d.,]*\s*(?:k?Wh?|[MG]Hz|[GT]?FLOPS?|[GT]FLOP/s)\b",
     r"(?<=\|)\s*(?:about|some|over|under|[~≈<>±+])?\s*\d[^|\n]*(?=\|)",
 ]
 """Numbers and number words with a unit; ratios and parts; a bare 0.71; a number alone in a cell."""
@@ -172,7 +176,8 @@ CHANGES = [
     ("LOG.md", "0.71 of vLLM's", "0.51 of vLLM's"),
     ("LOG.md", "some 30 µs", "some 3 µs"),
     ("LOG.md", "six to eleven times", "six to forty times"),
-    ("LOG.md", "idle nearly nine tenths", "idle nearly four tenths"),
+    ("LOG.md", "writes 2.7 times as many", "writes 7.2 times as many"),
+    ("LOG.md", "nine times there", "four times there"),
     ("LOG.md", "121 instead of 211", "121 instead of 311"),
     ("LOG.md", "40 % of a decode", "14 % of a decode"),
     (CHAPTER, "about two minutes", "about four minutes"),
@@ -214,6 +219,11 @@ def test_a_changed_number_is_found(document, true, false):
         "It is 20-fold faster.",
         "It is a factor of 7.31 faster.",
         "It reaches 0.93 of it.",
+        "Nine out of ten requests fail.",
+        "It failed in 7 of 100 requests.",
+        "Throughput rose from 48 to 336.",
+        "It is an order of magnitude slower.",
+        "It draws 700 W.",
         "| | seconds |\n|---|---|\n| vLLM | 51 |",
     ],
 )

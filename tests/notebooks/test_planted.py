@@ -41,6 +41,17 @@ def test_a_chapter_as_it_is_passes(planted):
     assert run.returncode == 0, run.stdout
 
 
+def test_a_chapter_that_needs_docker_is_skipped_without_it(monkeypatch):
+    """Named or not: `python -m tests notebooks/05` names its files."""
+    monkeypatch.setenv("DOCKER", "/nonexistent")
+    monkeypatch.delenv("REQUIRE_DOCKER", raising=False)
+    run = nbval(ROOT / "notebooks" / "05_solutions.ipynb")
+    assert run.returncode == 0 and "no container engine: /nonexistent cannot" in run.stdout
+    assert re.search(r"= \d+ skipped in", run.stdout), run.stdout
+    monkeypatch.setenv("REQUIRE_DOCKER", "1")
+    assert nbval(ROOT / "notebooks" / "05_solutions.ipynb").returncode != 0
+
+
 def test_a_wrong_number_in_an_output(planted):
     def change(cells):
         output = next(o for c in cells for o in c.outputs if "429" in o.get("text", ""))

@@ -4,6 +4,7 @@ The checkpoint has dolly's architecture and special tokens in miniature and was 
 answers, each followed by "### End": what it says is checked to the letter.
 """
 
+import os
 import shutil
 
 import httpx
@@ -32,7 +33,7 @@ def dolly_server(request, tmp_path_factory: pytest.TempPathFactory):
     pairs = {app.prompt.template.replace("{prompt}", q): a for q, a in ANSWERS.items()}
     tmp_path = tmp_path_factory.mktemp("dolly")
     weights = tiny.taught_model(
-        tmp_path / "weights", tiny.DOLLY, tiny.DOLLY_SPECIAL, pairs, end="### End"
+        tmp_path / f"weights-{os.getpid()}", tiny.DOLLY, tiny.DOLLY_SPECIAL, pairs, end="### End"
     )
     archive = build_archive(
         "dolly-v2-3b", weights, engine={"name": request.param}, store=tmp_path / "store"
@@ -41,7 +42,7 @@ def dolly_server(request, tmp_path_factory: pytest.TempPathFactory):
     assert config["prompt"] == app.prompt.model_dump() and config["engine"]["name"] == request.param
     with Server(archive, port=7200) as server:
         yield server
-    for folder in EXPORTS.glob("weights-*"):
+    for folder in EXPORTS.glob(f"{weights.name}-*"):
         shutil.rmtree(folder)
 
 

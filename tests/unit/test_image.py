@@ -74,6 +74,13 @@ def test_without_an_image_it_says_how_to_build_one(
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.parametrize("port", ["0", "80", "70000", "-1", "abc", ""])
+def test_an_impossible_port_is_refused_as_by_make_serve(port, capsys):
+    with pytest.raises(SystemExit):
+        image.main(["run", "gpt2", f"--port={port}"])
+    assert f"PORT={port}: use a number from 1024 to 65531" in capsys.readouterr().err
+
+
 def test_the_command_that_builds_an_image_without_weights():
     assert image.how_to_build("gpt2", "pro", "BAKED=no") == "`make build-pro APP=gpt2 BAKED=no`"
 

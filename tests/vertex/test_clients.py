@@ -17,7 +17,7 @@ from google.cloud import aiplatform
 
 from deploy import vertex as commands
 from deploy.paths import UserError
-from deploy.vertex_steps import cleanup, what_is_there
+from deploy.vertex_steps import cleanup, undeploy, what_is_there
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 HEADERS = {"Content-Type": "application/json"}
@@ -217,6 +217,19 @@ def test_no_authentication(app: Rehearsed):
     )
     error = json.loads(run.stdout)["error"]
     assert (error["code"], error["status"]) == (401, "UNAUTHENTICATED")
+
+
+def test_asking_after_undeploy_says_how_to_deploy(app: Rehearsed):
+    app.deploy()
+    undeploy(app.vertex(), app.app)
+    with pytest.raises(UserError, match="deployed any more; `make deploy APP=clients` does it"):
+        commands.ask(app.vertex(), app.app, BODY)
+
+
+def test_a_wrong_canary_is_refused_before_anything_is_pushed(app: Rehearsed, capsys):
+    assert commands.main(["deploy", app.app, "--canary", "200"]) == 1
+    shown = capsys.readouterr()
+    assert "push" not in shown.out and shown.err.startswith("error: canary: 200 given")
 
 
 def test_asking_what_is_not_there_names_it(app: Rehearsed):
