@@ -203,9 +203,10 @@ def wait_until_ready(program: str, name: str, deadline: float = 600.0) -> None:
         UserError: the container ended, or time is up.
     """
     end = time.monotonic() + deadline
+    form = "{{.State.Status}}, out of memory: {{.State.OOMKilled}}"
     while _docker(program, "exec", name, "/opt/serving/ready") is None:
-        state = _docker(program, "inspect", "--format", "{{.State.Status}}", name)
-        if state is None or state.strip() != "running" or time.monotonic() > end:
+        state = _docker(program, "inspect", "--format", form, name)
+        if not (state or "").startswith("running") or time.monotonic() > end:
             raise UserError(
                 f"the container is not ready ({(state or 'gone').strip()}):\n{log(name)}"
             )

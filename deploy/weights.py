@@ -193,7 +193,10 @@ def _fetcher(name: str, app: App, shape_only: bool) -> Callable[[Path], None]:
     """Imports are here because each source needs a large library the others do not."""
     if shape_only:
         if not app.architecture:
-            raise UserError(f"APP={name}: --shape-only needs app.architecture in its YAML")
+            raise UserError(
+                f"APP={name}: random weights (SHAPE_ONLY=1, --shape-only) need app.architecture in "
+                "its YAML; without them the real ones are taken"
+            )
         from deploy.shape import write_random_checkpoint
 
         special = [*app.engine.stop_tokens]

@@ -216,6 +216,11 @@ def test_a_mistake_in_the_environment_is_named(lean, variable, message):
     assert len(run.stderr.splitlines()) == 1
 
 
+def test_too_little_memory_is_named(lean):
+    with pytest.raises(UserError, match=r"not ready \(exited, out of memory: true\)"):
+        image.run_container(APP, tag="lean-test", port=PORT, memory="100m")
+
+
 def test_the_full_image_serves_with_torch(full):
     image.run_container(APP, tag="full-test", port=PORT, memory="2g")
     assert "Paris" in predict(URL, FRANCE)["predictions"][0]
