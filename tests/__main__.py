@@ -18,7 +18,10 @@ from pathlib import Path
 
 from deploy.paths import BUILD, ROOT
 
-LONGEST_FIRST = ["tests/vertex", "tests/served", "notebooks/05", "tests/container", "notebooks/06"]
+LONGEST_FIRST = [
+    *("tests/vertex", "tests/served", "notebooks/05", "tests/container", "notebooks/06"),
+    *("tests/unit", "notebooks/07"),
+]
 """So that no long part is left for the end, with nothing beside it."""
 
 MAKES = ("APP", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")
