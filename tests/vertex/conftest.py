@@ -18,10 +18,12 @@ SCALE, LIMIT_SCALE = 0.001, 0.05
 """Deploying takes 0.24 s, probes come every 0.1; 60 s on the shared endpoint become 3."""
 
 
-@pytest.fixture(autouse=True)
-def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="package", autouse=True)
+def looks_often() -> Iterator[None]:
     """The stand-ins are hundreds of times as fast as the platform: the deployer looks oftener."""
-    monkeypatch.setattr(vertex_operations, "FIRST_POLL", 0.02)
+    with pytest.MonkeyPatch.context() as patch:  # not the fixture: a test's own undoes itself first
+        patch.setattr(vertex_operations, "FIRST_POLL", 0.02)
+        yield
 
 
 @pytest.fixture(scope="package")
