@@ -45,9 +45,12 @@ def push(name: str, standin: Standin, path: str) -> str:
     return f"{standin.region}-docker.pkg.dev/{standin.project}/serving/{path}"
 
 
-@pytest.fixture(scope="session")
-def base() -> str:
-    """The base of our images, which has Python; models bring the server as their command."""
+@pytest.fixture(scope="module")
+def base(docker_standin: Standin) -> str:
+    """The base of our images, which has Python; models bring the server as their command.
+
+    After the stand-in, which skips where there is no Docker.
+    """
     name = "serving-llms/base:standin-test"
     arguments = ["--quiet", "--target", "base", "--file", ROOT / "docker" / "Dockerfile"]
     proxies = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
