@@ -39,10 +39,10 @@ help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install everything into .venv (TORCH=cuda for a GPU)
-	@$(PYTHON) deploy/setup_env.py
+	@$(PYTHON) tools/setup_env.py
 
 quickstart: setup ## Set up, serve APP, ask it one question, print the answer, stop
-	@$(PY) -m deploy.server $(ARCHIVE) --port "$(PORT)" --quickstart
+	@$(PY) -m deploy.torchserve $(ARCHIVE) --port "$(PORT)" --quickstart
 
 check: setup lint ## Set up and pass every check (JOBS=2 at a time)
 	@exec $(PY) -m tests --jobs "$(JOBS)"
@@ -86,7 +86,7 @@ archive: setup ## Make the model archive (FORMAT=zip-store for a .mar; ENGINE=tr
 	@$(PY) -m deploy.archive $(ARCHIVE)
 
 serve: setup ## Serve APP with TorchServe, without Docker, until Ctrl-C
-	@exec $(PY) -m deploy.server $(ARCHIVE) --port "$(PORT)"
+	@exec $(PY) -m deploy.torchserve $(ARCHIVE) --port "$(PORT)"
 
 test: ## Send the original request to a running server and print the JSON
 	@curl --silent --show-error --fail-with-body --max-time 600 \
@@ -122,7 +122,7 @@ bench-check: setup ## Fail if the server has become slow beside its engine (2 mi
 	@$(PY) -m benchmarks.check
 
 lock: setup ## Resolve pyproject.toml into requirements.lock
-	@$(PY) -m deploy.lock
+	@$(PY) -m tools.lock
 
 clean: ## Remove what was made: models, archives, logs (not .venv)
 	rm -rf models model_store build
@@ -152,7 +152,7 @@ push: setup ## Push the image of APP (REGISTRY=host/project/repository, TAG=pro)
 	@$(PY) -m deploy.image push "$(APP)" --tag "$(TAG)" --registry "$(REGISTRY)"
 
 image-report: setup ## Show what is in the image of APP, by part
-	@$(PY) -m deploy.image_report "$(APP)" --tag "$(TAG)"
+	@$(PY) -m deploy.image.report "$(APP)" --tag "$(TAG)"
 
 plan: setup ## Show what deploy would make on Vertex AI, and its price (PROJECT=, REGION=)
 	@$(PY) -m deploy.vertex plan "$(APP)" $(GOOGLE)
@@ -171,7 +171,7 @@ cleanup: setup ## Remove everything of APP on Vertex AI and prove that it is gon
 	@$(PY) -m deploy.vertex cleanup "$(APP)" $(GOOGLE)
 
 standin: setup ## Start the local stand-in for Vertex AI, until Ctrl-C
-	@exec $(PY) -m deploy.standin
+	@exec $(PY) -m standin
 
 rehearse: setup ## Deploy, ask, canary, roll back, clean up on the stand-in (no Google account)
-	@$(PY) -m deploy.rehearse "$(APP)"
+	@$(PY) -m standin.rehearse "$(APP)"

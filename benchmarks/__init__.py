@@ -1,1 +1,4 @@
-"""What is measured, and the code that measures it."""
+"""Measure: systems, load shapes, results.
+
+Tables and figures made from the results belong in `report`.
+"""

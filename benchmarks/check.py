@@ -15,8 +15,8 @@ from benchmarks.load import Target, closed_loop
 from benchmarks.record import summary, write
 from benchmarks.serving import engine_loop
 from benchmarks.systems import SYSTEMS
-from deploy.cli import command
-from deploy.paths import UserError
+from deploy.common.cli import command
+from deploy.common.paths import UserError
 from handler.engine import Engine
 
 PAIRS = 7

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 from benchmarks.record import summary, write
-from deploy.weights import get_weights
+from deploy.weights.fetch import get_weights
 from handler.config import EngineConfig
 from handler.engine import Engine, Sampling
 from handler.engine.transformers_engine import TransformersEngine

@@ -24,10 +24,11 @@ import torch
 from benchmarks.large import decode_rate, seconds_of
 from benchmarks.load import prompts
 from benchmarks.record import in_rounds, peak_memory_gb, write
-from deploy.archive import model_config
-from deploy.cli import command
-from deploy.paths import UserError
-from deploy.weights import get_weights, weight_files
+from deploy.archive.build import model_config
+from deploy.common.cli import command
+from deploy.common.paths import UserError
+from deploy.weights.fetch import get_weights
+from deploy.weights.folder import weight_files
 from handler.engine import Sampling
 from handler.engine.transformers_engine import TransformersEngine
 

@@ -5,7 +5,7 @@
 
 "Cold" builds without the engine's cache of layers; pip's cache of downloads stays, so unpacking is
 timed and not the network. "Edit" appends one line to the handler and builds again. Starts alternate
-with those of the same archive as a process of this machine (`deploy/server.py`); "ready" is the
+with those of the same archive as a process of this machine (`deploy.torchserve`); "ready" is the
 same question to the management port in both.
 """
 
@@ -21,13 +21,15 @@ from tqdm import tqdm
 
 from benchmarks.record import summary, write
 from benchmarks.systems import APP, PORT, STORE
-from deploy import image
-from deploy.archive import build_archive
-from deploy.cli import command
-from deploy.image_report import bytes_by_part, compressed_bytes
-from deploy.pack import HANDLER
-from deploy.server import Server
-from deploy.weights import get_weights
+from deploy.archive.build import build_archive
+from deploy.archive.pack import HANDLER
+from deploy.common.cli import command
+from deploy.image.build import build_image, image_name
+from deploy.image.report import bytes_by_part, compressed_bytes
+from deploy.image.run import run_container
+from deploy.image.runtime import container_runtime
+from deploy.torchserve.server import Server
+from deploy.weights.fetch import get_weights
 
 TARGETS = ("cpu-lean", "cpu")
 ROUNDS = 5
@@ -48,13 +50,13 @@ def one_more_line(path: Path) -> Iterator[None]:
 def build(target: str) -> float:
     """Seconds that `make build-...` takes, without finding the weights."""
     began = time.perf_counter()
-    image.build_image(APP, get_weights(APP), target=target, tag=f"bench-{target}")
+    build_image(APP, get_weights(APP), target=target, tag=f"bench-{target}")
     return time.perf_counter() - began
 
 
 def builds(target: str) -> dict[str, float | list[float]]:
     """One build from nothing, and three after an edit of the handler."""
-    program = image.engine()
+    program = container_runtime()
     subprocess.run([program, "builder", "prune", "--all", "--force", "--filter", "type=regular"])
     found: dict[str, float | list[float]] = {"cold_seconds": build(target)}
     edits = []
@@ -68,12 +70,12 @@ def builds(target: str) -> dict[str, float | list[float]]:
 def start_container(target: str) -> tuple[float, float]:
     """Seconds to ready, and MB then, as the kernel counts the container."""
     began = time.perf_counter()
-    name = image.run_container(APP, tag=f"bench-{target}", port=PORT, memory="2g")
+    name = run_container(APP, tag=f"bench-{target}", port=PORT, memory="2g")
     ready = time.perf_counter() - began
     form = "{{.MemUsage}}"
-    stats = [image.engine(), "stats", "--no-stream", "--format", form, name]
+    stats = [container_runtime(), "stats", "--no-stream", "--format", form, name]
     used = subprocess.run(stats, capture_output=True, text=True, check=True).stdout.split()[0]
-    subprocess.run([image.engine(), "rm", "--force", name], capture_output=True)
+    subprocess.run([container_runtime(), "rm", "--force", name], capture_output=True)
     return ready, float(used.removesuffix("MiB")) * 1.048576
 
 
@@ -96,7 +98,7 @@ def main(arguments: list[str] | None) -> None:
         if sizes_only:
             build(target)
         figures[target] = {} if sizes_only else builds(target)
-        name = image.image_name(APP, f"bench-{target}")
+        name = image_name(APP, f"bench-{target}")
         parts = bytes_by_part(name)
         figures[target]["bytes"] = dict(parts)
         figures[target]["bytes_without_weights"] = parts.total() - parts["weights"]
@@ -127,9 +129,9 @@ def measure_starts(figures: dict[str, dict]) -> None:
 
 
 def _version() -> str:
-    run = [image.engine(), "version", "--format", "{{.Server.Version}}"]
+    run = [container_runtime(), "version", "--format", "{{.Server.Version}}"]
     version = subprocess.run(run, capture_output=True, text=True).stdout.strip()
-    return f"{Path(image.engine()).name} {version}"
+    return f"{Path(container_runtime()).name} {version}"
 
 
 if __name__ == "__main__":

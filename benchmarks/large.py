@@ -23,11 +23,12 @@ import torch
 
 from benchmarks.load import prompts
 from benchmarks.record import in_rounds, peak_memory_gb, write
-from deploy.archive import model_config
-from deploy.cli import command
-from deploy.export import export, exported_files
-from deploy.paths import BUILD
-from deploy.weights import get_weights, weight_files
+from deploy.archive.build import model_config
+from deploy.archive.export import export, exported_files
+from deploy.common.cli import command
+from deploy.common.paths import BUILD
+from deploy.weights.fetch import get_weights
+from deploy.weights.folder import weight_files
 from handler.engine import Engine, Sampling, create_engine
 
 APP = "dolly-v2-3b"

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.large import decode_rate
 from benchmarks.record import in_rounds, peak_memory_gb, write
-from deploy.archive import model_config
-from deploy.cli import command
-from deploy.paths import BUILD
-from deploy.weights import get_weights, weight_files
+from deploy.archive.build import model_config
+from deploy.common.cli import command
+from deploy.common.paths import BUILD
+from deploy.weights.fetch import get_weights
+from deploy.weights.folder import weight_files
 from handler.engine import create_engine
 
 ROUNDS = 3

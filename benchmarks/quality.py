@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.load import prompts
 from benchmarks.record import write
-from deploy.archive import model_config
-from deploy.export import EXPORTED, export
-from deploy.weights import get_weights
+from deploy.archive.build import model_config
+from deploy.archive.export import EXPORTED, export
+from deploy.weights.fetch import get_weights
 from handler.config import EngineConfig
 from handler.engine import Engine, Sampling, create_engine
 from handler.engine.folder import ModelFolder

@@ -26,11 +26,12 @@ from transformers import AutoConfig
 
 from benchmarks.large import bandwidth, seconds_of
 from benchmarks.record import summary, write
-from deploy.archive import model_config
-from deploy.capacity import kv_bytes_per_token
-from deploy.cli import command
-from deploy.export import EXPORTED, export
-from deploy.weights import get_weights, weight_files
+from deploy.archive.build import model_config
+from deploy.archive.export import EXPORTED, export
+from deploy.common.cli import command
+from deploy.vertex.capacity import kv_bytes_per_token
+from deploy.weights.fetch import get_weights
+from deploy.weights.folder import weight_files
 from handler.config import EngineConfig
 from handler.engine import Engine, Sampling, create_engine
 from handler.engine.openvino_engine import properties

@@ -19,8 +19,8 @@ from benchmarks import peers
 from benchmarks.load import NEW_TOKENS, Report, Target, closed_loop, prompts
 from benchmarks.record import summary, write
 from benchmarks.systems import SYSTEMS, System
-from deploy.cli import command
-from deploy.paths import UserError
+from deploy.common.cli import command
+from deploy.common.paths import UserError
 from handler.engine import Engine, Sampling
 
 REQUESTS_EACH = {1: 6, 8: 3, 32: 2}

@@ -25,8 +25,8 @@ from benchmarks.load import percentile, prompts
 from benchmarks.record import write
 from benchmarks.serving import memory
 from benchmarks.systems import SYSTEMS
-from deploy.cli import command
-from deploy.paths import UserError
+from deploy.common.cli import command
+from deploy.common.paths import UserError
 
 CLIENTS = 16
 LENGTHS = (8, 16, 32, 64, 128, 256)

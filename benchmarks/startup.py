@@ -18,11 +18,11 @@ from benchmarks.load import Target, closed_loop
 from benchmarks.record import summary, write
 from benchmarks.serving import memory
 from benchmarks.systems import APP, PORT, STORE
-from deploy.archive import build_archive
-from deploy.cli import command
-from deploy.paths import UserError
-from deploy.server import Server
-from deploy.weights import get_weights
+from deploy.archive.build import build_archive
+from deploy.common.cli import command
+from deploy.common.paths import UserError
+from deploy.torchserve.server import Server
+from deploy.weights.fetch import get_weights
 
 ROUNDS = 5
 ENGINES = ("openvino", "transformers")

@@ -16,12 +16,13 @@ import httpx
 
 from benchmarks import peers
 from benchmarks.load import Target
-from deploy.archive import build_archive, model_config
-from deploy.export import export
-from deploy.pack import pack
-from deploy.paths import BUILD, UserError
-from deploy.server import Server
-from deploy.weights import get_weights, weight_files
+from deploy.archive.build import build_archive, model_config
+from deploy.archive.export import export
+from deploy.archive.pack import pack
+from deploy.common.paths import BUILD, UserError
+from deploy.torchserve.server import Server
+from deploy.weights.fetch import get_weights
+from deploy.weights.folder import weight_files
 from handler.engine import Engine, create_engine
 
 APP = "smollm2-135m"

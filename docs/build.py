@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sphinx.cmd.build import main as sphinx
 
-from deploy.paths import BUILD, UserError, shown
+from deploy.common.paths import BUILD, UserError, shown
 from docs.stage import DOCS, stage
 
 SITE = BUILD / "site"

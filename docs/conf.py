@@ -8,7 +8,7 @@ import nbformat
 from docutils import nodes
 from sphinx.application import Sphinx
 
-from deploy.paths import ROOT
+from deploy.common.paths import ROOT
 from docs.stage import figures
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

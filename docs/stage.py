@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 import nbformat
 
-from deploy.paths import ROOT, UserError
+from deploy.common.paths import ROOT, UserError
 
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures"

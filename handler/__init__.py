@@ -1,5 +1,5 @@
-"""What runs inside the model server.
+"""What runs inside the model server: the archive contains this package unchanged.
 
-Nothing in this package imports `deploy` or the notebooks: `deploy/archive.py` copies it into the
-archive as it is, and the same files are imported by the tests and shown in the chapters.
+It imports nothing else of this repository. Code that takes the handler somewhere belongs in
+`deploy`.
 """

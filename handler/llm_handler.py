@@ -23,9 +23,9 @@ import psutil
 from handler.config import parse_app
 from handler.drain import Drain
 from handler.engine import create_engine
-from handler.live import LiveRequest, Reply, error_reply
 from handler.metrics import Metrics
 from handler.prompt import render, shows_prompt
+from handler.reply import LiveRequest, Reply, error_reply
 from handler.request import RequestError, default_parameters, parse_request
 
 logger = logging.getLogger(__name__)

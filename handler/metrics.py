@@ -6,7 +6,7 @@ histograms have the buckets 5 ms to 10 s, which fit all three times here.
 
 from ts.metrics.metric_type_enum import MetricTypes
 
-from handler.live import LiveRequest
+from handler.reply import LiveRequest
 
 COUNTERS = {
     "llm_requests_total": "count",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.image import engine
-from deploy.paths import UserError
+from deploy.common.paths import UserError
+from deploy.image.runtime import container_runtime
 
 NEED_DOCKER = ["05_build_the_container.ipynb", "05_solutions.ipynb"]
 collected: set[Path] = set()
@@ -19,7 +19,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     needy = [item for item in ours if item.path.name in NEED_DOCKER]
     try:
         if needy:
-            engine()
+            container_runtime()
     except UserError as error:
         if os.environ.get("REQUIRE_DOCKER"):
             raise

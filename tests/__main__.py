@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from deploy.paths import BUILD, ROOT
+from deploy.common.paths import BUILD, ROOT
 
 LONGEST_FIRST = [
     *("tests/vertex", "tests/served", "notebooks/05", "tests/container", "notebooks/06"),

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.archive import build_archive
-from deploy.export import EXPORTS
-from deploy.server import Server
-from deploy.weights import get_weights
+from deploy.archive.build import build_archive
+from deploy.archive.export import EXPORTS
+from deploy.torchserve.server import Server
+from deploy.weights.fetch import get_weights
 from tests import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from deploy.shape import byte_tokenizer, write_random_checkpoint
+from deploy.weights.random_weights import byte_tokenizer, write_random_checkpoint
 
 LLAMA = {
     "model_type": "llama",

@@ -1,8 +1,8 @@
 """OpenVINO GenAI's continuous-batching pipeline: the fast engine on a CPU.
 
 Paged attention, so nothing is padded or copied when sequences join; weights in 8 or 4 bits, which
-were quantized when the archive was made (`deploy/export.py`). It is stepped from the handler's own
-thread: `step()` holds the interpreter lock, so a thread beside it would starve.
+were quantized when the archive was made (`deploy.archive.export`). It is stepped from the handler's
+own thread: `step()` holds the interpreter lock, so a thread beside it would starve.
 
 It needs neither torch nor transformers. Not here: draft models, several devices.
 """

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy import image
-from deploy.paths import UserError
+from deploy.common.paths import UserError
+from deploy.image.build import build_image
+from deploy.image.run import container_name, run_container
+from deploy.image.runtime import container_runtime
 
 APP = "smollm2-135m"
 PORT = 7240
@@ -19,7 +21,7 @@ PORT = 7240
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     try:
-        image.engine()
+        container_runtime()
     except UserError as error:
         if os.environ.get("REQUIRE_DOCKER"):
             raise
@@ -30,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def docker(*arguments: str, check: bool = True) -> str:
-    run = subprocess.run([image.engine(), *arguments], capture_output=True, text=True)
+    run = subprocess.run([container_runtime(), *arguments], capture_output=True, text=True)
     assert run.returncode == 0 or not check, run.stderr
     return run.stdout.strip()
 
@@ -38,25 +40,25 @@ def docker(*arguments: str, check: bool = True) -> str:
 @pytest.fixture(scope="session")
 def lean(smollm2: Path) -> str:
     """The image without torch."""
-    return image.build_image(APP, smollm2, tag="lean-test", target="cpu-lean")
+    return build_image(APP, smollm2, tag="lean-test", target="cpu-lean")
 
 
 @pytest.fixture(scope="session")
 def bare(smollm2: Path) -> str:
     """The same without weights."""
-    return image.build_image(APP, smollm2, tag="bare-test", target="cpu-lean", baked=False)
+    return build_image(APP, smollm2, tag="bare-test", target="cpu-lean", baked=False)
 
 
 @pytest.fixture(scope="session")
 def full(smollm2: Path) -> str:
     """The image with both engines."""
-    return image.build_image(APP, smollm2, tag="full-test", target="cpu")
+    return build_image(APP, smollm2, tag="full-test", target="cpu")
 
 
 @pytest.fixture
 def container(lean: str) -> Iterator[str]:
     """A container of the lean image as `make run` starts it, with 2 GB of memory."""
-    name = image.run_container(APP, tag="lean-test", port=PORT, memory="2g")
+    name = run_container(APP, tag="lean-test", port=PORT, memory="2g")
     yield name
     docker("rm", "--force", name)
 
@@ -64,4 +66,4 @@ def container(lean: str) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
-    docker("rm", "--force", image.container_name(APP), check=False)
+    docker("rm", "--force", container_name(APP), check=False)

@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from benchmarks.load import Target, closed_loop
-from deploy import image
-from deploy.client import predict, stream
-from deploy.paths import UserError
+from deploy.common.paths import UserError
+from deploy.image.run import HARDENED, run_container, wait_until_ready
+from deploy.image.runtime import container_runtime
+from deploy.torchserve.client import predict, stream
 from tests.container.conftest import APP, PORT, docker
 
 URL = f"http://127.0.0.1:{PORT}/predictions/{APP}"
@@ -45,7 +46,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 def restart(name: str) -> None:
     docker("start", name)
-    image.wait_until_ready(image.engine(), name)
+    wait_until_ready(container_runtime(), name)
 
 
 def test_it_answers_and_streams(container):
@@ -116,7 +117,7 @@ def test_a_stop_answers_what_is_in_flight_and_refuses_what_is_new(container):
 
 
 def test_a_drain_has_a_limit(lean):
-    name = image.run_container(APP, tag="lean-test", port=PORT, environment={"DRAIN_SECONDS": "1"})
+    name = run_container(APP, tag="lean-test", port=PORT, environment={"DRAIN_SECONDS": "1"})
     endless = {
         "instances": ["Once"] * 8,
         "parameters": {"max_new_tokens": 1000, "ignore_eos": True},
@@ -146,7 +147,7 @@ def test_a_dead_worker_is_replaced_inside(container):
     (worker,) = processes(container, "model_service_worke[r]")
     docker("exec", container, "sh", "-c", f"kill -9 {worker}")
     wait_for(lambda: docker("exec", container, "/opt/serving/ready", check=False).startswith("not"))
-    image.wait_until_ready(image.engine(), container)
+    wait_until_ready(container_runtime(), container)
     assert "Paris" in predict(URL, FRANCE)["predictions"][0]
     assert state(container, "Running") == "true"
 
@@ -189,7 +190,7 @@ def test_rounds_of_stop_kill_and_restart_under_load(container):
 
 def test_the_platforms_port(lean):
     """As Vertex AI starts it: its own port, and its other variables."""
-    name = image.run_container(
+    name = run_container(
         APP,
         tag="lean-test",
         port=PORT,
@@ -210,7 +211,7 @@ def test_the_platforms_port(lean):
     ],
 )
 def test_a_mistake_in_the_environment_is_named(lean, variable, message):
-    command = [image.engine(), "run", "--rm", *image.HARDENED, "--env", variable, lean]
+    command = [container_runtime(), "run", "--rm", *HARDENED, "--env", variable, lean]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert run.returncode == 2 and run.stderr.startswith("error: ") and message in run.stderr
     assert len(run.stderr.splitlines()) == 1
@@ -218,9 +219,9 @@ def test_a_mistake_in_the_environment_is_named(lean, variable, message):
 
 def test_too_little_memory_is_named(lean):
     with pytest.raises(UserError, match=r"not ready \(exited, out of memory: true\)"):
-        image.run_container(APP, tag="lean-test", port=PORT, memory="100m")
+        run_container(APP, tag="lean-test", port=PORT, memory="100m")
 
 
 def test_the_full_image_serves_with_torch(full):
-    image.run_container(APP, tag="full-test", port=PORT, memory="2g")
+    run_container(APP, tag="full-test", port=PORT, memory="2g")
     assert "Paris" in predict(URL, FRANCE)["predictions"][0]

@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from deploy.image_report import bytes_by_part, table
-from deploy.lock import IMAGE_LOCKS, IMAGES, LOCK
-from deploy.paths import ROOT
-from deploy.setup_env import locked_blocks
+from deploy.common.paths import ROOT
+from deploy.image.report import bytes_by_part, table
 from tests.container.conftest import docker
+from tools.lock import IMAGE_LOCKS, IMAGES, LOCK
+from tools.setup_env import locked_blocks
 
 LOCKED = locked_blocks(LOCK.read_text())
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from deploy import image
-from deploy.paths import UserError
-from deploy.vertex import push
-from deploy.vertex_config import load_settings
+from deploy.common.paths import UserError
+from deploy.image.build import WEIGHTS_LABEL, image_name
+from deploy.image.runtime import container_runtime
+from deploy.vertex.commands import push
+from deploy.vertex.config import load_settings
 from tests.container.conftest import docker
 
 APP, TAG = "foreign", "pro"
@@ -32,7 +33,7 @@ def load() -> Iterator[Callable]:
             "config": {"Labels": labels},
             "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}"]},
         }
-        name = image.image_name(APP, TAG)
+        name = image_name(APP, TAG)
         manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
         files = {"layer.tar": layer.getvalue(), "config.json": json.dumps(config).encode()}
         files["manifest.json"] = json.dumps(manifest).encode()
@@ -42,14 +43,14 @@ def load() -> Iterator[Callable]:
                 entry = tarfile.TarInfo(path)
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))
-        subprocess.run([image.engine(), "load"], input=archive.getvalue(), check=True)
+        subprocess.run([container_runtime(), "load"], input=archive.getvalue(), check=True)
 
     yield load_image
-    docker("image", "rm", image.image_name(APP, TAG), check=False)
+    docker("image", "rm", image_name(APP, TAG), check=False)
 
 
 def test_another_architecture(load):
-    load("arm64", {image.WEIGHTS: "baked"})
+    load("arm64", {WEIGHTS_LABEL: "baked"})
     said = []
     with pytest.raises(UserError, match=r"foreign:pro is for arm64, and .* are amd64"):
         push(load_settings(project="a-project"), APP, TAG, said.append)
@@ -57,7 +58,7 @@ def test_another_architecture(load):
 
 
 def test_no_weights_and_nowhere_to_get_them_from(load):
-    load("amd64", {image.WEIGHTS: "none"})
+    load("amd64", {WEIGHTS_LABEL: "none"})
     said = []
     with pytest.raises(UserError, match=r"artifact_uri: none given, and .*foreign:pro has no wei"):
         push(load_settings(project="a-project"), APP, TAG, said.append)
@@ -66,7 +67,7 @@ def test_no_weights_and_nowhere_to_get_them_from(load):
 
 def test_weights_in_it_and_elsewhere_too(load):
     """The container would serve those in it, and nobody would see that the others are not used."""
-    load("amd64", {image.WEIGHTS: "baked"})
+    load("amd64", {WEIGHTS_LABEL: "baked"})
     said = []
     settings = load_settings(project="a-project", artifact_uri="gs://bucket/folder")
     wanted = (
@@ -81,8 +82,8 @@ def test_weights_in_it_and_elsewhere_too(load):
 @pytest.mark.parametrize(
     ("labels", "artifact_uri"),
     [
-        ({image.WEIGHTS: "none"}, "gs://bucket/folder"),
-        ({image.WEIGHTS: "baked"}, None),
+        ({WEIGHTS_LABEL: "none"}, "gs://bucket/folder"),
+        ({WEIGHTS_LABEL: "baked"}, None),
         (None,) * 2,
     ],
 )

@@ -9,10 +9,12 @@ import httpx
 import pytest
 import yaml
 
-from deploy import image
-from deploy.archive import build_archive
-from deploy.client import predict
-from deploy.paths import UserError
+from deploy.archive.build import build_archive
+from deploy.common.paths import UserError
+from deploy.image.push import push_image
+from deploy.image.run import HARDENED, container_name, run_container
+from deploy.image.runtime import container_runtime
+from deploy.torchserve.client import predict
 from tests.container.conftest import APP, PORT, docker
 from tests.container.test_container import FRANCE, URL
 
@@ -39,26 +41,26 @@ def cloud_storage(lean: str, store: Path):
     command = ["--entrypoint", "python", lean, "/gcs_server.py", "/buckets", "8000"]
     docker("run", "--detach", "--name", BUCKETS, "--network", NETWORK, *mounts, *command)
     yield {"STORAGE_EMULATOR_HOST": f"http://{BUCKETS}:8000"}
-    docker("rm", "--force", BUCKETS, image.container_name(APP), check=False)
+    docker("rm", "--force", BUCKETS, container_name(APP), check=False)
     docker("network", "rm", NETWORK)
 
 
 def test_an_archive_is_mounted(bare, store):
-    image.run_container(APP, tag="bare-test", port=PORT, store=store)
+    run_container(APP, tag="bare-test", port=PORT, store=store)
     assert "Paris" in predict(URL, FRANCE)["predictions"][0]
 
 
 def test_without_an_archive_to_mount_it_says_so(bare, tmp_path):
     with pytest.raises(UserError, match=f"has no weights; run `make archive APP={APP}`"):
-        image.run_container(APP, tag="bare-test", port=PORT, store=tmp_path)
+        run_container(APP, tag="bare-test", port=PORT, store=tmp_path)
     with pytest.raises(UserError, match=r"/models is empty, but should hold one archive"):
-        image.run_container(APP, tag="bare-test", port=PORT)
+        run_container(APP, tag="bare-test", port=PORT)
 
 
 @pytest.mark.parametrize("folder", ["", f"/{APP}"], ids=["archive-in-it", "is-the-archive"])
 def test_an_archive_comes_from_cloud_storage(bare, cloud_storage, folder):
     """Also from a folder that is itself the archive: what gcloud makes of a new folder's name."""
-    name = image.run_container(
+    name = run_container(
         *(APP,),
         tag="bare-test",
         port=PORT,
@@ -83,7 +85,7 @@ def test_an_archive_comes_from_cloud_storage(bare, cloud_storage, folder):
 def test_a_wrong_address_is_named(bare, cloud_storage, uri, message):
     variables = cloud_storage | {"AIP_STORAGE_URI": uri}
     flags = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
-    command = [image.engine(), "run", "--rm", "--network", NETWORK, *image.HARDENED, *flags, bare]
+    command = [container_runtime(), "run", "--rm", "--network", NETWORK, *HARDENED, *flags, bare]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 2 and message in run.stderr, run.stderr
     assert run.stderr.startswith("error: ") and len(run.stderr.splitlines()) == 1
@@ -116,7 +118,7 @@ def registry(tmp_path: Path):
 
 
 def test_pushed_and_pulled(lean, registry):
-    address = image.push(APP, f"{registry}/project/serving", "lean-test")
+    address = push_image(APP, f"{registry}/project/serving", "lean-test")
     assert address.startswith(f"{registry}/project/serving/{APP}@sha256:")
     before = docker("image", "inspect", "--format", "{{.Id}}", lean)
     docker("image", "rm", f"{registry}/project/serving/{APP}:lean-test")
@@ -124,4 +126,4 @@ def test_pushed_and_pulled(lean, registry):
     assert docker("image", "inspect", "--format", "{{.Id}}", address) == before
     docker("image", "rm", address)
     with pytest.raises(UserError, match=r"push .*refused"):
-        image.push(APP, "127.0.0.1:9/project/serving", "lean-test")
+        push_image(APP, "127.0.0.1:9/project/serving", "lean-test")

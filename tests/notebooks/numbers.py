@@ -8,7 +8,7 @@ import json
 import statistics
 
 from benchmarks.record import RESULTS
-from benchmarks.tables import TARGETS
+from benchmarks.report.tables import TARGETS
 
 
 def at(path: str, statistic: str | None = "median"):
@@ -259,16 +259,22 @@ ELSEWHERE = {
             "notebooks/06_deploy_to_vertex_ai.ipynb",
             "scale=0.01",
         ),
-        "every 15 seconds the service": ("deploy/scaling.py", "TICK_SECONDS = 15"),
-        "the target, 60 % unless you say otherwise": ("deploy/scaling.py", "TARGET_PERCENT = 60"),
-        "what a target of 60 % means": ("deploy/scaling.py", "TARGET_PERCENT = 60"),
+        "every 15 seconds the service": ("deploy/vertex/autoscaling.py", "TICK_SECONDS = 15"),
+        "the target, 60 % unless you say otherwise": (
+            "deploy/vertex/autoscaling.py",
+            "TARGET_PERCENT = 60",
+        ),
+        "what a target of 60 % means": ("deploy/vertex/autoscaling.py", "TARGET_PERCENT = 60"),
         "the highest number of the last five minutes": (
-            "deploy/scaling.py",
+            "deploy/vertex/autoscaling.py",
             "WINDOW_SECONDS = 300",
         ),
-        "the highest wish of five minutes": ("deploy/scaling.py", "WINDOW_SECONDS = 300"),
-        "Down five minutes late": ("deploy/scaling.py", "WINDOW_SECONDS = 300"),
-        "and goes five minutes late": ("deploy/scaling.py", "WINDOW_SECONDS = 300"),
+        "the highest wish of five minutes": (
+            "deploy/vertex/autoscaling.py",
+            "WINDOW_SECONDS = 300",
+        ),
+        "Down five minutes late": ("deploy/vertex/autoscaling.py", "WINDOW_SECONDS = 300"),
+        "and goes five minutes late": ("deploy/vertex/autoscaling.py", "WINDOW_SECONDS = 300"),
         "New replicas serve three minutes after the load has come, and leave five": (
             "notebooks/06_deploy_to_vertex_ai.ipynb",
             "start_seconds=180",
@@ -277,10 +283,10 @@ ELSEWHERE = {
     "07_measure_and_scale.ipynb": {
         "the cache of 1 GiB that our apps have": ("handler/apps/defaults.yaml", "cache_gb: 1 "),
         "for at most six tenths of what it can carry": (
-            "deploy/capacity.py",
+            "deploy/vertex/capacity.py",
             "UTILIZATION = 0.6",
         ),
-        "at most six tenths of that": ("deploy/capacity.py", "UTILIZATION = 0.6"),
+        "at most six tenths of that": ("deploy/vertex/capacity.py", "UTILIZATION = 0.6"),
     },
 }
 """Settings, and what stands a second time: the file that has it, and the text in there."""

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.tables import TABLES
-from deploy.paths import ROOT
+from benchmarks.report.tables import TABLES
+from deploy.common.paths import ROOT
 from tests.notebooks import numbers
 from tests.notebooks.test_policy import NOTEBOOKS, read
 

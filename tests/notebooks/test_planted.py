@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from deploy.paths import ROOT
+from deploy.common.paths import ROOT
 from tests.notebooks import test_policy as policy
 
 CHAPTER = ROOT / "notebooks" / "04_serve_with_torchserve.ipynb"
@@ -65,7 +65,7 @@ def test_a_figure_that_lost_a_series(planted):
     """Pictures are not compared, what is in them is."""
     path = planted(QUICK, lambda cells: None)
     notebook = nbformat.v4.new_notebook()
-    draw = "from benchmarks import plots\nfrom helpers import result, show\n"
+    draw = "from benchmarks.report import plots\nfrom course.helpers import result, show\n"
     draw += "show(plots.serving(result('serving')), 'Everybody.')"
     notebook.cells = [nbformat.v4.new_code_cell(draw)]
     NotebookClient(notebook, resources={"metadata": {"path": path.parent}}).execute()

@@ -11,7 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from deploy.paths import ROOT
+from deploy.common.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CHAPTERS = [path for path in NOTEBOOKS if "solutions" not in path.name]

@@ -6,8 +6,8 @@ import httpx
 import psutil
 import pytest
 
-from deploy.client import predict, stream
-from deploy.server import OMELETTE
+from deploy.torchserve.client import predict, stream
+from deploy.torchserve.server import OMELETTE
 
 PROMPT = "Write the names of three colours:"
 

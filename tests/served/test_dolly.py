@@ -11,10 +11,10 @@ import httpx
 import pytest
 import yaml
 
-from deploy.archive import build_archive
-from deploy.client import predict, stream
-from deploy.export import EXPORTS
-from deploy.server import Server
+from deploy.archive.build import build_archive
+from deploy.archive.export import EXPORTS
+from deploy.torchserve.client import predict, stream
+from deploy.torchserve.server import Server
 from handler.config import load_app
 from tests import tiny
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 import handler.config
-from deploy.archive import build_archive
-from deploy.server import Server
+from deploy.archive.build import build_archive
+from deploy.torchserve.server import Server
 
 TORCH = {"engine": {"name": "transformers"}}
 pytestmark = pytest.mark.served

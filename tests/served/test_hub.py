@@ -12,9 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.paths import ROOT
-from deploy.server import Server
-from deploy.weights import get_weights
+from deploy.common.paths import ROOT
+from deploy.torchserve.server import Server
+from deploy.weights.fetch import get_weights
 from handler.config import load_app
 from tests.hub_server import Hub
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.archive import build_archive
-from deploy.client import predict
-from deploy.paths import ROOT
-from deploy.server import OMELETTE, Server
-from deploy.setup_env import LOCK, locked_blocks
+from deploy.archive.build import build_archive
+from deploy.common.paths import ROOT
+from deploy.torchserve.client import predict
+from deploy.torchserve.server import OMELETTE, Server
+from tools.setup_env import LOCK, locked_blocks
 
 TORCH = {"engine": {"name": "transformers"}}
 pytestmark = pytest.mark.served

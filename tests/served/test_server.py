@@ -13,10 +13,10 @@ import httpx
 import psutil
 import pytest
 
-from deploy.archive import build_archive
-from deploy.pack import FORMATS
-from deploy.paths import MODEL_STORE, ROOT
-from deploy.server import Server, ServerError, port_holder
+from deploy.archive.build import build_archive
+from deploy.archive.pack import FORMATS
+from deploy.common.paths import MODEL_STORE, ROOT
+from deploy.torchserve.server import Server, ServerError, port_holder
 from tests.bad_input import OK
 
 TORCH = {"engine": {"name": "transformers"}}
@@ -129,7 +129,7 @@ def test_java_that_dies_is_noticed(tiny_llama: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("port", ["0", "80", "65535", "70000", "-1", "abc", ""])
 def test_an_impossible_port(port: str):
-    command = [sys.executable, "-m", "deploy.server", "smollm2-135m", f"--port={port}"]
+    command = [sys.executable, "-m", "deploy.torchserve", "smollm2-135m", f"--port={port}"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode != 0 and "Traceback" not in run.stderr
     assert f"PORT={port}: use a number from 1024 to 65531" in run.stderr
@@ -148,7 +148,7 @@ def test_the_command_stops_java_and_workers_within_10_s(stop: signal.Signals, ti
         "transformers",
     ]
     command = subprocess.Popen(
-        [sys.executable, "-m", "deploy.server", *arguments],
+        [sys.executable, "-m", "deploy.torchserve", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -188,7 +188,9 @@ def test_only_the_inference_port_could_be_opened_to_others(tiny_llama: Path, tmp
 def test_a_killed_starter_leaves_no_server(tiny_llama: Path, tmp_path: Path):
     """As nbval and JupyterLab do with a kernel: SIGKILL, so no atexit."""
     archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
-    code = "import sys, time; from deploy.server import Server; from pathlib import Path;"
+    code = (
+        "import sys, time; from deploy.torchserve.server import Server; from pathlib import Path;"
+    )
     code += "s = Server(Path(sys.argv[1]), port=7200).start();"
     code += "print(s._temporary, flush=True); time.sleep(600)"
     starter = subprocess.Popen(

@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 import handler.config
-from deploy.archive import build_archive, main, model_config
-from deploy.pack import HANDLER
-from deploy.paths import UserError
-from deploy.weights import get_weights
+from deploy.archive.__main__ import main
+from deploy.archive.build import build_archive, model_config
+from deploy.archive.pack import HANDLER
+from deploy.common.paths import UserError
+from deploy.weights.fetch import get_weights
 from handler.config import ConfigError, app_names, app_yaml, load_app, parse_app
 from handler.engine.folder import ModelFolder
 from tests import tiny

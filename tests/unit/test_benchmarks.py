@@ -8,9 +8,10 @@ from threading import Thread
 import pytest
 from aiohttp import web
 
-from benchmarks import quality, roofline, tables
+from benchmarks import quality, roofline
 from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
-from benchmarks.plots import NAMES
+from benchmarks.report import tables
+from benchmarks.report.plots import NAMES
 from benchmarks.systems import SYSTEMS
 
 LENGTH = 5
@@ -158,7 +159,7 @@ def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path):
 
 def test_quality_measures(smollm2):
     """On a piece of the text: float32 against itself, and int8 near it."""
-    from deploy.archive import model_config
+    from deploy.archive.build import model_config
     from handler.engine.folder import ModelFolder
 
     pieces = quality.windows(ModelFolder(smollm2))[:2]

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from deploy.capacity import Replica, Traffic, in_flight, kv_bytes_per_token, plan
-from deploy.paths import UserError
+from deploy.common.paths import UserError
+from deploy.vertex.capacity import Replica, Traffic, in_flight, kv_bytes_per_token, plan
 
 REPLICA = Replica({1: 100.0, 8: 400.0, 32: 800.0}, 2000.0, 50.0, 100.0)
 

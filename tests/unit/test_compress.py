@@ -7,7 +7,7 @@ import openvino
 import pytest
 from openvino import opset13 as ops
 
-from deploy.compress import compress, merge_products
+from deploy.archive.compress import compress, merge_products
 
 CORE = openvino.Core()
 RANDOM = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import torch
 
-from deploy.export import export
+from deploy.archive.export import export
 from handler.config import EngineConfig
 from handler.engine import PromptError, Sampling, create_engine
 from handler.engine.sampling import Sampler

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from deploy.archive import build_archive
-from deploy.export import EXPORTED, choose_engine, export
-from deploy.paths import UserError
+from deploy.archive.build import build_archive
+from deploy.archive.export import EXPORTED, choose_engine, export
+from deploy.common.paths import UserError
 from handler.config import EngineConfig, load_app
 from handler.engine.folder import ModelFolder
 from tests import tiny

@@ -10,26 +10,30 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy import image, image_report, launch
-from deploy.image_report import PARTS, REST, part_of, table
-from deploy.launch import java_command, read_properties
-from deploy.paths import ROOT, UserError
+from deploy.common.paths import ROOT, UserError
+from deploy.image import report as image_report
+from deploy.image.__main__ import main
+from deploy.image.build import DOCKERFILE, MADE, TARGETS, how_to_build, labels_of
+from deploy.image.report import PARTS, REST, part_of, table
+from deploy.image.runtime import container_runtime
+from deploy.torchserve import launch
+from deploy.torchserve.launch import java_command, read_properties
 from handler.drain import BUSY, DRAINING, VARIABLE, Drain
 
-DOCKERFILE = image.DOCKERFILE.read_text()
+DOCKERFILE = DOCKERFILE.read_text()
 
 
 def test_without_an_engine_it_says_so(monkeypatch, tmp_path):
     monkeypatch.delenv("DOCKER", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="neither docker nor podman is installed"):
-        image.engine()
+        container_runtime()
 
 
 def test_an_engine_that_is_not_there_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("DOCKER", str(tmp_path / "docker"))
     with pytest.raises(UserError, match="docker cannot be started: No such file or directory"):
-        image.engine()
+        container_runtime()
 
 
 def test_an_engine_that_does_not_work_is_named_with_its_reason(monkeypatch, tmp_path):
@@ -38,7 +42,7 @@ def test_an_engine_that_does_not_work_is_named_with_its_reason(monkeypatch, tmp_
     program.chmod(0o755)
     monkeypatch.setenv("DOCKER", str(program))
     with pytest.raises(UserError, match="docker does not work here: Cannot connect"):
-        image.engine()
+        container_runtime()
 
 
 @pytest.fixture
@@ -53,8 +57,8 @@ def empty_engine(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("main", "arguments"),
     [
-        (image.main, ["run", "gpt2"]),
-        (image.main, ["push", "gpt2", "--registry", "host/project"]),
+        (main, ["run", "gpt2"]),
+        (main, ["push", "gpt2", "--registry", "host/project"]),
         (image_report.main, ["gpt2"]),
     ],
     ids=["run", "push", "report"],
@@ -77,22 +81,22 @@ def test_without_an_image_it_says_how_to_build_one(
 @pytest.mark.parametrize("port", ["0", "80", "70000", "-1", "abc", ""])
 def test_an_impossible_port_is_refused_as_by_make_serve(port, capsys):
     with pytest.raises(SystemExit):
-        image.main(["run", "gpt2", f"--port={port}"])
+        main(["run", "gpt2", f"--port={port}"])
     assert f"PORT={port}: use a number from 1024 to 65531" in capsys.readouterr().err
 
 
 def test_the_command_that_builds_an_image_without_weights():
-    assert image.how_to_build("gpt2", "pro", "BAKED=no") == "`make build-pro APP=gpt2 BAKED=no`"
+    assert how_to_build("gpt2", "pro", "BAKED=no") == "`make build-pro APP=gpt2 BAKED=no`"
 
 
 @pytest.mark.parametrize("config", [{}, {"Labels": None}, {"Labels": {}}])
 def test_an_image_without_labels(config):
-    assert image.labels_of({"Config": config}) == {}
+    assert labels_of({"Config": config}) == {}
 
 
 def test_the_makefile_has_a_target_for_each_tag_that_is_named():
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\nbuild-{tag}: " in makefile for tag in image.MADE)
+    assert all(f"\nbuild-{tag}: " in makefile for tag in MADE)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +129,8 @@ def test_the_report_names_every_part_that_is_there():
 
 def test_the_dockerfile_has_the_targets_and_arguments_that_are_asked_for():
     stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
-    assert stages >= set(image.TARGETS)
-    for target in image.TARGETS:
+    assert stages >= set(TARGETS)
+    for target in TARGETS:
         assert f"serving-llms.target={target} " in DOCKERFILE
     assert "ARG APP=" in DOCKERFILE and "ARG WEIGHTS=baked" in DOCKERFILE
 
@@ -141,11 +145,11 @@ def test_what_the_dockerfile_copies_is_in_the_context():
 
 
 def test_the_build_in_the_cloud_is_the_build_here():
-    cloud = yaml.safe_load((ROOT / "deploy" / "cloudbuild.yaml").read_text())
+    cloud = yaml.safe_load((ROOT / "deploy" / "vertex" / "cloudbuild.yaml").read_text())
     _, build = cloud["steps"]
     named = set(re.findall(r"--build-arg=(\w+)", " ".join(build["args"])))
     assert named == {"APP", "WEIGHTS"}
-    assert cloud["substitutions"]["_TARGET"] in image.TARGETS
+    assert cloud["substitutions"]["_TARGET"] in TARGETS
     assert all(step["name"].count(":latest") == 0 for step in cloud["steps"])
 
 

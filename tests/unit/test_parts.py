@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.paths import ROOT
+from deploy.common.paths import ROOT
 from tests.__main__ import main, parts
 
 LONG = """

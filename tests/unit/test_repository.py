@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks.plots import FIGURES, save
 from benchmarks.record import RESULTS
-from benchmarks.tables import DOCUMENTS, with_tables
-from deploy import setup_env
-from deploy.java import MINIMUM, find_java, java_version
-from deploy.paths import ROOT, UserError
+from benchmarks.report.plots import FIGURES, save
+from benchmarks.report.tables import DOCUMENTS, with_tables
+from deploy.common.paths import ROOT, UserError
+from deploy.torchserve.java import MINIMUM, find_java, java_version
+from tools import setup_env
 
 README = (ROOT / "README.md").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -106,7 +106,7 @@ def test_ctrl_c_in_setup_is_one_line(monkeypatch, capsys, tmp_path):
 
 def test_setup_parses_on_older_pythons():
     """The message must be reached: the file may use no syntax of later versions."""
-    source = (ROOT / "deploy" / "setup_env.py").read_text()
+    source = (ROOT / "tools" / "setup_env.py").read_text()
     ast.parse(source, feature_version=(3, 8))
     assert "from __future__ import annotations" in source
 
@@ -169,14 +169,14 @@ def test_readme_shows_the_tree():
 def test_tables_are_those_of_the_results():
     for name in DOCUMENTS:
         text = (ROOT / name).read_text()
-        assert with_tables(text) == text, f"{name}: run python -m benchmarks.tables"
+        assert with_tables(text) == text, f"{name}: run python -m benchmarks.report.tables"
 
 
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_those_of_the_results(name, tmp_path):
     save(name, tmp_path / "made.svg")
     committed = (RESULTS / f"{name}.svg").read_text()
-    assert (tmp_path / "made.svg").read_text() == committed, "run python -m benchmarks.plots"
+    assert (tmp_path / "made.svg").read_text() == committed, "run python -m benchmarks.report.plots"
 
 
 def test_links_in_the_documents_lead_somewhere():

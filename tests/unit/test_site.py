@@ -14,7 +14,7 @@ import pytest
 from bs4 import BeautifulSoup
 from markdown_it import MarkdownIt
 
-from deploy.paths import ROOT, UserError
+from deploy.common.paths import ROOT, UserError
 from docs import stage
 from docs.build import build
 

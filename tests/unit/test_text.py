@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.shape import byte_tokenizer
+from deploy.weights.random_weights import byte_tokenizer
 from handler.engine.text import TextStream
 
 TOKENIZER = byte_tokenizer(["### End"])

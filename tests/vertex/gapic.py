@@ -9,7 +9,7 @@ from google.auth import default
 from google.auth.transport.requests import AuthorizedSession
 from google.cloud import aiplatform_v1 as v1
 
-from deploy.standin.local import Standin
+from standin.local import Standin
 
 MACHINE = {"machine_type": "n1-standard-2"}
 

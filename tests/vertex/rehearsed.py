@@ -6,9 +6,9 @@ from typing import Any
 
 from google.cloud import aiplatform
 
-from deploy.standin.local import Standin
-from deploy.vertex_config import Settings, load_settings
-from deploy.vertex_steps import Vertex, deploy
+from deploy.vertex.config import Settings, load_settings
+from deploy.vertex.deployer import Vertex, deploy
+from standin.local import Standin
 
 SERVER = Path(__file__).parent / "small_server.py"
 BODY = {"instances": ["a", "b"], "parameters": {"echo": True}}
@@ -19,7 +19,7 @@ CHANGES = {
 
 
 def small(**overrides: Any) -> Settings:
-    """The settings of deploy/vertex.yaml, with a server that is ready at once."""
+    """The settings of deploy/vertex/vertex.yaml, with a server that is ready at once."""
     given = {
         "command": [sys.executable, str(SERVER)],
         "predict_route": "/predict",

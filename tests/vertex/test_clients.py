@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from google.cloud import aiplatform
 
-from deploy import vertex as commands
-from deploy.paths import UserError
-from deploy.vertex_steps import cleanup, undeploy, what_is_there
+from deploy.common.paths import UserError
+from deploy.vertex import commands
+from deploy.vertex.deployer import cleanup, undeploy, what_is_there
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 HEADERS = {"Content-Type": "application/json"}

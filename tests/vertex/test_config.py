@@ -7,10 +7,10 @@ import sys
 import pytest
 import yaml
 
-from deploy import vertex as commands
-from deploy.paths import ROOT, UserError
-from deploy.vertex_config import CONFIG, load_settings
-from deploy.vertex_plan import WIDTH
+from deploy.common.paths import ROOT, UserError
+from deploy.vertex import commands
+from deploy.vertex.config import CONFIG, load_settings
+from deploy.vertex.plan import WIDTH
 
 APP = "smollm2-135m"
 

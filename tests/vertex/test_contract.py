@@ -18,11 +18,11 @@ from google.api_core import exceptions as errors
 from google.cloud import aiplatform
 from google.cloud.aiplatform_v1 import types
 
-from deploy import vertex as commands
-from deploy.vertex_config import Settings, load_settings
-from deploy.vertex_operations import kind_of
-from deploy.vertex_resources import get_endpoint
-from deploy.vertex_steps import Vertex, cleanup, deploy, what_is_there
+from deploy.vertex import commands
+from deploy.vertex.client import kind_of
+from deploy.vertex.config import Settings, load_settings
+from deploy.vertex.deployer import Vertex, cleanup, deploy, what_is_there
+from deploy.vertex.resources import get_endpoint
 from tests.vertex.rehearsed import BODY, small
 
 APP = "contract"

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.scaling import TICK_SECONDS, WINDOW_SECONDS, replica_hours, simulate
+from deploy.vertex.autoscaling import TICK_SECONDS, WINDOW_SECONDS, replica_hours, simulate
 
 loads = st.lists(st.floats(0, 50, allow_nan=False), min_size=1, max_size=80)
 bounds = st.tuples(st.integers(1, 5), st.integers(0, 20)).map(lambda b: (b[0], b[0] + b[1]))

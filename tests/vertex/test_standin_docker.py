@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from google.api_core import exceptions
 
-from deploy import image
-from deploy.paths import ROOT
-from deploy.standin.local import Standin
+from deploy.common.paths import ROOT
+from deploy.image.build import build_image, image_name
+from deploy.image.runtime import container_runtime
+from standin.local import Standin
 from tests.vertex.gapic import Client
 
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
@@ -27,7 +28,7 @@ SHORT = {"deployment_timeout": {"seconds": 40}}  # 4 s here
 
 
 def docker(*arguments: str) -> str:
-    run = subprocess.run([image.engine(), *arguments], capture_output=True, text=True)
+    run = subprocess.run([container_runtime(), *arguments], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return run.stdout.strip()
 
@@ -55,7 +56,7 @@ def base(docker_standin: Standin) -> str:
     arguments = ["--quiet", "--target", "base", "--file", ROOT / "docker" / "Dockerfile"]
     proxies = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
     run = subprocess.run(
-        [image.engine(), "build", *arguments, "--tag", name, ROOT],
+        [container_runtime(), "build", *arguments, "--tag", name, ROOT],
         env={k: v for k, v in os.environ.items() if k not in proxies} | {"DOCKER_BUILDKIT": "1"},
         capture_output=True,
         text=True,
@@ -79,11 +80,11 @@ def small_client(docker_standin: Standin, small: str, code: str) -> Iterator[Cli
 @pytest.fixture(scope="module")
 def real(docker_standin: Standin) -> str:
     """The app's image, built if nobody has yet."""
-    name = image.image_name(APP, "pro")
+    name = image_name(APP, "pro")
     if not docker("image", "ls", "--quiet", name):
-        from deploy.weights import get_weights
+        from deploy.weights.fetch import get_weights
 
-        name = image.build_image(APP, get_weights(APP), tag="vertex-test")
+        name = build_image(APP, get_weights(APP), tag="vertex-test")
     return push(name, docker_standin, f"{APP}:1")
 
 

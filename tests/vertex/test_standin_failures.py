@@ -3,7 +3,7 @@
 import pytest
 from google.api_core import exceptions
 
-from deploy.standin.limits import DEDICATED_BYTES, SHARED_BYTES
+from standin.limits import DEDICATED_BYTES, SHARED_BYTES
 from tests.vertex.gapic import Client
 from tests.vertex.test_standin_serving import post
 

@@ -11,15 +11,15 @@ import psutil
 import pytest
 import requests
 
-from deploy.paths import ROOT, UserError
-from deploy.standin import local
-from deploy.standin.local import Standin
-from deploy.standin.names import Identifiers, page
+from deploy.common.paths import ROOT, UserError
+from standin import local
+from standin.local import Standin
+from standin.names import Identifiers, page
 from tests.vertex.gapic import Client
 
 RUN = """
 import sys
-from deploy.standin.local import Standin
+from standin.local import Standin
 from tests.vertex.gapic import Client
 standin = Standin(0.01, runner="process").start()
 client = Client(standin, "grpc", standin.add_image("small"), sys.argv[1])
@@ -106,7 +106,7 @@ def test_pages_hold_everything_once(size):
 def test_the_command_prints_what_leads_to_it(tmp_path):
     folder = tmp_path / "kept"
     process = subprocess.Popen(
-        [sys.executable, "-m", "deploy.standin", "--runner", "process", "--folder", folder],
+        [sys.executable, "-m", "standin", "--runner", "process", "--folder", folder],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

@@ -12,13 +12,12 @@ from google.api_core import exceptions as errors
 from google.cloud import aiplatform
 from google.cloud.aiplatform_v1 import types
 
-from deploy import vertex as commands
-from deploy import vertex_steps
-from deploy.paths import ROOT, UserError
-from deploy.standin.images import can_connect, free_port
-from deploy.standin.local import Standin
-from deploy.vertex_resources import within
-from deploy.vertex_steps import cleanup, deploy, rollback, timeline, undeploy, what_is_there
+from deploy.common.paths import ROOT, UserError
+from deploy.vertex import commands, deployer
+from deploy.vertex.deployer import cleanup, deploy, rollback, timeline, undeploy, what_is_there
+from deploy.vertex.resources import within
+from standin.local import Standin
+from standin.replicas.images import can_connect, free_port
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 
@@ -250,7 +249,7 @@ def test_rollback_that_was_cut_off_is_taken_up(app: Rehearsed, monkeypatch):
     app.deploy("1")
     app.deploy("2")
     with monkeypatch.context() as patched:
-        patched.setattr(vertex_steps, "undeploy_model", cut_off)
+        patched.setattr(deployer, "undeploy_model", cut_off)
         with pytest.raises(KeyboardInterrupt):
             rollback(app.vertex(), app.app)
     assert app.shares() == {"1": 100, "2": 0}
@@ -261,7 +260,7 @@ def test_rollback_that_was_cut_off_is_taken_up(app: Rehearsed, monkeypatch):
 def test_rollback_of_a_deployment_that_was_cut_off(app: Rehearsed, monkeypatch):
     app.deploy("1")
     with monkeypatch.context() as patched:
-        patched.setattr(vertex_steps, "undeploy_model", cut_off)
+        patched.setattr(deployer, "undeploy_model", cut_off)
         with pytest.raises(KeyboardInterrupt):
             app.deploy("2")
     assert app.shares() == {"1": 0, "2": 100}

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.paths import ROOT
-from deploy.standin.local import Standin
-from deploy.vertex_steps import cleanup, deploy, what_is_there
+from deploy.common.paths import ROOT
+from deploy.vertex.deployer import cleanup, deploy, what_is_there
+from standin.local import Standin
 from tests.vertex.rehearsed import Rehearsed, small
 
 POINTS = [

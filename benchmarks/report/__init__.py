@@ -1,0 +1,4 @@
+"""From `benchmarks/results/*.json` to tables and figures.
+
+Nothing here measures.
+"""

@@ -1,0 +1,134 @@
+"""Weights + handler + configuration -> what TorchServe loads.
+
+    python -m deploy.archive smollm2-135m                      # a directory, the default
+    python -m deploy.archive smollm2-135m --format zip-store   # one .mar file
+
+`torch-model-archiver` does the work, in `pack.py`. The archive is self-contained: the
+handler's package, the app's completed YAML as `model-config.yaml`, and the weights.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy.archive.export import choose_engine, export, exported_files
+from deploy.archive.pack import CONFIG, FORMATS, WEIGHTS, pack_prepared, place
+from deploy.common.paths import BUILD, MODEL_STORE, UserError, shown
+from deploy.weights.fetch import get_weights
+from deploy.weights.folder import RANDOM, source_of, weight_files
+from handler.config import EngineConfig, app_yaml, check_engine, parse_app
+from handler.request import RequestError, default_parameters
+
+
+def build_archive(
+    name: str,
+    weights: Path,
+    *,
+    archive_format: str = "no-archive",
+    engine: dict[str, Any] | None = None,
+    store: Path = MODEL_STORE,
+) -> Path:
+    """Make the archive of an app and return its path; one that stood there before is replaced.
+
+    Args:
+        name: the APP, and the model's name in the URL.
+        weights: a complete folder, as `get_weights` returns it.
+        archive_format: one of `FORMATS`.
+        engine: fields of `app.engine` that win over the app's YAML.
+        store: TorchServe's model store.
+
+    Raises:
+        UserError: the app's YAML is wrong, or torch-model-archiver refuses; says why.
+    """
+    BUILD.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        prepared = prepare(name, weights, Path(temporary, name), engine=engine)
+        return pack_prepared(name, prepared, archive_format=archive_format, store=store)
+
+
+def prepare(
+    name: str, weights: Path, target: Path, *, engine: dict[str, Any] | None = None
+) -> Path:
+    """Write what an archive holds beside the handler: its configuration, and the engine's files.
+
+    Args:
+        name: the APP.
+        weights: a complete folder, as `get_weights` returns it.
+        target: the folder to make; one that stood there before is replaced.
+        engine: fields of `app.engine` that win over the app's YAML.
+
+    Raises:
+        UserError: the app's YAML is wrong, or the model cannot be exported; says why.
+    """
+    config, settings = model_config(name, weights, engine)
+    if settings.name == "openvino":
+        files = exported_files(export(weights, settings))
+    else:
+        files = weight_files(weights)
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    (target / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        place(_with_tokenizer(files, weights, Path(temporary)), target / WEIGHTS)
+    return target
+
+
+def model_config(
+    name: str, weights: Path, engine: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], EngineConfig]:
+    """The app's completed and checked YAML, which becomes the archive's `model-config.yaml`.
+
+    `app.engine.name: auto` is decided here, where the weights are prepared for it.
+    """
+    config = app_yaml(name, local=True)
+    where = f"handler/apps/{name}.yaml"
+    check_engine({"name": config["app"]["engine"].get("name")} | (engine or {}), where)
+    config["app"]["engine"].update(engine or {})
+    if source_of(weights).get("source") == RANDOM:
+        config["app"]["random_weights"] = True
+    app = parse_app(config, where)
+    try:
+        default_parameters(app)
+    except RequestError as error:
+        raise UserError(f"{where}: {error}") from error
+    chosen, why = choose_engine(app.engine, weights)
+    config["app"]["engine"].update(name=chosen, chosen=why)
+    return config, app.engine.model_copy(update={"name": chosen})
+
+
+def _with_tokenizer(files: list[Path], weights: Path, folder: Path) -> list[Path]:
+    """Engines read `tokenizer.json` alone; what older repositories hold is converted here."""
+    if any(path.name == "tokenizer.json" for path in files):
+        return files
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=True)
+        # With no files at all transformers gives an empty tokenizer, which reads nothing.
+        readable = tokenizer.decode(tokenizer("Hello")["input_ids"], skip_special_tokens=True)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # whatever a tokenizer's own code raises
+        raise UserError(f"{shown(weights)}: its tokenizer cannot be read ({error})") from error
+    made = {path.name: path for path in folder.iterdir()}
+    if not readable.strip() or "tokenizer.json" not in made:
+        raise UserError(f"{shown(weights)}: has no tokenizer that can become a tokenizer.json")
+    return [path for path in files if path.name not in made] + list(made.values())
+
+
+def add_archive_options(parser: argparse.ArgumentParser) -> None:
+    """What every command that makes an archive takes."""
+    parser.add_argument("--format", default="no-archive", choices=FORMATS)
+    parser.add_argument("--engine", choices=["openvino", "transformers"], help="not the app's own")
+
+
+def build_app(options: argparse.Namespace) -> Path:
+    """Weights and archive, as the command line asks for them."""
+    weights = get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
+    engine = {"name": options.engine} if options.engine else None
+    archive = build_archive(options.app, weights, archive_format=options.format, engine=engine)
+    print(f"{options.app}: archived as {shown(archive)}", flush=True)
+    return archive

@@ -1,0 +1,147 @@
+"""Turn weights into what the `openvino` engine loads: once, when the archive is made.
+
+`optimum-cli` (optimum-intel) traces the model, `compress.py` (nncf) makes its weights small.
+Both run as processes of their own, since they need torch, transformers and, for large models,
+memory; serving needs none of that. Both results are kept under `build/export/`, named by weights,
+versions and settings, so that a change of any makes a new one.
+"""
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from deploy.common.locks import one_at_a_time
+from deploy.common.paths import BUILD, ROOT, UserError, link_or_copy, shown
+from deploy.weights.folder import choose_files, weight_files
+from handler.config import EngineConfig
+
+EXPORTS = BUILD / "export"
+EXPORTED = "openvino_model.xml"
+
+_EXPORT_MEMORY = 2.4
+"""Peak memory of an export in multiples of the checkpoint's size: benchmarks/results/large.json."""
+
+_COMPRESS = Path(__file__).with_name("compress.py")
+
+
+def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) -> tuple[str, str]:
+    """The engine for `name: auto`, and why.
+
+    OpenVINO on a CPU if it is installed and the export fits into memory; transformers on a GPU,
+    with `max_memory`, and everywhere else.
+    """
+    if config.name != "auto":
+        return config.name, "it was asked for"
+    if config.max_memory:
+        return "transformers", "max_memory needs it"
+    if importlib.util.find_spec("openvino_genai") is None:
+        return "transformers", "OpenVINO is not installed"
+    import torch
+
+    if torch.cuda.is_available():
+        return "transformers", "there is a GPU"
+    needed = _EXPORT_MEMORY * sum(path.stat().st_size for path in weight_files(weights))
+    free = psutil.virtual_memory().available
+    if needed > free and not _exported(weights, config, cache).is_file():
+        sizes = f"{needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free"
+        return "transformers", f"exporting for OpenVINO takes {sizes}"
+    return "openvino", "there is no GPU"
+
+
+def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
+    """Return the folder the `openvino` engine loads, made from `weights` if need be.
+
+    Raises:
+        UserError: the model cannot be exported; names the other engine.
+    """
+    folder = _exported(weights, config, cache).parent
+    if not (folder / EXPORTED).is_file():
+        with one_at_a_time(cache):
+            if not (folder / EXPORTED).is_file():  # else another program has made it meanwhile
+                _make(folder, weights, config, cache)
+    return folder
+
+
+def _make(folder: Path, weights: Path, config: EngineConfig, cache: Path) -> None:
+    traced = _trace(weights, cache)
+    print(f"making its weights {config.precision} ...", flush=True)
+    with _unfinished(folder) as unfinished:
+        command = [sys.executable, "-m", "deploy.archive.compress", traced / EXPORTED]
+        _run([*command, unfinished / EXPORTED, *_settings(config)], unfinished, cache)
+        for path in exported_files(traced):
+            if not (unfinished / path.name).exists():
+                link_or_copy(path, unfinished / path.name)
+
+
+def _exported(weights: Path, config: EngineConfig, cache: Path) -> Path:
+    """The file `export` makes, or has made."""
+    recipe = [version("nncf"), _COMPRESS.read_text(), *_settings(config)]
+    return cache / f"{weights.name}-{config.precision}-{_key(weights, recipe)}" / EXPORTED
+
+
+def _settings(config: EngineConfig) -> list[str]:
+    if config.precision == "int4":
+        return ["int4", "--group-size", str(config.group_size)]
+    return [config.precision]
+
+
+def _trace(weights: Path, cache: Path) -> Path:
+    """The model as OpenVINO's graph, weights in halves: what `compress` starts from."""
+    folder = cache / f"{weights.name}-traced-{_key(weights, [])}"
+    if (folder / EXPORTED).is_file():
+        return folder
+    print("exporting for OpenVINO ...", flush=True)
+    with _unfinished(folder) as unfinished:
+        command = [Path(sys.executable).with_name("optimum-cli"), "export", "openvino"]
+        command += ["--model", weights.resolve(), "--task", "text-generation-with-past"]
+        command += ["--weight-format", "fp16", "--disable-convert-tokenizer", unfinished]
+        _run(command, unfinished, cache)
+        for name in choose_files([p.name for p in weights.iterdir() if p.suffix != ".safetensors"]):
+            if not (unfinished / name).exists() and not name.endswith((".bin", ".index.json")):
+                link_or_copy((weights / name).resolve(), unfinished / name)
+    return folder
+
+
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """An empty folder that gets its name when the block ends, and goes if the block fails."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _run(command: list[str | Path], target: Path, cache: Path) -> None:
+    log = cache / "export.log"
+    with log.open("w") as stream:
+        run = subprocess.run(command, stderr=stream, cwd=ROOT)
+    if run.returncode != 0 or not (target / EXPORTED).is_file():
+        last = (log.read_text().strip() or "no message").splitlines()[-1]
+        raise UserError(
+            f"OpenVINO cannot export this model ({last}; all of it in {shown(log)}). Serve it with "
+            "the other engine: set app.engine.name: transformers in its YAML"
+        )
+
+
+def exported_files(folder: Path) -> list[Path]:
+    """The files of an exported folder that a server needs."""
+    wanted = {".xml", ".bin", ".json", ".jinja"}
+    return sorted(p for p in folder.iterdir() if p.suffix in wanted)
+
+
+def _key(weights: Path, recipe: list[str]) -> str:
+    parts = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in weight_files(weights)]
+    parts += [f"{name} {version(name)}" for name in ("openvino", "optimum-intel")]
+    return hashlib.sha256("\n".join(parts + recipe).encode()).hexdigest()[:12]

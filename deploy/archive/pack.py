@@ -1,0 +1,137 @@
+"""Put what an archive holds into the form that TorchServe loads.
+
+    python -m deploy.archive.pack smollm2-135m PREPARED STORE   # what the image's first stage runs
+
+`torch-model-archiver` does the work. This needs no torch and no model: weights are files here.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import handler
+from deploy.common.paths import BUILD, MODEL_STORE, UserError, link_or_copy
+
+FORMATS = ("no-archive", "zip-store", "default")
+"""torch-model-archiver's: a directory, an uncompressed zip, a compressed zip (both `.mar`)."""
+
+HANDLER = Path(handler.__file__).parent
+ENTRY = HANDLER / "llm_handler.py"
+CONFIG = "model-config.yaml"
+WEIGHTS = "weights"
+
+
+def pack(
+    name: str,
+    entry: Path,
+    config: dict[str, Any],
+    weights: list[Path],
+    *,
+    package: Path | None = None,
+    archive_format: str = "no-archive",
+    store: Path = MODEL_STORE,
+) -> Path:
+    """Run torch-model-archiver and return what it made; one that stood there before is replaced.
+
+    Args:
+        name: the model's name in the URL.
+        entry: the handler's file.
+        config: becomes `model-config.yaml`.
+        weights: files that go into the folder `weights`.
+        package: the Python package `entry` belongs to, if any; goes in without `entry`.
+        archive_format: one of `FORMATS`.
+        store: TorchServe's model store.
+
+    Raises:
+        UserError: torch-model-archiver refuses; says why.
+    """
+    if archive_format not in FORMATS:
+        raise UserError(f"format {archive_format!r}: use one of {', '.join(FORMATS)}")
+    store.mkdir(parents=True, exist_ok=True)
+    as_directory = archive_format == "no-archive"
+    target = archive_path(name, archive_format, store)
+    BUILD.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
+        stage, out = Path(temporary, "stage"), Path(temporary, "out")
+        for folder in (stage, out, Path(temporary, "tmp")):
+            folder.mkdir()
+        if package:
+            ignored = shutil.ignore_patterns("__pycache__", entry.name)
+            shutil.copytree(package, stage / package.name, ignore=ignored)
+        if not as_directory:
+            place(weights, stage / WEIGHTS)
+        Path(temporary, CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        _run_archiver(name, entry, archive_format, stage, out, Path(temporary))
+        made = out / target.name
+        if as_directory:  # the archiver would copy gigabytes that hard links give for nothing
+            place(weights, made / WEIGHTS)
+        _replace(made, target)
+    return target
+
+
+def archive_path(name: str, archive_format: str, store: Path = MODEL_STORE) -> Path:
+    """Where an archive is, or will be."""
+    return store / (name if archive_format == "no-archive" else f"{name}.mar")
+
+
+def pack_prepared(
+    name: str, prepared: Path, *, archive_format: str = "no-archive", store: Path = MODEL_STORE
+) -> Path:
+    """`pack` with our handler, from a folder that `deploy.archive.build.prepare` made."""
+    config = yaml.safe_load((prepared / CONFIG).read_text())
+    files = sorted((prepared / WEIGHTS).iterdir())
+    return pack(
+        *(name, ENTRY, config, files),
+        package=HANDLER,
+        archive_format=archive_format,
+        store=store,
+    )
+
+
+def place(files: list[Path], target: Path) -> None:
+    """Put files into a folder, without copying their bytes where that can be."""
+    for path in files:
+        link_or_copy(path.resolve(), target / path.name)
+
+
+def _run_archiver(
+    name: str, entry: Path, archive_format: str, stage: Path, out: Path, temporary: Path
+) -> None:
+    command = [Path(sys.executable).with_name("torch-model-archiver")]
+    command += ["--model-name", name, "--version", "1.0", "--archive-format", archive_format]
+    command += ["--handler", entry, "--config-file", temporary / CONFIG]
+    command += ["--extra-files", stage, "--export-path", out]
+    # The archiver begins by deleting $TMPDIR/<model name>: give it a folder of its own.
+    environment = os.environ | {"TMPDIR": str(temporary / "tmp")}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if run.returncode != 0:
+        last = (run.stderr.strip() or "no message").splitlines()[-1]
+        raise UserError(f"torch-model-archiver: {last}")
+
+
+def _replace(made: Path, target: Path) -> None:
+    """Put the new archive where the old one was, so that a failed build leaves the old one."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    made.replace(target)
+
+
+def main() -> None:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m deploy.archive.pack")
+    parser.add_argument("app")
+    parser.add_argument("prepared", type=Path, help="what deploy.archive.build.prepare made")
+    parser.add_argument("store", type=Path)
+    options = parser.parse_args()
+    print(pack_prepared(options.app, options.prepared, store=options.store))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The container runtime: Docker or podman."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from deploy.common.paths import UserError
+
+
+def container_runtime() -> str:
+    """The container engine's program.
+
+    Raises:
+        UserError: there is none, or it does not answer.
+    """
+    name = os.environ.get("DOCKER") or shutil.which("docker") or shutil.which("podman")
+    if not name:
+        raise UserError(
+            "neither docker nor podman is installed; see https://docs.docker.com/engine"
+        )
+    try:
+        run = subprocess.run([name, "version"], capture_output=True, text=True)
+    except OSError as error:  # DOCKER names what is not there, or is no program
+        raise UserError(f"{name} cannot be started: {error.strerror}") from error
+    if run.returncode != 0:
+        reason = (run.stderr.strip() or "no reason given").splitlines()[-1]
+        raise UserError(f"{Path(name).name} does not work here: {reason}")
+    return name
+
+
+def docker(program: str, *arguments: str) -> str | None:
+    """What a short command printed; None if it failed."""
+    run = subprocess.run([program, *arguments], capture_output=True, text=True)
+    return run.stdout if run.returncode == 0 else None

@@ -1,0 +1,214 @@
+"""`vertex.yaml`, read and checked: where things go on Vertex AI, how large, what they cost.
+
+    load_settings(region="us-central1", max_replicas=4)
+
+Limits are those of the API's reference (https://cloud.google.com/vertex-ai/docs/reference/rest/v1).
+Whether a machine type exists in a region, and whether there is quota for it, only Google can say.
+"""
+
+import datetime
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from deploy.common.paths import UserError, shown
+
+CONFIG = Path(__file__).parent / "vertex.yaml"
+MANAGED_BY = "serving-llms"
+
+Percent = Annotated[int, Field(ge=1, le=100)]
+Route = Annotated[str, Field(pattern="^/")]
+# no `.`, `..` or wildcards: the container would look for a folder of exactly this name
+Folder = Annotated[
+    str,
+    Field(pattern=r"^gs://[a-z0-9][a-z0-9._-]+(/[^/\s.*?#\[\]][^/\s*?#\[\]]*)*/?$"),
+    AfterValidator(lambda uri: uri.removesuffix("/")),
+]
+LabelPart = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,63}$")]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prices(_Strict):
+    """Dollars per replica and hour, as far as known."""
+
+    date: datetime.date
+    verified: bool
+    region: str
+    per_hour: dict[str, Annotated[float, Field(gt=0)]]
+
+
+class Settings(_Strict):
+    """Everything a deployment needs to know beside the APP and its image."""
+
+    project: Annotated[str, Field(pattern=r"^[a-z][a-z0-9:.-]{4,}[a-z0-9]$")] | None = None
+    region: Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
+    repository: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+    service_account: Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")] | None = None
+    machine_type: Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*-[a-z0-9-]+$")]
+    accelerator_type: (
+        Literal[
+            "NVIDIA_L4",
+            "NVIDIA_TESLA_T4",
+            "NVIDIA_TESLA_V100",
+            "NVIDIA_TESLA_A100",
+            "NVIDIA_A100_80GB",
+            "NVIDIA_H100_80GB",
+        ]
+        | None
+    ) = None
+    accelerator_count: Annotated[int, Field(ge=0, le=16)] = 0
+    spot: bool = False
+    min_replicas: Annotated[int, Field(ge=1)]
+    max_replicas: Annotated[int, Field(ge=1)]
+    target_cpu: Percent
+    target_gpu: Percent
+    deployment_timeout: Annotated[int, Field(ge=1, le=7200)]
+    inference_timeout: Annotated[int, Field(ge=1, le=3600)]
+    shared_memory_mb: Annotated[int, Field(ge=1)]
+    port: Annotated[int, Field(ge=1, le=65535)]
+    predict_route: Route | None = None
+    health_route: Route
+    command: list[str] = []
+    args: list[str] = []
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    startup_probe: list[str] = []
+    startup_probe_period: Annotated[int, Field(ge=1)]
+    startup_probe_timeout: Annotated[int, Field(ge=1)]
+    startup_probe_failures: Annotated[int, Field(ge=1)]
+    artifact_uri: Folder | None = None
+    labels: dict[LabelPart, LabelPart] = {}
+    prices: Prices
+
+    @model_validator(mode="after")
+    def _check(self) -> "Settings":
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas: {self.max_replicas} is less than min_replicas, {self.min_replicas}"
+            )
+        if bool(self.accelerator_type) != bool(self.accelerator_count):
+            raise ValueError(
+                f"accelerator_count: {self.accelerator_count} with accelerator_type "
+                f"{self.accelerator_type or 'none'}; give both or neither"
+            )
+        if self.machine_type.startswith("g2-") and self.accelerator_type != "NVIDIA_L4":
+            raise ValueError(
+                f"accelerator_type: {self.accelerator_type or 'none'}; "
+                f"{self.machine_type} has NVIDIA_L4 and no other"
+            )
+        for name in self.environment:
+            if name.startswith("AIP_"):
+                raise ValueError(f"environment.{name}: names with AIP_ are set by the platform")
+        if self.startup_probe_timeout > self.startup_probe_period:
+            raise ValueError(
+                f"startup_probe_timeout: {self.startup_probe_timeout} is more than "
+                f"startup_probe_period, {self.startup_probe_period}"
+            )
+        return self
+
+    @property
+    def parent(self) -> str:
+        """What all resources here are under: `projects/P/locations/R`.
+
+        Raises:
+            UserError: no project is known.
+        """
+        if not self.project:
+            raise UserError(
+                "project: not given; export GCP_PROJECT=..., or set it in deploy/vertex/vertex.yaml"
+            )
+        return f"projects/{self.project}/locations/{self.region}"
+
+    def resource_id(self, app: str) -> str:
+        """The id of an app's model and of its endpoint.
+
+        Chosen by us, not by Google: a creation that is repeated after a crash then finds the first
+        one, and its operations can be listed although nobody remembers their names.
+        """
+        plain = re.sub(r"[^a-z0-9]+", "-", app.lower()).strip("-")
+        return f"{MANAGED_BY}-{plain}"[:63].rstrip("-")
+
+    def endpoint_name(self, app: str) -> str:
+        """The full name of an app's endpoint."""
+        return f"{self.parent}/endpoints/{self.resource_id(app)}"
+
+    def model_name(self, app: str) -> str:
+        """The full name of an app's model, without a version."""
+        return f"{self.parent}/models/{self.resource_id(app)}"
+
+    def labels_for(self, app: str) -> dict[str, str]:
+        """The labels of everything that is made for an app. Cleanup goes by them."""
+        plain = re.sub(r"[^a-z0-9_-]", "-", app.lower())[:63]
+        return {**self.labels, "managed-by": MANAGED_BY, "app": plain}
+
+    def image_folder(self) -> str:
+        """The address of the repository: `REGION-docker.pkg.dev/PROJECT/REPOSITORY`."""
+        project = self.parent.split("/")[1].replace(
+            ":", "/"
+        )  # example.com:name is example.com/name
+        return f"{self.region}-docker.pkg.dev/{project}/{self.repository}"
+
+    def image_uri(self, app: str, tag: str) -> str:
+        """The address of an app's image in Artifact Registry."""
+        return f"{self.image_folder()}/{app.lower()}:{tag}"
+
+    def route_for(self, app: str) -> str:
+        """Where the container takes predictions."""
+        return self.predict_route or f"/predictions/{app}"
+
+
+def load_settings(path: Path = CONFIG, **overrides: Any) -> Settings:
+    """Read the file, put GCP_PROJECT, GCP_REGION and the keywords over it, and check all of it.
+
+    Args:
+        path: a YAML file with the fields of `Settings`.
+        overrides: fields; None leaves the file's value.
+
+    Raises:
+        UserError: no such file or field, or a wrong value; it names the field, what was given and
+            what is allowed.
+    """
+    try:
+        given = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{shown(path)}: {error}") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{shown(path)}: should be a mapping of fields, not {given!r}")
+    for name, variable in {"project": "GCP_PROJECT", "region": "GCP_REGION"}.items():
+        if os.environ.get(variable):
+            given[name] = os.environ[variable]
+    given |= {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise UserError("; ".join(_complaint(e) for e in error.errors())) from error
+
+
+def _complaint(error: dict) -> str:
+    """One of pydantic's errors: the field, what was given, what is allowed."""
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(Settings.model_fields)
+        return f"{_field(error)}: there is no such field; there are {known}"
+    if not error["loc"]:  # from `_check`, which names the field itself
+        return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"{_field(error)}: not given"
+    return f"{_field(error)}: {error['input']!r} given; {error['msg']}"
+
+
+def _field(error: dict) -> str:
+    names = [str(part) for part in error["loc"]]
+    return ".".join(name for name in names if not name.startswith(("constrained", "literal")))

@@ -1,0 +1,213 @@
+"""What all chapters share: bars, tables, figures, sources, servers. Nothing here knows a model."""
+
+import ast
+import atexit
+import base64
+import inspect
+import io
+import json
+import os
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from IPython import get_ipython
+from IPython.display import HTML, display
+from ipywidgets import ValueWidget, VBox
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from PIL import Image as Picture
+from PIL.Image import Quantize
+
+from benchmarks.record import RESULTS
+from benchmarks.report.tables import SOURCES, TABLES
+from deploy.common.paths import BUILD, ROOT
+from deploy.torchserve.server import Server, port_holder
+
+T = TypeVar("T")
+
+
+def short_errors() -> None:
+    """From now on an error is shown in one line: the deliberate ones need no traceback."""
+    get_ipython().InteractiveTB.set_mode("Minimal")
+
+
+@contextmanager
+def busy(what: str) -> Iterator[None]:
+    """A moving bar while the block runs. What the block prints goes to build/notebook.log."""
+    bar = display(HTML(f"<progress></progress> {what}"), display_id=True)
+    try:
+        with _log() as log, _descriptors(log.fileno()), redirect_stdout(log), redirect_stderr(log):
+            yield
+    except BaseException:
+        bar.update(HTML(f"✗ {what}"))
+        raise
+    bar.update(HTML(f"✓ {what}"))
+
+
+def _log() -> TextIO:
+    BUILD.mkdir(exist_ok=True)
+    return (BUILD / "notebook.log").open("a")
+
+
+def progress(values: Sequence[T], what: str) -> Iterator[T]:
+    """Go through `values` with a bar that fills."""
+
+    def shown(done: int) -> HTML:
+        return HTML(f'<progress max="{len(values)}" value="{done}"></progress> {what}')
+
+    bar = display(shown(0), display_id=True)
+    for done, value in enumerate(values, start=1):
+        yield value
+        bar.update(shown(done))
+    bar.update(HTML(f"✓ {what}"))
+
+
+@contextmanager
+def _descriptors(log: int) -> Iterator[None]:
+    """Send what child processes write to a log as well: they know nothing of sys.stdout."""
+    sys.stdout.flush(), sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    os.dup2(log, 1), os.dup2(log, 2)
+    try:
+        yield
+    finally:
+        for number, copy in enumerate(kept, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def table(rows: Sequence[dict[str, object]]) -> None:
+    """Rows with the same keys, as a table. Numbers stand on the right."""
+    names = list(rows[0])
+    right = {n: all(isinstance(row[n], int | float) for row in rows) for n in names}
+    lines = [f"| {' | '.join(names)} |"]
+    lines.append("|" + "|".join("---:" if right[n] else "---" for n in names) + "|")
+    for row in rows:
+        cells = (f"{v:,}" if isinstance(v, int) else str(v) for v in (row[n] for n in names))
+        lines.append(f"| {' | '.join(cells)} |")
+    markdown("\n".join(lines))
+
+
+def document_table(name: str) -> None:
+    """A table of README.md or LOG.md, made from its result file."""
+    markdown(TABLES[name](result(SOURCES.get(name, name))))
+
+
+def interactive(controls: dict[str, ValueWidget], text: Callable[..., str]) -> None:
+    """Markdown that follows some controls. Where nothing runs, that of their first values stands.
+
+    Args:
+        controls: argument of `text` -> a widget with a value.
+        text: from the values of the controls to Markdown.
+    """
+
+    def shown() -> dict[str, str]:
+        made = text(**{name: widget.value for name, widget in controls.items()})
+        return {"text/markdown": made, "text/plain": made}
+
+    below = display(shown(), raw=True, display_id=True)
+    for widget in controls.values():
+        widget.observe(lambda _: below.update(shown(), raw=True), "value")
+    sliders = VBox(list(controls.values()))._repr_mimebundle_()
+    display(sliders | {"text/plain": "(The sliders appear where the notebook runs.)"}, raw=True)
+
+
+def markdown(text: str) -> None:
+    """Show it, and as it is where a viewer knows no Markdown."""
+    display({"text/markdown": text, "text/plain": text}, raw=True)
+
+
+def show(drawing: Figure, alt: str) -> None:
+    """Put a figure into the notebook, in few bytes, with a caption.
+
+    Args:
+        drawing: the figure.
+        alt: one sentence that says what one sees. It is the caption as well, because neither
+            JupyterLab nor nbconvert shows the alt text of an output.
+    """
+    stream = io.BytesIO()
+    drawing.savefig(stream, format="png", dpi=110)
+    small = io.BytesIO()
+    few = Picture.open(stream).convert("RGB").quantize(32, Quantize.MAXCOVERAGE)  # keeps rare hues
+    few.save(small, "PNG", optimize=True)
+    content = f"{alt}\n{_content(drawing)}"
+    picture = {"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": content}
+    display(picture, metadata={"image/png": {"alt": alt}}, raw=True)
+    markdown(f"*{alt}*")
+
+
+def _content(drawing: Figure) -> str:
+    """What is drawn, without the measured values: nbval compares this, pictures it does not."""
+    lines = []
+    for axes in drawing.axes:
+        titles = [axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel()]
+        ticks = [*axes.get_xticklabels(), *axes.get_yticklabels()]
+        names = [tick.get_text() for tick in ticks if any(map(str.isalpha, tick.get_text()))]
+        series = axes.get_legend_handles_labels()[1]
+        bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+        drawn = {
+            "lines": sum(len(line.get_xdata()) > 0 for line in axes.lines),
+            "bars": sum(bool(bar.get_width() * bar.get_height()) for bar in bars),
+            "arrows and boxes": len(axes.patches) - len(bars),
+            "clouds": sum(len(cloud.get_offsets()) > 0 for cloud in axes.collections),
+            "words": [text.get_text() for text in axes.texts],
+        }
+        lines.append(f"{titles} {names} {series} {drawn}")
+    return "\n".join(lines)
+
+
+def source(thing: Callable | type | Path, start: str = "", end: str = "") -> None:
+    """Show tested code as it is: a function, a class, or a file from one line to before another.
+
+    Args:
+        thing: what to show; a path is relative to the project.
+        start: begin at the first line that contains this.
+        end: stop before the first line after that which contains this.
+    """
+    path = ROOT / thing if isinstance(thing, Path) else Path(inspect.getsourcefile(thing))
+    text = path.read_text() if isinstance(thing, Path) else inspect.getsource(thing)
+    lines = textwrap.dedent(text).splitlines()
+    if start:
+        lines = lines[next(i for i, line in enumerate(lines) if start in line) :]
+    if end:
+        lines = lines[: next(i for i, line in enumerate(lines) if i and end in line)]
+    language = {".py": "python", ".yaml": "yaml", ".properties": "properties"}.get(path.suffix, "")
+    code = textwrap.dedent("\n".join(lines)).strip("\n")
+    if language == "python" and not _is_python(code):
+        language = ""
+    markdown(f"`{path.relative_to(ROOT)}`\n```{language}\n{code}\n```")
+
+
+def _is_python(text: str) -> bool:
+    """Whether it can be read as code: a part of a docstring should not be coloured like some."""
+    try:
+        ast.parse(text)
+    except SyntaxError:
+        return False
+    return True
+
+
+def result(name: str) -> dict:
+    """A benchmark's record, as committed in benchmarks/results."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def start(archive: Path, port: int, **settings: object) -> Server:
+    """Start TorchServe with one archive; it ends with the notebook at the latest."""
+    server = Server(archive, port=port, **settings)
+    atexit.register(server.stop)
+    with busy(f"starting TorchServe with {server.name}"):
+        server.start()
+    return server
+
+
+def stop(server: Server) -> None:
+    """Stop a server, and make sure that nobody listens on its ports any more."""
+    server.stop()
+    for port in server.ports:
+        assert port_holder(port) is None, f"port {port} is still taken by {port_holder(port)}"
+    print(f"stopped; ports {server.ports[0]} to {server.ports[-1]} are free")

@@ -1,0 +1,142 @@
+"""The REST door: HTTP/1.1 over TLS on loopback, reached through the proxy door."""
+
+import json
+import re
+import time
+from collections.abc import Awaitable
+from typing import Any
+
+from aiohttp import web
+
+from standin import methods
+from standin.doors.dispatch import Api, Caller
+from standin.errors import ApiError
+from standin.services.predictions import RAW, too_large
+
+_PREDICT = re.compile(
+    r"(?P<endpoint>projects/[^/]+/locations/[^/]+/endpoints/[^/:]+)"
+    r"(?::(?P<verb>predict|rawPredict|streamRawPredict)"
+    r"|(?:/deployedModels/(?P<deployed>[^/]+))?/(?P<invoke>invoke)(?P<path>/.*))"
+)
+_DISCARD = 64 * 1024 * 1024
+"""How much of a body that is too large is still read, so that the client gets to see the error."""
+
+
+def application(api: Api) -> web.Application:
+    """All of it, as one handler: paths are the API's business, not the router's."""
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        began = time.time()
+        host = request.headers.get("Host", "")
+        caller = Caller("rest", host, request.headers.get("Authorization", ""))
+        name = status = ""
+        try:
+            name, work = _find(api, request, caller)
+            reply = await work
+            status = "OK" if reply.status < 400 else str(reply.status)
+        except ApiError as error:
+            status = error.status
+            reply = web.json_response(error.body(), status=error.http)
+        finally:
+            api.log(began, caller, name or f"{request.method} ?", request.path, status or "CUT OFF")
+        return reply
+
+    app = web.Application(client_max_size=_DISCARD)
+    app.router.add_route("*", "/{path:.*}", handle)
+    return app
+
+
+def _find(api: Api, request: web.Request, caller: Caller) -> tuple[str, Awaitable]:
+    """The method's name and what will answer."""
+    version, _, path = request.path.removeprefix("/").partition("/")
+    if request.host == "oauth2.googleapis.com" and request.path == "/token":
+        return "token", _token(api, request)
+    if request.host == "iamcredentials.googleapis.com" and path.endswith("/allowedLocations"):
+        return "allowedLocations", _allowed_locations()
+    if version in methods.VERSIONS:
+        match = _PREDICT.fullmatch(path)
+        if match and request.method == "POST":
+            return match["verb"] or "invoke", _predict(api, request, caller, match)
+        if found := methods.find(request.method, path):
+            return found[0].name.rsplit("/", 1)[1], _call(api, request, caller, *found)
+    return "", _unknown(request)
+
+
+async def _unknown(request: web.Request) -> web.Response:
+    raise ApiError(
+        "UNIMPLEMENTED",
+        f"The stand-in does not have {request.method} https://{request.host}{request.path}.",
+    )
+
+
+async def _token(api: Api, request: web.Request) -> web.Response:
+    form = await request.post()
+    return web.json_response(api.access.grant(str(form.get("assertion", ""))))
+
+
+async def _allowed_locations() -> web.Response:
+    """What google-auth asks before it uses a service account: no restriction."""
+    return web.json_response({"locations": [], "encodedLocations": "0x0"})
+
+
+async def _call(
+    api: Api, request: web.Request, caller: Caller, method: methods.Method, resource: str
+) -> web.Response:
+    api.access.who(caller.authorization)  # Google's front end looks at this first
+    body: Any = {}
+    if text := await request.text():
+        try:
+            body = json.loads(text)
+        except ValueError as error:
+            raise ApiError("INVALID_ARGUMENT", f"Invalid JSON payload received. {error}") from error
+    if text and not method.body:
+        raise ApiError("INVALID_ARGUMENT", "Invalid JSON payload received. A body is not allowed.")
+    message = methods.read_rest(method, resource, dict(request.query), body)
+    answer = await api.call(method, message, caller)
+    numbers = "enum-encoding=int" in request.query.get("$alt", "")
+    return web.json_response(methods.dump(answer, numbers=numbers))
+
+
+async def _predict(
+    api: Api, request: web.Request, caller: Caller, match: re.Match
+) -> web.StreamResponse:
+    verb = match["verb"] or match["invoke"]
+    name = api.admit(caller, match["endpoint"], "aiplatform.endpoints.predict")
+    access = api.predictions.access(name, request.host, verb)
+    body = await _body(request, access.bytes)
+    if verb not in RAW:
+        return web.json_response(await api.predictions.predict_json(name, access, body))
+    upstream = await api.predictions.send(
+        name,
+        access,
+        body,
+        request.headers,
+        path=match["path"] or "",
+        deployed_model=match["deployed"] or "",
+    )
+    headers, status = upstream.headers(), upstream.reply.status
+    if verb == "rawPredict":
+        data = await api.predictions.read(upstream, access)
+        return web.Response(body=data, status=status, headers=headers)
+    reply = web.StreamResponse(status=status, headers=headers)
+    try:
+        await reply.prepare(request)
+        async for chunk in upstream.reply.content.iter_any():  # as it comes, nothing held back
+            await reply.write(chunk)
+        await reply.write_eof()
+    finally:
+        upstream.reply.close()  # if the client has left, the model server shall know
+    return reply
+
+
+async def _body(request: web.Request, limit: int) -> bytes:
+    kept, size = [], 0
+    async for chunk in request.content.iter_any():
+        size += len(chunk)
+        if size <= limit:
+            kept.append(chunk)
+        elif size > _DISCARD:
+            break
+    if size > limit:
+        raise too_large(limit)
+    return b"".join(kept)

@@ -1,0 +1,113 @@
+"""The platform's limits and durations, each with its source. Times are seconds, sizes bytes."""
+
+QUOTA_NAMES = {
+    "NVIDIA_TESLA_T4": "custom_model_serving_nvidia_t4_gpus",
+    "NVIDIA_TESLA_V100": "custom_model_serving_nvidia_v100_gpus",
+    "NVIDIA_TESLA_P100": "custom_model_serving_nvidia_p100_gpus",
+    "NVIDIA_TESLA_P4": "custom_model_serving_nvidia_p4_gpus",
+    "NVIDIA_L4": "custom_model_serving_nvidia_l4_gpus",
+    "NVIDIA_TESLA_A100": "custom_model_serving_nvidia_a100_gpus",
+    "NVIDIA_A100_80GB": "custom_model_serving_nvidia_a100_80gb_gpus",
+    "NVIDIA_H100_80GB": "custom_model_serving_nvidia_h100_gpus",
+}
+"""Accelerator -> the quota that its replicas take. Source: gcloud 528, model_garden_utils.py. The
+deployer has its own table: a stand-in that shared it could not find a mistake in it."""
+
+SHARED_BYTES = 1_572_864
+"""1.5 MB. https://cloud.google.com/vertex-ai/docs/quotas#request_quotas"""
+SHARED_SECONDS = 60.0
+DEDICATED_BYTES = 10 * 1024 * 1024
+"""https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type"""
+DEDICATED_SECONDS = 600.0
+DEDICATED_MOST_SECONDS = 3600.0
+DEPLOYMENT_SECONDS = 1800.0
+"""Without `deploymentTimeout`. Our guess: the reference names no default."""
+DEPLOYMENT_MOST_SECONDS = 7200.0
+SHM_MB = 64
+"""Docker's and Kubernetes's default for /dev/shm; for Vertex AI it is our guess."""
+
+PROBE_PERIOD = 10.0
+STARTUP_TIMEOUT = 1.0
+HEALTH_TIMEOUT = 10.0
+FAILURES = 4
+"""Probes in a row. https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
+(liveness: 4 attempts, 10 s apart, then a restart; health: 4 failures take a replica out)."""
+CRASHES = 3
+"""Starts of a container that ended by itself before the deployment fails. Our guess."""
+
+DURATIONS = {
+    "UploadModel": 60.0,
+    "CreateEndpoint": 10.0,
+    "DeployModel": 240.0,
+    "UndeployModel": 60.0,
+    "MutateDeployedModel": 60.0,
+    "DeleteModel": 5.0,
+    "DeleteModelVersion": 5.0,
+    "DeleteEndpoint": 5.0,
+}
+"""How long the platform itself takes, without what the container takes. Our guess, from experience
+that others published: minutes to deploy, about one to upload."""
+
+CPU_FAMILIES = ("n1-", "n2-", "n2d-", "e2-", "c2-", "c2d-", "c3-")
+N1_GPUS = ("NVIDIA_TESLA_T4", "NVIDIA_TESLA_V100", "NVIDIA_TESLA_P100", "NVIDIA_TESLA_P4")
+GPU_MACHINES = {
+    **{f"g2-standard-{n}": ("NVIDIA_L4", 1) for n in (4, 8, 12, 16, 32)},
+    "g2-standard-24": ("NVIDIA_L4", 2),
+    "g2-standard-48": ("NVIDIA_L4", 4),
+    "g2-standard-96": ("NVIDIA_L4", 8),
+    **{f"a2-highgpu-{n}g": ("NVIDIA_TESLA_A100", n) for n in (1, 2, 4, 8)},
+    "a2-megagpu-16g": ("NVIDIA_TESLA_A100", 16),
+    **{f"a2-ultragpu-{n}g": ("NVIDIA_A100_80GB", n) for n in (1, 2, 4, 8)},
+    **{f"a3-highgpu-{n}g": ("NVIDIA_H100_80GB", n) for n in (1, 2, 4, 8)},
+}
+"""Machine type -> the one accelerator it has, and how many.
+https://cloud.google.com/vertex-ai/docs/predictions/configure-compute"""
+
+QUOTAS = {
+    "custom_model_serving_cpus": 64,
+    "custom_model_serving_nvidia_t4_gpus": 2,
+    "custom_model_serving_nvidia_l4_gpus": 2,
+    "custom_model_serving_nvidia_h100_gpus": 0,
+}
+"""Per region; what is not listed is 0. A new project's, roughly; yours are at
+https://console.cloud.google.com/iam-admin/quotas. The names are real."""
+
+
+def machine_problem(machine: str, accelerator: str, count: int) -> str | None:
+    """Why a machine cannot be had with an accelerator; None if it can.
+
+    Args:
+        machine: such as n1-standard-4.
+        accelerator: a name of the API's `AcceleratorType`, or "".
+        count: of accelerators.
+    """
+    if not machine:
+        return "machine_type is required."
+    if bool(accelerator) != bool(count):
+        return "accelerator_type and accelerator_count go together."
+    if machine in GPU_MACHINES:
+        needed, number = GPU_MACHINES[machine]
+        if (accelerator, count) != (needed, number):
+            return (
+                f'Machine type "{machine}" needs accelerator_type {needed} and accelerator_count '
+                f"{number}, not {accelerator or 'none'} and {count}."
+            )
+        return None
+    if not machine.startswith(CPU_FAMILIES):
+        return f'Machine type "{machine}" is not supported.'
+    if accelerator and (not machine.startswith("n1-") or accelerator not in N1_GPUS):
+        return f'Accelerator "{accelerator}" is not supported for machine type "{machine}".'
+    return None
+
+
+def usage(machine: str, accelerator: str, count: int, replicas: int) -> dict[str, int]:
+    """Quota metric -> how much of it some replicas take."""
+    if accelerator:
+        return {QUOTA_NAMES.get(accelerator, accelerator): count * replicas}
+    cpus = machine.rsplit("-", 1)[-1]
+    return {"custom_model_serving_cpus": (int(cpus) if cpus.isdecimal() else 1) * replicas}
+
+
+def over_quota(used: dict[str, int]) -> list[str]:
+    """The metrics a region's deployments would exceed."""
+    return [metric for metric, amount in used.items() if amount > QUOTAS.get(metric, 0)]

@@ -1,0 +1,246 @@
+"""Start and stop the local Vertex AI from Python.
+
+    from standin.local import Standin
+
+    with Standin(scale=0.01, limit_scale=0.1) as standin:
+        aiplatform.init(project=standin.project, location=standin.region)   # code unchanged
+
+It runs in a process of its own. Start it before the SDK's first call: gRPC reads the certificates
+when it opens its first connection.
+"""
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import trustme
+
+from deploy.common.paths import ROOT, UserError
+from deploy.image.runtime import container_runtime
+from standin import journal
+from standin.settings import PROJECT_NUMBER, READY, write_private
+
+
+class Standin:
+    """One stand-in, and the environment that leads clients to it.
+
+    Args:
+        scale: what the platform's own durations and probe periods are multiplied by.
+        limit_scale: what time limits of requests (60 s, 600 s) and of deployments are multiplied
+            by. Models run at real speed, so the default is `scale`, but at least 0.1.
+        seed: of identifiers and of the choice between models that share traffic.
+        runner: "docker", "process", or None for Docker where it and docker-registry are.
+        project: the project's ID.
+        region: the region the environment names.
+        folder: where keys, logs and journals go; None for a temporary one, removed at the end.
+        port: of the proxy door; 0 for any that is free.
+    """
+
+    def __init__(
+        self,
+        scale: float = 0.01,
+        seed: int = 0,
+        runner: str | None = None,
+        *,
+        limit_scale: float | None = None,
+        project: str = "standin-project",
+        region: str = "europe-west4",
+        folder: Path | None = None,
+        port: int = 0,
+    ) -> None:
+        self.scale, self.seed = scale, seed
+        self.limit_scale = max(scale, 0.1) if limit_scale is None else limit_scale
+        self.project, self.region, self.number = project, region, PROJECT_NUMBER
+        self.environment: dict[str, str] = {}
+        self.runner = choose_runner(runner)
+        self._given, self._port = folder, port
+        self._process: subprocess.Popen | None = None
+        self._before: dict[str, str | None] = {}
+
+    def start(self) -> "Standin":
+        """Start it and point this process's environment at it.
+
+        Raises:
+            UserError: it did not start; the message has what it wrote.
+        """
+        given = self._given
+        self.folder = Path(given or tempfile.mkdtemp(prefix="standin-")).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        (self.folder / READY).unlink(missing_ok=True)
+        options = {
+            "scale": self.scale,
+            "limit_scale": self.limit_scale,
+            "seed": self.seed,
+            "runner": self.runner,
+            "project": self.project,
+            "region": self.region,
+        }
+        command = [sys.executable, "-m", "standin.child", json.dumps(options)]
+        command += [str(self.folder), "keep" if given else "remove", str(self._port)]
+        for name, pem in zip(("ca.pem", "ca.key"), _authority(), strict=True):
+            write_private(self.folder / name, pem)
+        log = self.folder / "standin.log"
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.PIPE,  # closed when we end, however that happens
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        atexit.register(self.stop)
+        deadline = time.monotonic() + 120
+        while not (self.folder / READY).exists():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                text = log.read_text(errors="replace")
+                self.stop()
+                raise UserError(f"the stand-in did not start:\n{text}")
+            time.sleep(0.05)
+        self._set_environment(json.loads((self.folder / READY).read_text()))
+        return self
+
+    def stop(self) -> None:
+        """Stop it and all it started; put the environment back. Safe to call twice."""
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._before = {}
+        if self._process is not None:
+            self._process.terminate()
+            self._process.stdin.close()
+            try:
+                self._process.wait(60)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        atexit.unregister(self.stop)
+
+    def calls(self) -> list[dict[str, Any]]:
+        """Every request so far, oldest first: time, transport ("rest" or "grpc"), method, path,
+        status, host, seconds.
+        """
+        return journal.read(self.folder, "calls")
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the platform did, oldest first: time, event, and what it was about."""
+        return journal.read(self.folder, "events")
+
+    def logs(self, deployed_model: str) -> str:
+        """What a deployed model's containers wrote."""
+        files = sorted((self.folder / "logs").glob(f"{deployed_model}-*.log"))
+        return "\n".join(path.read_text(errors="replace") for path in files)
+
+    def add_image(self, name: str) -> str:
+        """Without Docker: let there be an image that is started by the model's command alone.
+
+        Returns:
+            Its address in Artifact Registry.
+        """
+        with (self.folder / "images.txt").open("a") as file:
+            file.write(f"{name}\n")
+        return f"{self.region}-docker.pkg.dev/{self.project}/serving/{name}:latest"
+
+    def __enter__(self) -> "Standin":
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def _set_environment(self, doors: dict[str, Any]) -> None:
+        self.environment = environment(self, doors)
+        for name, value in self.environment.items():
+            self._before[name] = os.environ.get(name)
+            os.environ[name] = value
+
+
+@functools.cache
+def _authority() -> tuple[str, str]:
+    """A throwaway certificate authority, the same for all stand-ins of one process: gRPC reads the
+    certificates it trusts once, and a notebook may start a second stand-in.
+    """
+    authority = trustme.CA()
+    return authority.cert_pem.bytes().decode(), authority.private_key_pem.bytes().decode()
+
+
+def environment(standin: Standin, doors: dict[str, Any]) -> dict[str, str]:
+    """The variables that lead the SDK, gcloud, curl and Docker to a stand-in."""
+    folder, port = standin.folder, doors["proxy"]
+    proxy, authority = f"http://127.0.0.1:{port}", str(folder / "ca.pem")
+    local = "127.0.0.1,localhost,::1"
+    result = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), proxy)
+    result |= dict.fromkeys(("NO_PROXY", "no_proxy"), local)
+    result |= dict.fromkeys(
+        (
+            "REQUESTS_CA_BUNDLE",
+            "CURL_CA_BUNDLE",
+            "SSL_CERT_FILE",
+            "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH",
+            "CLOUDSDK_CORE_CUSTOM_CA_CERTS_FILE",
+        ),
+        authority,
+    )
+    result |= {
+        "GOOGLE_APPLICATION_CREDENTIALS": str(folder / "admin.json"),
+        "GOOGLE_CLOUD_PROJECT": standin.project,
+        "GCP_PROJECT": standin.project,
+        "GCP_REGION": standin.region,
+        "NO_GCE_CHECK": "true",
+        "CLOUDSDK_CONFIG": str(folder / "gcloud"),
+        "CLOUDSDK_CORE_PROJECT": standin.project,
+        "CLOUDSDK_AI_REGION": standin.region,
+        "CLOUDSDK_CORE_DISABLE_PROMPTS": "1",
+        "CLOUDSDK_CORE_DISABLE_USAGE_REPORTING": "1",
+        "CLOUDSDK_COMPONENT_MANAGER_DISABLE_UPDATE_CHECK": "1",
+        "CLOUDSDK_AUTH_ACCESS_TOKEN_FILE": str(folder / "token"),
+        "CLOUDSDK_PROXY_TYPE": "http",
+        "CLOUDSDK_PROXY_ADDRESS": "127.0.0.1",
+        "CLOUDSDK_PROXY_PORT": str(port),
+        "VERTEX_STANDIN": str(folder),
+    }
+    if "registry" in doors:
+        result["VERTEX_REGISTRY"] = doors["registry"]
+    return result
+
+
+def choose_runner(asked: str | None) -> str:
+    """Choose "docker" where there are Docker and docker-registry, else "process".
+
+    Args:
+        asked: one of the two, to insist on it.
+
+    Raises:
+        UserError: Docker was asked for and cannot be had.
+    """
+    if asked == "process":
+        return asked
+    try:
+        container_runtime()
+        if not shutil.which("docker-registry"):
+            raise UserError(
+                "docker-registry is not installed (Debian: apt install docker-registry)"
+            )
+    except UserError as error:
+        if asked == "docker":
+            raise
+        print(f"models run as processes: {error}", file=sys.stderr)
+        return "process"
+    return "docker"

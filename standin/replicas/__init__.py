@@ -1,0 +1,4 @@
+"""Deployed models: images, containers or processes, probes, routing.
+
+The API around them belongs in `services`.
+"""

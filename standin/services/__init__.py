@@ -1,0 +1,4 @@
+"""Vertex AI's methods: models, endpoints, operations, predictions.
+
+Protocols belong in `doors`, running containers in `replicas`.
+"""

@@ -1,0 +1,4 @@
+"""Set-up and lock of this repository, run before anything is installed: standard library only.
+
+Nothing that a deployment needs belongs here.
+"""

@@ -1,0 +1,101 @@
+"""Make requirements.lock from pyproject.toml: every package, exact, with hashes.
+
+    python -m tools.lock
+
+uv resolves, for Linux and macOS at once; pip installs, with `--no-deps`, because what the lock
+leaves out (see `[tool.uv]` in pyproject.toml) must stay out. Then docker/locks/: for each image the
+part of that lock which it needs. Only `gpu` has packages of its own, CUDA's, and torch's CPU build,
+which has an index of its own, is in a file of its own.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from deploy.common.paths import ROOT
+from tools.setup_env import LOCK, locked_blocks
+
+IMAGE_LOCKS = ROOT / "docker" / "locks"
+IMAGES = ("archive", "cpu", "cpu-lean", "gpu")
+"""The dependency groups of pyproject.toml that have a lock of their own."""
+
+NOT_IN_IMAGES = {
+    # tokenizers asks for it, to download; a server reads files. It brings ten more packages.
+    "huggingface-hub": ("cpu-lean",),
+}
+
+TORCH_CPU_HASHES = (
+    # torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl and ..._aarch64.whl on PyTorch's own
+    # index. uv asks PyPI, whose Linux wheels carry CUDA.
+    "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b",
+    "84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7",
+)
+
+_EVERYWHERE = " ; sys_platform == 'darwin' or sys_platform == 'linux'"
+_BLOCK = re.compile(r"^[a-z0-9][^\n]*\n(?:[ ]+[^\n]*\n)*", re.MULTILINE)
+
+
+def main() -> int:
+    """Resolve and write the lock."""
+    try:
+        _compile("pyproject.toml", "--all-extras", "--universal", "--output-file", LOCK)
+        LOCK.write_text(tidy(LOCK.read_text()))
+        print(f"{LOCK.name}: {len(locked_blocks(LOCK.read_text()))} packages")
+        torch = "".join(_BLOCK.findall(locked_blocks(LOCK.read_text())["torch"])[:1])
+        (IMAGE_LOCKS / "torch.txt").write_text(torch)
+        for image in IMAGES:
+            text = image_lock(image)
+            (IMAGE_LOCKS / f"{image}.txt").write_text(text)
+            print(f"docker/locks/{image}.txt: {len(locked_blocks(text))} packages")
+    except subprocess.CalledProcessError as error:
+        print(f"error: {error.stderr.strip()}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def image_lock(image: str) -> str:
+    """What one image installs: the closure of its group, in the words of requirements.lock."""
+    blocks = locked_blocks(LOCK.read_text())
+    with tempfile.TemporaryDirectory() as temporary:
+        versions = Path(temporary, "constraints.txt")
+        pins = (re.match(r"\S+", block).group().replace("+cpu", "") for block in blocks.values())
+        versions.write_text("\n".join(pins))
+        left_out = Path(temporary, "overrides.txt")
+        names = [name for name, images in NOT_IN_IMAGES.items() if image in images]
+        left_out.write_text("\n".join(f"{name}; sys_platform == 'never'" for name in names))
+        arguments = ["--group", f"pyproject.toml:{image}", "--overrides", left_out]
+        arguments += ["--constraints", versions, "--python-platform", "x86_64-manylinux_2_28"]
+        # Without [tool.uv], which leaves CUDA out, for the image that wants CUDA.
+        found = locked_blocks(_compile(*arguments, *(["--no-config"] if image == "gpu" else [])))
+    own = found if image == "gpu" else {}  # its torch is PyPI's
+    header = f"# Made by `make lock` from the group {image} of pyproject.toml.\n"
+    if image == "cpu":
+        del found["torch"]  # from an index of its own: docker/locks/torch.txt
+    return header + "".join(own.get(name, blocks.get(name)) for name in sorted(found))
+
+
+def _compile(*arguments: str | Path) -> str:
+    command = [Path(sys.executable).with_name("uv"), "pip", "compile", *arguments]
+    command += ["--python-version", "3.11", "--generate-hashes", "--quiet"]
+    command += ["--custom-compile-command", "make lock"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def tidy(text: str) -> str:
+    """Take out what was overridden away, and give torch its CPU build on Linux."""
+    blocks = [block.replace(_EVERYWHERE, "") for block in _BLOCK.findall(text)]
+    blocks = [block for block in blocks if "sys_platform == 'never'" not in block]
+    at = next(i for i, block in enumerate(blocks) if block.startswith("torch=="))
+    version = re.match(r"torch==([\d.]+)", blocks[at]).group(1)
+    cpu = [f"torch=={version}+cpu ; sys_platform == 'linux'"]
+    cpu += [f"    --hash=sha256:{value}" for value in TORCH_CPU_HASHES]
+    first = f"torch=={version}"
+    blocks[at] = blocks[at].replace(first, f"{first} ; sys_platform == 'darwin'", 1)
+    blocks.insert(at, " \\\n".join(cpu) + "\n")
+    return text[: _BLOCK.search(text).start()] + "".join(blocks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
