@@ -14,8 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from deploy.common.paths import ROOT
-from tools.setup_env import LOCK, locked_blocks
+from tools.setup_env import LOCK, ROOT, locked_blocks
 
 IMAGE_LOCKS = ROOT / "docker" / "locks"
 IMAGES = ("archive", "cpu", "cpu-lean", "gpu")
@@ -33,7 +32,8 @@ TORCH_CPU_HASHES = (
     "84453b69508ec79902f899c5ed9495acb9e2bbe9fda5f1d5d6f19e3c3842e1a7",
 )
 
-_EVERYWHERE = " ; sys_platform == 'darwin' or sys_platform == 'linux'"
+_PYTHON = "python_full_version < '3.12' and "
+_EVERYWHERE = " ; (sys_platform == 'darwin' or sys_platform == 'linux')"
 _BLOCK = re.compile(r"^[a-z0-9][^\n]*\n(?:[ ]+[^\n]*\n)*", re.MULTILINE)
 
 
@@ -85,7 +85,7 @@ def _compile(*arguments: str | Path) -> str:
 
 def tidy(text: str) -> str:
     """Take out what was overridden away, and give torch its CPU build on Linux."""
-    blocks = [block.replace(_EVERYWHERE, "") for block in _BLOCK.findall(text)]
+    blocks = [block.replace(_PYTHON, "").replace(_EVERYWHERE, "") for block in _BLOCK.findall(text)]
     blocks = [block for block in blocks if "sys_platform == 'never'" not in block]
     at = next(i for i, block in enumerate(blocks) if block.startswith("torch=="))
     version = re.match(r"torch==([\d.]+)", blocks[at]).group(1)

@@ -1,4 +1,13 @@
-"""What the command lines of this package share."""
+"""What the command lines of this repository share: recurring arguments and one-line errors.
+
+app = cli.app(__doc__)
+
+@app.command()
+def archive(name: cli.App, model_dir: cli.ModelDir = None) -> None: ...
+
+def main(arguments: list[str] | None = None) -> int:
+return cli.run(app, "deploy.archive", arguments)
+"""
 
 import argparse
 import functools
@@ -6,16 +15,84 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Annotated, NoReturn
+
+import click
+import typer
 
 from deploy.common.paths import UserError
 from handler.config import ConfigError
+
+
+def _app_name(text: str) -> str:
+    """Check an APP, which becomes a file name, an argument and a part of a URL."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text):
+        raise typer.BadParameter(f"APP={text}: use letters, digits and . _ - only")
+    return text
+
+
+def _port(value: int) -> int:
+    """Check a server's first port: four more belong to it."""
+    if not 1024 <= value <= 65_531:
+        raise typer.BadParameter(f"PORT={value}: use a number from 1024 to 65531")
+    return value
+
+
+INTERRUPTED = 130
+"""What a shell reports for a program that Ctrl-C ended; Typer turns KeyboardInterrupt into it."""
+
+App = Annotated[
+    str,
+    typer.Argument(
+        metavar="APP", callback=_app_name, help="A name in handler/apps, or any with --model-dir."
+    ),
+]
+ModelDir = Annotated[Path | None, typer.Option(help="A folder in Hugging Face layout to use.")]
+ShapeOnly = Annotated[bool, typer.Option("--shape-only", help="Random weights of the true size.")]
+Port = Annotated[int, typer.Option(callback=_port, help="The server's first of five ports.")]
+
+
+def app(docstring: str | None) -> typer.Typer:
+    """Make a command line without completion, colors or tracebacks of its own."""
+    return typer.Typer(
+        help=docstring,
+        add_completion=False,
+        no_args_is_help=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+
+
+def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit status; print what the user can fix in one line.
+
+    Args:
+        app: the commands.
+        program: the module, as in `python -m program`.
+        arguments: instead of those of this process.
+    """
+    try:
+        status = typer.main.get_command(app).main(
+            args=arguments, prog_name=f"python -m {program}", standalone_mode=False
+        )
+    except click.ClickException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr)
+        return 2
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except click.Abort:
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        print("\nstopped")
+    return status if isinstance(status, int) else 0
+
 
 Main = Callable[[list[str] | None], None]
 
 
 def command(main: Main) -> Callable[[list[str] | None], int]:
-    """Make `main` return an exit status, and say in one line what the reader can mend."""
+    """Deprecated: use `run`."""
 
     @functools.wraps(main)
     def run(arguments: list[str] | None = None) -> int:
