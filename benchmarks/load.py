@@ -25,6 +25,8 @@ from itertools import chain
 import aiohttp
 import numpy as np
 
+from deploy.torchserve.client import parse_event
+
 NEW_TOKENS = 128
 
 _WORDS = (
@@ -229,9 +231,9 @@ def _count(body: dict, headers: dict) -> int:
 async def _read_stream(reply: aiohttp.ClientResponse, outcome: Outcome, began: float) -> None:
     """Server-sent events, ours or OpenAI's: when the first text came, and the token count."""
     async for line in reply.content:
-        if not line.startswith(b"data: {"):
+        event = parse_event(line)
+        if event is None:
             continue
-        event = json.loads(line[6:])
         text = event.get("text") or any(c.get("text") for c in event.get("choices") or [])
         if text and outcome.first_token is None:
             outcome.first_token = time.perf_counter() - began

@@ -35,15 +35,26 @@ def stream(url: str, body: dict, timeout: float = 600.0) -> Iterator[dict]:
         yield from server_sent_events(reply.iter_lines(), url)
 
 
-def server_sent_events(lines: Iterable[str], source: str) -> Iterator[dict]:
-    """The JSON objects in a stream's lines, as they arrive.
+def server_sent_events(lines: Iterable[str | bytes], source: str) -> Iterator[dict]:
+    """Yield the JSON objects in a stream's lines as they arrive.
 
     Raises:
-        UserError: one of them is an error.
+        UserError: an event is an error.
     """
     for line in lines:
-        if line.startswith("data: "):
-            event = json.loads(line.removeprefix("data: "))
-            if isinstance(event, dict) and "error" in event:
-                raise UserError(f"the stream from {source} broke off: {event['error']['message']}")
-            yield event
+        event = parse_event(line)
+        if event is None:
+            continue
+        if "error" in event:
+            raise UserError(f"the stream from {source} ended early: {event['error']['message']}")
+        yield event
+
+
+def parse_event(line: str | bytes) -> dict | None:
+    """Return the JSON object in a line of a stream; None for any other line.
+
+    Both APIs send each server-sent event as one line, `data: {...}`. OpenAI's ends the stream with
+    `data: [DONE]`.
+    """
+    text = line.decode() if isinstance(line, bytes) else line
+    return json.loads(text.removeprefix("data: ")) if text.startswith("data: {") else None

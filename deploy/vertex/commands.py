@@ -133,7 +133,7 @@ def ask(vertex: "Vertex", app: str, body: dict) -> dict[str, Any]:
         raise UserError(f"raw_predict: {raw.status_code}: {raw.text.strip()}")
     streamed = body | {"parameters": body.get("parameters", {}) | {"stream": True}}
     lines = list(endpoint.stream_raw_predict(json.dumps(streamed).encode(), headers))
-    events = list(server_sent_events((line.decode() for line in lines), "stream_raw_predict"))
+    events = list(server_sent_events(lines, "stream_raw_predict"))
     if not events:
         raise UserError(f"stream_raw_predict: {b' '.join(lines).decode().strip() or 'no answer'}")
     return {
