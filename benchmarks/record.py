@@ -1,4 +1,4 @@
-"""Result files: figures together with what made them, so that no number stands alone."""
+"""Result files: measurements together with what made them, so that no number stands alone."""
 
 import json
 import platform
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -28,13 +29,13 @@ def summary(values: list[float]) -> dict[str, float | int | list[float]]:
 
 
 def write(
-    name: str, figures: dict, packages: list[str], others: dict[str, str] | None = None
+    name: str, measurements: dict, packages: list[str], others: dict[str, str] | None = None
 ) -> Path:
     """Write `results/<name>.json` with the command, versions, commit and machine.
 
     Args:
         name: the file's stem.
-        figures: what was measured; says its own units.
+        measurements: what was measured; the keys say the units.
         packages: distributions whose versions matter.
         others: versions of what is not installed here: programs, other environments.
     """
@@ -51,10 +52,16 @@ def write(
         "python": platform.python_version(),
         "versions": {package: _version(package) for package in packages} | (others or {}),
         "machine": machine(),
-        "figures": figures,
+        "measurements": measurements,
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
+
+
+def read(name: str) -> dict[str, Any]:
+    """Read `results/<name>.json` as `write` wrote it."""
+    record: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return record
 
 
 def _version(package: str) -> str:
@@ -69,7 +76,7 @@ def in_rounds(
 ) -> dict[str, dict[str, dict]]:
     """Put every question to `python -m module --child QUESTION`, in turn, `rounds` times.
 
-    The answer is the last line printed, figures as JSON. A process of its own gives its memory
+    The answer is the last line printed, measurements as JSON. A process of its own gives its memory
     back, and its peak is its own.
 
     Returns:

@@ -79,13 +79,13 @@ def _ours(**engine: str) -> Start:
     return start
 
 
-def _original(name: str, **config: str | int) -> Start:
-    """The original's kind of handler in TorchServe."""
+def _baseline(name: str, **config: str | int) -> Start:
+    """The baseline handler in TorchServe."""
 
     @contextmanager
     def start() -> Iterator[tuple[Target, int]]:
         workers = {"minWorkers": 1, "maxWorkers": 1, "responseTimeout": 600}
-        entry = Path(__file__).with_name("seed_handler.py")
+        entry = Path(__file__).with_name("baseline_handler.py")
         files = weight_files(get_weights(APP))
         archive = pack(name, entry, workers | config, files, store=STORE)
         with Server(archive, port=PORT) as server:
@@ -165,15 +165,15 @@ def _healthy() -> bool:
 
 
 SYSTEMS = {
-    "seed": System(
-        "TorchServe + generate, float32, one request at a time: the original's way",
-        _original("seed", dtype="float32", batchSize=1),
+    "baseline": System(
+        "baseline handler: TorchServe + generate, float32, one request at a time",
+        _baseline("baseline", dtype="float32", batchSize=1),
         most_clients=8,
         streams=False,
     ),
     "batched": System(
-        "TorchServe's dynamic batching + generate, bfloat16",
-        _original("batched", dtype="bfloat16", batchSize=32, maxBatchDelay=50),
+        "baseline handler with TorchServe's dynamic batching, bfloat16",
+        _baseline("batched", dtype="bfloat16", batchSize=32, maxBatchDelay=50),
         streams=False,
     ),
     "ours transformers": System(

@@ -1,30 +1,16 @@
-"""Tables of the documents, made from result files, so that no number is typed by hand.
+"""Tables for documents and chapters, made from result files; `docs.generate` puts them in."""
 
-python -m benchmarks.report.tables         # rewrite them; a test compares
-"""
-
-import json
-import re
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
-from benchmarks.record import RESULTS
-from benchmarks.report.plots import NAMES, spaced
-from deploy.common.paths import ROOT
-
-DOCUMENTS = ("LOG.md", "README.md")
-
-
-def singular(name: str) -> str:
-    """`1 clients`, as result files name it, is one client."""
-    return re.sub(r"\b1 (client|sequence)s\b", r"1 \1", name)
+from benchmarks.record import read
+from benchmarks.report.labels import SYSTEMS, singular, spaced
 
 
 def engine_batching(record: dict) -> str:
     """Tokens per second of each way of batching, with the ratio of ours to it."""
     lines = ["| | ours | `generate` | continuous | ours to these |", "|---|---|---|---|---|"]
-    for case, systems in record["figures"].items():
+    for case, systems in record["measurements"].items():
         rate = {name: s["tokens_per_second"]["median"] for name, s in systems.items()}
         ratios = [f"{rate['ours'] / rate[name]:.2f}" for name in ("generate", "continuous")]
         row = [f"{rate[name]:.0f}" for name in ("ours", "generate", "continuous")]
@@ -33,61 +19,61 @@ def engine_batching(record: dict) -> str:
 
 
 def serving(record: dict) -> str:
-    """Everybody beside `ours int8`: the median over the rounds of the ratio within a round."""
-    figures = record["figures"]
+    """Each system divided by `ours int8`: median over the rounds of the ratio within a round."""
+    measured = record["measurements"]
     quantities = [f"tokens_per_second {n}" for n in (1, 8, 32)] + ["first_token_seconds 8"]
-    head = "tokens per second, 1 client", "8 clients", "32 clients"
-    head += "time to first token, 8 clients", "memory", "start"
+    head = ["tokens per second, 1 client", "8 clients", "32 clients"]
+    head += ["time to first token, 8 clients", "memory", "start"]
     lines = [f"| | {' | '.join(head)} |", "|---" * 7 + "|"]
-    for name, system in figures.items():
+    for name, system in measured.items():
         if why := system.get("not measured"):
-            lines.append(f"| {NAMES[name]} | not measured: {why} | | | | | |")
+            lines.append(f"| {SYSTEMS[name]} | not measured: {why} | | | | | |")
             continue
-        cells = [ratio(figures, name, "ours int8", quantity) for quantity in quantities]
+        cells = [ratio(measured, name, "ours int8", quantity) for quantity in quantities]
         if name == "ours int8":
             cells = ["1"] * len(quantities)  # all are divided by it
         memory, start = system.get("memory_mb"), system.get("start_seconds")
         cells.append(f"{memory['median'] / 1000:.1f} GB" if memory else "")
         cells.append(f"{start['median']:.0f} s" if memory else "")
-        lines.append(f"| {NAMES[name]} | {' | '.join(cells)} |")
+        lines.append(f"| {SYSTEMS[name]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def http(record: dict) -> str:
-    """What is left of the engine's speed behind HTTP."""
+    """Throughput through HTTP, divided by that of the engine alone."""
     lines = ["| | through HTTP / engine alone, tokens per second |", "|---|---|"]
-    for clients, pairs in record["figures"].items():
+    for clients, pairs in record["measurements"].items():
         spread = f"({pairs['min']:.2f} to {pairs['max']:.2f}, {pairs['rounds']} pairs)"
         lines.append(f"| {singular(clients)} | **{pairs['median']:.2f}** {spread} |")
     return "\n".join(lines)
 
 
-TARGETS = (
+AIMS = (
     ("int8 through HTTP against the engine alone", "ours int8", "direct int8", (0.95, 0.95, 0.95)),
     ("int4 through HTTP against the engine alone", "ours int4", "direct int4", (0.95, 0.95, 0.95)),
-    ("int8 against the original's way", "ours int8", "seed", (5, 24, None)),
+    ("int8 against the baseline handler", "ours int8", "baseline", (5, 24, None)),
     ("int8 against vLLM", "ours int8", "vllm", (2.0, 1.5, 1.25)),
     ("int8 against llama.cpp, 8 bits", "ours int8", "llama.cpp Q8_0", (1.0, 1.3, 1.6)),
     ("int4 against llama.cpp, 4 bits", "ours int4", "llama.cpp Q4_0", (1.0, 1.3, 1.6)),
 )
-"""What was to be reached at 1, 8 and 32 clients, in tokens per second."""
+"""Comparison, two systems, and the ratios of throughput we aimed at with 1, 8 and 32 clients."""
 
 
-def targets(record: dict) -> str:
+def aims(record: dict) -> str:
     """Ratios reached, and the ones aimed at."""
     lines = ["| tokens per second | 1 client | 8 clients | 32 clients |", "|---|---|---|---|"]
-    for what, ours, other, aims in TARGETS:
+    for what, ours, other, wanted in AIMS:
         cells = []
-        for clients, aim in zip((1, 8, 32), aims, strict=True):
-            reached = ratio(record["figures"], ours, other, f"tokens_per_second {clients}")
+        for clients, aim in zip((1, 8, 32), wanted, strict=True):
+            reached = ratio(record["measurements"], ours, other, f"tokens_per_second {clients}")
             cells.append(f"{reached}, aim {aim}" if aim and reached else reached)
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def ratio(figures: dict, name: str, other: str, quantity: str) -> str:
+def ratio(measured: dict, name: str, other: str, quantity: str) -> str:
     """Median, least and most of the ratios within a round; empty if one was not measured."""
-    mine, theirs = figures[name].get(quantity), figures[other].get(quantity)
+    mine, theirs = measured[name].get(quantity), measured[other].get(quantity)
     if not mine or not theirs:
         return ""
     values = [a / b for a, b in zip(mine["values"], theirs["values"], strict=True)]
@@ -98,7 +84,7 @@ def ratio(figures: dict, name: str, other: str, quantity: str) -> str:
 
 def quality(record: dict) -> str:
     """Perplexity and agreement of each precision."""
-    rows = record["figures"]["rows"]
+    rows = record["measurements"]["rows"]
     base = next(iter(rows.values()))["perplexity"]
     head = "perplexity", "against float32", "same choice", "same tokens"
     lines = [f"| | {' | '.join(head)} |", "|---" * 5 + "|"]
@@ -112,11 +98,11 @@ def quality(record: dict) -> str:
 
 def large(record: dict) -> str:
     """The dolly-v2-3b shape: speed, share of the roofline, memory; and what the export takes."""
-    figures = record["figures"]
+    measured = record["measurements"]
     head = "tokens per second, 1 sequence", "8 sequences", "of the roofline at 1", "peak memory"
     lines = [f"| | {' | '.join(head)} | export |", "|---" * 6 + "|"]
-    base = next(iter(figures["engines"].values()))
-    for name, row in figures["engines"].items():
+    base = next(iter(measured["engines"].values()))
+    for name, row in measured["engines"].items():
         cells = []
         for sequences in (1, 8):
             quantity = f"tokens_per_second {sequences}"
@@ -124,7 +110,7 @@ def large(record: dict) -> str:
             cells.append(f"{rate:.1f}, {rate / slow:.1f} x")
         cells += [f"{row['share_of_roofline']['median']:.2f}"]
         cells += [f"{row['peak_memory_gb']['median']:.1f} GB"]
-        made = figures["exports"].get(name)
+        made = measured["exports"].get(name)
         cells.append(f"{made['seconds']:.0f} s, {made['peak_memory_gb']:.0f} GB" if made else "")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -141,7 +127,7 @@ def gpu(record: dict) -> str:
     head = "tokens per second", "step, ms", "of that, kernels run", "reading the weights alone"
     lines = [f"| model, sequences | {' | '.join(head)} |", "|---" * 5 + "|"]
     for name, model in GPU_MODELS.items():
-        row = {q: found["values"] for q, found in record["figures"]["systems"][name].items()}
+        row = {q: found["values"] for q, found in record["measurements"]["systems"][name].items()}
         read = [1000 * b / s for b, s in zip(row["bytes"], row["bandwidth"], strict=True)]
         for sequences in (1, 8, 32):
             rates = row[f"tokens_per_second {sequences}"]
@@ -159,7 +145,7 @@ def roofline(record: dict) -> str:
     """How near the engine comes to what the machine allows."""
     head = "tokens per second", "operations per byte", "of the roof"
     lines = [f"| | {' | '.join(head)} |", "|---" * 4 + "|"]
-    for name, row in record["figures"]["points"].items():
+    for name, row in record["measurements"]["points"].items():
         cells = [f"{row['tokens_per_second']['max']:.0f}", f"{row['flop_per_byte']:.0f}"]
         cells += [f"**{row['share_of_roof']:.2f}**"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -171,7 +157,7 @@ def startup(record: dict) -> str:
     ratios = "READY to engine, median of the rounds' ratios"
     head = "engine alone", "server READY", ratios, "memory, loaded", "after 32 clients"
     lines = [f"| | {' | '.join(head)} |", "|---" * 6 + "|"]
-    for name, row in record["figures"].items():
+    for name, row in record["measurements"].items():
         middle = {quantity: found["median"] for quantity, found in row.items()}
         cells = [f"{middle['engine_seconds']:.1f} s", f"{middle['ready_seconds']:.1f} s"]
         cells += [f"{middle['ready_to_engine']:.2f}"]
@@ -184,7 +170,7 @@ def offload(record: dict) -> str:
     """The dolly-v2-3b shape under a RAM budget: speed, its limit, memory."""
     head = "on disk", "tokens per second", "the disk allows", "share of it", "peak memory"
     lines = [f"| RAM for weights | {' | '.join(head)} |", "|---" * 6 + "|"]
-    for name, row in record["figures"].items():
+    for name, row in record["measurements"].items():
         rate = row["tokens_per_second"]
         cells = [f"{row['bytes_on_disk']['median'] / 1e9:.1f} GB"]
         cells += [f"{rate['median']:.2f} ({rate['min']:.2f} to {rate['max']:.2f})"]
@@ -201,44 +187,52 @@ def offload(record: dict) -> str:
 
 def soak(record: dict) -> str:
     """Half an hour of load, in one line a quantity."""
-    figures = record["figures"]
-    thirds = ", ".join(f"{1000 * s:.1f}" for s in figures["p99_seconds_a_token_by_third"])
-    replies = ", ".join(f"{count:,} {outcome}" for outcome, count in figures["requests"].items())
+    measured = record["measurements"]
+    thirds = ", ".join(f"{1000 * s:.1f}" for s in measured["p99_seconds_a_token_by_third"])
+    replies = ", ".join(f"{count:,} {outcome}" for outcome, count in measured["requests"].items())
     rows = {
-        "clients, minutes, cores": f"{figures['clients']}, {figures['minutes']:.0f}, "
-        f"{figures['cores_used']} of {record['machine']['cores']}",
+        "clients, minutes, cores": f"{measured['clients']}, {measured['minutes']:.0f}, "
+        f"{measured['cores_used']} of {record['machine']['cores']}",
         "requests and their status": replies,
         "memory after the warm-up, at the end": " and ".join(
-            f"{figures[q]:,.0f} MB" for q in ("memory_mb_after_warm_up", "memory_mb_at_the_end")
+            f"{measured[q]:,.0f} MB" for q in ("memory_mb_after_warm_up", "memory_mb_at_the_end")
         ),
-        "slope of the memory": f"{figures['memory_mb_a_minute']:+.2f} MB a minute",
+        "slope of the memory": f"{measured['memory_mb_a_minute']:+.2f} MB a minute",
         "99th percentile by third, ms a token": thirds,
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
     return "\n".join(lines)
 
 
+PARTS = (
+    *("torch", "transformers", "OpenVINO", "TorchServe", "other packages"),
+    *("Python", "Java", "Debian"),
+)
+
+
 def image(record: dict) -> str:
     """Images by part, and what building and starting them takes."""
-    figures = record["figures"]
-    names = [name for name in figures if "bytes" in figures[name]]
+    measured = record["measurements"]
+    names = [name for name in measured if "bytes" in measured[name]]
     lines = [f"| | {' | '.join(f'`{name}`' for name in names)} |", "|---" * (len(names) + 1) + "|"]
 
-    def row(title: str, value: Callable[[dict], str]) -> None:
-        lines.append(f"| {title} | {' | '.join(value(figures[name]) for name in names)} |")
-
-    for part in ("torch", "transformers", "OpenVINO", "TorchServe", "other packages"):
-        row(f"{part}, MB", lambda f, part=part: f"{f['bytes'].get(part, 0) / 1e6:.0f}")
-    for part in ("Python", "Java", "Debian"):
-        row(f"{part}, MB", lambda f, part=part: f"{f['bytes'][part] / 1e6:.0f}")
-    row("**all without weights, MB**", lambda f: f"**{f['bytes_without_weights'] / 1e6:.0f}**")
-    row("SmolLM2's weights, int8, MB", lambda f: f"{f['bytes']['weights'] / 1e6:.0f}")
-    row("compressed, weights included, MB", lambda f: f"{f['compressed_bytes'] / 1e6:.0f}")
-    if "ready_seconds" in figures[names[0]]:
-        row("build without layers in the cache", lambda f: f"{f['cold_seconds']:.0f} s")
-        row("build after an edit of the handler", lambda f: f"{f['edit_seconds']['median']:.0f} s")
-        row("ready, beside the bare process", lambda f: f"{f['ready_to_process']['median']:.2f} x")
-        row("memory when ready, MB", lambda f: f"{f['memory_mb']['median']:.0f}")
+    rows: dict[str, Callable[[dict], str]] = {
+        "**all without weights, MB**": lambda m: f"**{m['bytes_without_weights'] / 1e6:.0f}**",
+        "SmolLM2's weights, int8, MB": lambda m: f"{m['bytes']['weights'] / 1e6:.0f}",
+        "compressed, weights included, MB": lambda m: f"{m['compressed_bytes'] / 1e6:.0f}",
+    }
+    if "ready_seconds" in measured[names[0]]:
+        rows |= {
+            "build without layers in the cache": lambda m: f"{m['cold_seconds']:.0f} s",
+            "build after an edit of the handler": lambda m: f"{m['edit_seconds']['median']:.0f} s",
+            "ready, beside the bare process": lambda m: f"{m['ready_to_process']['median']:.2f} x",
+            "memory when ready, MB": lambda m: f"{m['memory_mb']['median']:.0f}",
+        }
+    for part in PARTS:
+        sizes = (f"{measured[name]['bytes'].get(part, 0) / 1e6:.0f}" for name in names)
+        lines.append(f"| {part}, MB | {' | '.join(sizes)} |")
+    for title, cell in rows.items():
+        lines.append(f"| {title} | {' | '.join(cell(measured[name]) for name in names)} |")
     return "\n".join(lines)
 
 
@@ -254,31 +248,12 @@ TABLES = {
     "serving": serving,
     "soak": soak,
     "startup": startup,
-    "targets": targets,
+    "aims": aims,
 }
-SOURCES = {"targets": "serving"}
+SOURCES = {"aims": "serving"}
 """Tables whose result file has another name."""
 
 
-def with_tables(text: str) -> str:
-    """The document with every marked table made anew."""
-    for name, render in TABLES.items():
-        mark, end = f"<!-- table: {name} -->", "<!-- end of table -->"
-        if mark not in text:
-            continue
-        source = RESULTS / f"{SOURCES.get(name, name)}.json"
-        table = render(json.loads(source.read_text()))
-        pattern = re.escape(mark) + rf"\n(?:(?:\|.*\n)+{re.escape(end)}\n)?"
-        text = re.sub(pattern, f"{mark}\n{table}\n{end}\n", text)
-    return text
-
-
-def main() -> None:
-    """Rewrite the documents."""
-    for name in DOCUMENTS:
-        path = Path(ROOT, name)
-        path.write_text(with_tables(path.read_text()))
-
-
-if __name__ == "__main__":
-    main()
+def table(name: str) -> str:
+    """Make a table from its result file."""
+    return TABLES[name](read(SOURCES.get(name, name)))

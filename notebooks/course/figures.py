@@ -22,6 +22,7 @@ from benchmarks.report.plots import (
     figure,
     heading,
     in_rows,
+    panels,
 )
 from deploy.vertex.capacity import Plan
 
@@ -36,7 +37,7 @@ def parts(models: dict[str, dict[str, int]]) -> Figure:
     Args:
         models: title -> part of PARTS -> number of parameters.
     """
-    made, share, memory = figure(2, width=7.2, height=2.6)
+    made, (share, memory) = panels(2, width=7.2, height=2.6)
     totals = {title: sum(counts.values()) for title, counts in models.items()}
     left = dict.fromkeys(models, 0.0)
     for part, colour in PARTS.items():
@@ -66,7 +67,7 @@ def token_times(
     kept: Sequence[float], recomputed: Sequence[float], prefill: dict[int, float]
 ) -> Figure:
     """Seconds of each token with the KV cache and without; seconds of prefills by their length."""
-    made, steps, per_token = figure(2, width=7.2, height=2.8)
+    made, (steps, per_token) = panels(2, width=7.2, height=2.8)
     numbers = range(1, len(kept) + 1)
     steps.plot(
         numbers, [1000 * s for s in recomputed], "o-", color=ORANGE, label="without the cache"
@@ -111,7 +112,7 @@ def budgets(measured: dict[str, dict[str, dict]], title: str) -> Figure:
         measured: budget -> quantity -> summary, as `benchmarks.offload` measures them.
         title: of the left side.
     """
-    made, speed, peak = figure(2, width=7.2, height=2.6)
+    made, (speed, peak) = panels(2, width=7.2, height=2.6)
     names = list(measured)
     rates = [measured[name]["tokens_per_second"]["median"] for name in names]
     speed.plot(names, rates, "o-", color=BLUE)
@@ -126,7 +127,7 @@ def budgets(measured: dict[str, dict[str, dict]], title: str) -> Figure:
 
 def waiting(ways: dict[str, dict[str, tuple[float, float]]]) -> Figure:
     """For each way, from when to when each request waited, in seconds."""
-    made, *columns = figure(len(ways), width=7.2, height=2.2)
+    made, columns = panels(len(ways), width=7.2, height=2.2)
     latest = max(end for times in ways.values() for _, end in times.values())
     for axes, colour, (title, times) in zip(columns, (ORANGE, BLUE), ways.items(), strict=True):
         for name, (sent, answered) in times.items():
@@ -147,12 +148,12 @@ def bars(values: dict[str, float], xlabel: str, title: str) -> Figure:
 
 def columns(rows: Sequence[dict], name: str, quantities: Sequence[str]) -> Figure:
     """Rows of a table as bars, one panel a quantity."""
-    made, *panels = figure(len(quantities), width=7.2, height=1.9)
-    for axes, quantity, colour in zip(panels, quantities, (ORANGE, BLUE, GREY), strict=False):
+    made, places = panels(len(quantities), width=7.2, height=1.9)
+    for axes, quantity, colour in zip(places, quantities, (ORANGE, BLUE, GREY), strict=False):
         axes.barh([row[name] for row in rows], [row[quantity] for row in rows], color=colour)
         axes.set(title=heading(quantity))
         in_rows(axes)
-        if axes is not panels[0]:
+        if axes is not places[0]:
             axes.set_yticks([])
     return made
 
@@ -275,7 +276,7 @@ def layers(made_by: Sequence[tuple[str, float]], new: int) -> Figure:
 
 def load_curve(reports: dict[int, Report]) -> Figure:
     """Latency and time to first token as clients grow. `reports`: clients -> what they saw."""
-    made, latency, first = figure(2, width=6.4, height=2.4)
+    made, (latency, first) = panels(2, width=6.4, height=2.4)
     rates = [report.tokens_per_second for report in reports.values()]
     waits = [report.latency_p50 for report in reports.values()]
     latency.plot(rates, waits, "o-", color=BLUE)
@@ -321,7 +322,7 @@ def capacity(plans: dict[float, Plan], unit: str) -> Figure:
         plans: requests per minute -> its plan.
         unit: of that cost; some 20 letters fit.
     """
-    made, replicas, cost = figure(2, width=6.4, height=2.3)
+    made, (replicas, cost) = panels(2, width=6.4, height=2.3)
     traffic = list(plans)
     replicas.step(traffic, [p.replicas for p in plans.values()], where="post", color=BLUE)
     replicas.set(ylabel="replicas", title="Replicas")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from benchmarks.report.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY, figure, in_rows
+from benchmarks.report.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY, figure, in_rows, panels
 from deploy.vertex.autoscaling import State
 from deploy.vertex.deployer import Span
 
@@ -34,7 +34,7 @@ def _words(stage: str) -> str:
 
 def autoscaling(states: Sequence[State]) -> Figure:
     """Load and replicas over time, and how busy the replicas are."""
-    made, count, use = figure(2, width=7.2, height=2.8)
+    made, (count, use) = panels(2, width=7.2, height=2.8)
     minutes = [state.seconds / 60 for state in states]
     count.step(minutes, [s.wanted for s in states], where="post", color=GREY, label="wanted")
     serving = [state.replicas for state in states]

@@ -5,7 +5,6 @@ import atexit
 import base64
 import inspect
 import io
-import json
 import os
 import sys
 import textwrap
@@ -22,8 +21,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image as Picture
 from PIL.Image import Quantize
 
-from benchmarks.record import RESULTS
-from benchmarks.report.tables import SOURCES, TABLES
+from benchmarks.record import read
+from benchmarks.report import tables
 from deploy.common.paths import BUILD, ROOT
 from deploy.torchserve.server import Server, port_holder
 
@@ -93,8 +92,8 @@ def table(rows: Sequence[dict[str, object]]) -> None:
 
 
 def document_table(name: str) -> None:
-    """A table of README.md or LOG.md, made from its result file."""
-    markdown(TABLES[name](result(SOURCES.get(name, name))))
+    """Show a table of the documents, made from its result file."""
+    markdown(tables.table(name))
 
 
 def interactive(controls: dict[str, ValueWidget], text: Callable[..., str]) -> None:
@@ -192,8 +191,8 @@ def _is_python(text: str) -> bool:
 
 
 def result(name: str) -> dict:
-    """A benchmark's record, as committed in benchmarks/results."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """Read a benchmark's record, as committed in benchmarks/results."""
+    return read(name)
 
 
 def start(archive: Path, port: int, **settings: object) -> Server:

@@ -10,8 +10,7 @@ from aiohttp import web
 
 from benchmarks import quality, roofline
 from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
-from benchmarks.report import tables
-from benchmarks.report.plots import NAMES
+from benchmarks.report import labels, tables
 from benchmarks.systems import SYSTEMS
 
 LENGTH = 5
@@ -174,22 +173,21 @@ def test_quality_measures(smollm2):
     assert exact != small and abs(small / exact - 1) < 0.04, "less text, more spread than 1 %"
 
 
-def test_every_system_has_a_name_in_words():
-    """Figures, tables and chapter 7 say the same; `seed` and `direct` are for result files."""
-    assert NAMES.keys() == SYSTEMS.keys()
-    assert len(set(NAMES.values())) == len(NAMES)
+def test_every_system_has_a_label():
+    assert labels.SYSTEMS.keys() == SYSTEMS.keys()
+    assert len(set(labels.SYSTEMS.values())) == len(SYSTEMS)
 
 
-def test_tables_count_one_client_as_one():
-    assert tables.singular("float32, 1 sequences") == "float32, 1 sequence"
-    assert tables.singular("1 clients") == "1 client"
-    assert tables.singular("21 clients") == "21 clients"
+def test_labels_write_one_client_in_the_singular():
+    assert labels.singular("float32, 1 sequences") == "float32, 1 sequence"
+    assert labels.singular("1 clients") == "1 client"
+    assert labels.singular("21 clients") == "21 clients"
 
 
-def test_a_table_gives_no_sign_to_nothing():
+def test_quality_table_writes_no_change_without_a_sign():
     row = {"same_choice": 1, "same_words": 64}
     rows = {name: row | {"perplexity": p} for name, p in (("a", 18.01), ("b", 18.0099999))}
-    text = tables.quality({"figures": {"rows": rows}})
+    text = tables.quality({"measurements": {"rows": rows}})
     assert text.count("| 0.00 % |") == 2
 
 
@@ -212,7 +210,7 @@ def test_the_roof():
     work = {"decode 1": {"flop": 200.0, "bytes": 100.0}}
     rounds = [{"decode 1": rate} for rate in (1e8, 2.5e8, 2e8)]
     slower = ceilings | {"bytes_per_second": 40e9}
-    figures = roofline.summed_up([slower, ceilings], rounds, work)
-    assert figures["machine"] == ceilings, "the best round"
-    point = figures["points"]["decode 1"]
+    found = roofline.summed_up([slower, ceilings], rounds, work)
+    assert found["machine"] == ceilings, "the best round"
+    point = found["points"]["decode 1"]
     assert (point["flops"], point["roof"], point["share_of_roof"]) == (50e9, 100e9, 0.5)

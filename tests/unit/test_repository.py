@@ -13,9 +13,9 @@ import yaml
 
 from benchmarks.record import RESULTS
 from benchmarks.report.plots import FIGURES, save
-from benchmarks.report.tables import DOCUMENTS, with_tables
 from deploy.common.paths import ROOT, UserError
 from deploy.torchserve.java import MINIMUM, find_java, java_version
+from docs.generate import documents, generate
 from tools import setup_env
 
 README = (ROOT / "README.md").read_text()
@@ -166,10 +166,9 @@ def test_readme_shows_the_tree():
     assert {line.split("/")[0] for line in lines} == {f for f in folders if not f.startswith(".")}
 
 
-def test_tables_are_those_of_the_results():
-    for name in DOCUMENTS:
-        text = (ROOT / name).read_text()
-        assert with_tables(text) == text, f"{name}: run python -m benchmarks.report.tables"
+def test_generated_parts_of_the_documents_are_up_to_date():
+    for path in documents():
+        assert generate(path.read_text()) == path.read_text(), "run python -m docs.generate"
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -180,9 +179,9 @@ def test_figures_are_those_of_the_results(name, tmp_path):
 
 
 def test_links_in_the_documents_lead_somewhere():
-    for name in DOCUMENTS:
-        for link in re.findall(r"\]\((?!http)([^)#]+)", (ROOT / name).read_text()):
-            assert (ROOT / link).exists(), f"{name}: {link}"
+    for path in documents():
+        for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
 def test_every_module_is_short_and_says_what_it_is_for():

@@ -1,0 +1,94 @@
+"""Fill in the generated parts of the documents: tables and numbers from result files.
+
+python -m docs.generate            # rewrite the documents
+python -m docs.generate --check    # fail if a document is not up to date
+
+A document marks what is generated with HTML comments, which readers do not see:
+
+    <!-- table serving -->         a block: everything up to the end marker is replaced
+    <!-- end -->
+
+    It takes <!-- value startup.openvino_seconds -->4.0<!-- end --> s.
+
+`BLOCKS` names the functions that write blocks, `benchmarks.report.values` those that write values.
+Markers inside code blocks and code spans are left alone.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.report.tables import TABLES, table
+from benchmarks.report.values import value
+from deploy.common import cli
+from deploy.common.paths import ROOT, UserError, shown
+
+BLOCKS: dict[str, Callable[[], str]] = {name: lambda name=name: table(name) for name in TABLES}
+"""Name of a block -> the function that writes it."""
+
+MARKED = re.compile(
+    r"(?P<code>^```.*?^```|`[^`\n]+`)"
+    r"|<!-- (?P<kind>table|value) (?P<name>\S+) -->"
+    r"(?P<old>(?:(?!<!-- (?:table|value|end)\b).)*)(?P<end><!-- end -->)?",
+    re.DOTALL | re.MULTILINE,
+)
+
+app = cli.app(__doc__)
+
+
+def documents() -> list[Path]:
+    """The documents that may have generated parts."""
+    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/pages/**/*.md")])
+
+
+def generate(text: str) -> str:
+    """Write every generated part of a document anew.
+
+    Raises:
+        UserError: a marker has no end, or a name that does not exist.
+    """
+
+    def write(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match[0]
+        kind, name = match["kind"], match["name"]
+        marker = f"<!-- {kind} {name} -->"
+        if not match["end"]:
+            raise UserError(f"{marker} has no <!-- end -->")
+        if kind == "value":
+            if text[: match.start()].endswith("\n"):
+                raise UserError(f"{marker} begins a line, which Markdown would read as HTML")
+            return f"{marker}{value(name)}<!-- end -->"
+        if name not in BLOCKS:
+            raise UserError(f"{marker}: there is no block {name!r}, only {', '.join(BLOCKS)}")
+        return f"{marker}\n{BLOCKS[name]()}\n<!-- end -->"
+
+    return MARKED.sub(write, text)
+
+
+@app.command()
+def main(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing, only compare.")] = False,
+) -> None:
+    """Rewrite or check every document."""
+    outdated = []
+    for path in documents():
+        text = path.read_text()
+        try:
+            generated = generate(text)
+        except UserError as error:
+            raise UserError(f"{shown(path)}: {error}") from error
+        if generated != text:
+            outdated.append(shown(path))
+            if not check:
+                path.write_text(generated)
+    if check and outdated:
+        raise UserError(f"{', '.join(outdated)}: not up to date; run python -m docs.generate")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(app, "docs.generate"))
