@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConf
 
 from benchmarks.record import summary, write
 from deploy.weights.fetch import get_weights
-from handler.config import EngineConfig
+from handler.config import EngineConfig, TransformersConfig
 from handler.engine import Engine, Sampling
 from handler.engine.transformers_engine import TransformersEngine
 
@@ -115,7 +115,9 @@ def main() -> None:
     figures = {}
     progress = tqdm(total=2 * len(cases) * ROUNDS * len(SYSTEMS), unit="run")
     for dtype in ("float32", "bfloat16"):
-        engine = TransformersEngine(folder, EngineConfig(dtype=dtype))
+        engine = TransformersEngine(
+            folder, EngineConfig(transformers=TransformersConfig(dtype=dtype))
+        )
         engine._ends = set()
         for sequences, mixed in cases:
             requests = load(sequences, mixed=mixed)

@@ -29,6 +29,7 @@ from deploy.common.cli import command
 from deploy.common.paths import UserError
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import weight_files
+from handler.config import merge
 from handler.engine import Sampling
 from handler.engine.transformers_engine import TransformersEngine
 
@@ -42,10 +43,14 @@ SPREAD = {0: "2GiB", "cpu": "2GiB"}
 SYSTEMS = {
     "smollm2 gpu": {"app": SMALL},
     "smollm2 gpu, one at a time": {"app": SMALL, "engine": {"max_batch": 1}},
-    "smollm2 cpu": {"app": SMALL, "engine": {"device_map": "cpu"}},
+    "smollm2 cpu": {"app": SMALL, "engine": {"transformers": {"device_map": "cpu"}}},
     "dolly gpu": {"app": LARGE},
-    "dolly cpu": {"app": LARGE, "engine": {"device_map": "cpu"}, "new_tokens": 8},
-    "dolly gpu + cpu + disk": {"app": LARGE, "engine": {"max_memory": SPREAD}, "new_tokens": 4},
+    "dolly cpu": {"app": LARGE, "engine": {"transformers": {"device_map": "cpu"}}, "new_tokens": 8},
+    "dolly gpu + cpu + disk": {
+        "app": LARGE,
+        "engine": {"transformers": {"max_memory": SPREAD}},
+        "new_tokens": 4,
+    },
 }
 
 
@@ -65,8 +70,9 @@ def bandwidth() -> float:
 def load(question: dict) -> TransformersEngine:
     """The engine as the app's archive would have it, in bfloat16, with the question's settings."""
     weights = get_weights(question["app"], shape_only=question["app"] == LARGE)
-    settings = {"name": "transformers", "dtype": "bfloat16", "max_batch": 32}
-    _, config = model_config(question["app"], weights, settings | question.get("engine", {}))
+    half = {"name": "transformers", "transformers": {"dtype": "bfloat16"}, "max_batch": 32}
+    settings = merge(half, question.get("engine", {}))
+    _, config = model_config(question["app"], weights, settings)
     return TransformersEngine(weights, config)
 
 
@@ -125,7 +131,9 @@ def same_text() -> dict[str, str]:
     """What SmolLM2 answers to one greedy prompt, on the GPU and on the processor."""
     texts = {}
     for place in ("auto", "cpu"):
-        engine = load({"app": SMALL, "engine": {"device_map": place, "dtype": "float32"}})
+        engine = load(
+            {"app": SMALL, "engine": {"transformers": {"device_map": place, "dtype": "float32"}}}
+        )
         question = [{"role": "user", "content": "What is the capital of France?"}]
         prompt = engine.chat_prompt(question)
         engine.submit(0, prompt, Sampling(max_new_tokens=24), stream=False)

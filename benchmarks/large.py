@@ -38,9 +38,9 @@ SEQUENCES = (1, 8)
 CACHE = BUILD / "bench" / "export"
 
 SYSTEMS = {
-    "transformers bfloat16": {"name": "transformers", "dtype": "bfloat16"},
-    "openvino int8": {"name": "openvino", "precision": "int8"},
-    "openvino int4": {"name": "openvino", "precision": "int4"},
+    "transformers bfloat16": {"name": "transformers", "transformers": {"dtype": "bfloat16"}},
+    "openvino int8": {"name": "openvino", "openvino": {"precision": "int8"}},
+    "openvino int4": {"name": "openvino", "openvino": {"precision": "int4"}},
 }
 
 

@@ -70,10 +70,11 @@ def bytes_on_disk(model: PreTrainedModel) -> int:
 
 def child(asked: dict) -> None:
     """Load within the budget, decode a little, print the figures as JSON."""
-    settings = {"name": "transformers", "dtype": asked["dtype"]}
+    loading: dict[str, object] = {"dtype": asked["dtype"]}
     if asked["budget"] != "all":
-        settings["max_memory"] = {"cpu": asked["budget"]}
-        settings["offload_folder"] = str(BUILD / "offload")
+        loading["max_memory"] = {"cpu": asked["budget"]}
+        loading["offload_folder"] = str(BUILD / "offload")
+    settings = {"name": "transformers", "transformers": loading}
     weights = get_weights(asked["app"], shape_only=asked["random"])
     _, config = model_config(asked["app"], weights, settings)
     speed = disk_speed(weights)

@@ -41,17 +41,19 @@ Logits = Callable[[np.ndarray], np.ndarray]
 """Token ids [T] -> logits [T, vocabulary] in float32."""
 
 ROWS = {
-    "float32": {"name": "transformers", "dtype": "float32"},
-    "bfloat16": {"name": "transformers", "dtype": "bfloat16"},
-    "fp16": {"name": "openvino", "precision": "fp16", "dynamic_quantization": 0},
-    "int8": {"name": "openvino", "precision": "int8"},
+    "float32": {"name": "transformers", "transformers": {"dtype": "float32"}},
+    "bfloat16": {"name": "transformers", "transformers": {"dtype": "bfloat16"}},
+    "fp16": {"name": "openvino", "openvino": {"precision": "fp16", "dynamic_quantization": 0}},
+    "int8": {"name": "openvino", "openvino": {"precision": "int8"}},
     "int8, dynamic quantization off": {
         "name": "openvino",
-        "precision": "int8",
-        "dynamic_quantization": 0,
+        "openvino": {"precision": "int8", "dynamic_quantization": 0},
     },
-    "int4, groups of 64": {"name": "openvino", "precision": "int4", "group_size": 64},
-    "int4, groups of 192": {"name": "openvino", "precision": "int4", "group_size": 192},
+    "int4, groups of 64": {"name": "openvino", "openvino": {"precision": "int4", "group_size": 64}},
+    "int4, groups of 192": {
+        "name": "openvino",
+        "openvino": {"precision": "int4", "group_size": 192},
+    },
 }
 
 
@@ -69,7 +71,7 @@ def windows(folder: ModelFolder) -> list[np.ndarray]:
 
 def torch_logits(weights: Path, config: EngineConfig) -> Logits:
     """The model as transformers loads it."""
-    dtype = getattr(torch, config.dtype)
+    dtype = getattr(torch, config.transformers.dtype)
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype).eval()
 
     @torch.inference_mode()

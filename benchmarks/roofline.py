@@ -146,7 +146,7 @@ def work(weights: Path, exported: Path, config: EngineConfig) -> dict[str, dict[
         before = 45 + NEW_TOKENS / 2  # prompts of benchmarks.load, and half of the completion
         flop = 2 * (layers + head) + attention * before
         found[f"decode {n}"] = {"flop": flop, "bytes": size / n + kept * before}
-    piece, before = min(PROMPT, config.max_num_batched_tokens), PROMPT / 2
+    piece, before = min(PROMPT, config.openvino.max_num_batched_tokens), PROMPT / 2
     found[f"prefill {PROMPT}"] = {
         "flop": 2 * layers + 2 * head / PROMPT + attention * before,
         "bytes": (size + kept * before) / piece,

@@ -60,14 +60,16 @@ def _direct(precision: str) -> Start:
     @contextmanager
     def start() -> Iterator[tuple[Engine, int]]:
         weights = get_weights(APP)
-        _, config = model_config(APP, weights, {"name": "openvino", "precision": precision})
+        _, config = model_config(
+            APP, weights, {"name": "openvino", "openvino": {"precision": precision}}
+        )
         engine = create_engine(export(weights, config), config)
         yield engine, os.getpid()
 
     return start
 
 
-def _ours(**engine: str) -> Start:
+def _ours(**engine: str | dict[str, str]) -> Start:
     """Our handler in TorchServe."""
 
     @contextmanager
@@ -177,11 +179,12 @@ SYSTEMS = {
         streams=False,
     ),
     "ours transformers": System(
-        "our handler, engine transformers, bfloat16", _ours(name="transformers", dtype="bfloat16")
+        "our handler, engine transformers, bfloat16",
+        _ours(name="transformers", transformers={"dtype": "bfloat16"}),
     ),
     "ours int8": System("our handler, engine openvino, int8", _ours(name="openvino")),
     "ours int4": System(
-        "our handler, engine openvino, int4", _ours(name="openvino", precision="int4")
+        "our handler, engine openvino, int4", _ours(name="openvino", openvino={"precision": "int4"})
     ),
     "direct int8": System("the engine of `ours int8`, in-process", _direct("int8"), streams=False),
     "direct int4": System("the engine of `ours int4`, in-process", _direct("int4"), streams=False),

@@ -55,12 +55,9 @@ class LocalWeights(_Strict):
     path: str | None = None
 
 
-class EngineConfig(_Strict):
-    """How the model is loaded and how much of it may be in use at once."""
+class OpenVINOConfig(_Strict):
+    """Settings of the `openvino` engine; `apps/defaults.yaml` says what each is for."""
 
-    name: Literal["auto", "openvino", "transformers"] = "auto"
-    chosen: str = ""
-    # openvino
     precision: Literal["int8", "int4", "fp16"] = "int8"
     group_size: int = 64
     cache_gb: Annotated[int, Field(ge=1)] = 1
@@ -68,31 +65,49 @@ class EngineConfig(_Strict):
     max_num_batched_tokens: Annotated[int, Field(ge=1)] = 128
     prompt_lookup: Annotated[int, Field(ge=0, le=20)] = 0
     dynamic_quantization: Annotated[int, Field(ge=0)] = 64
-    # transformers
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device_map: str | dict[str, int | str] | None = "auto"
-    max_memory: dict[int | str, int | str] | None = None
-    offload_folder: str | None = None
-    max_prefill_tokens: Annotated[int, Field(ge=1)] = 2048
-    # both
-    threads: Annotated[int, Field(ge=1)] | None = None
-    max_context: Annotated[int, Field(ge=2)] | None = None
-    max_batch: Annotated[int, Field(ge=1)] = 32
-    max_queue: Annotated[int, Field(ge=0)] = 64
-    stop_tokens: list[str] = []
 
     @field_validator("group_size")
     @classmethod
-    def _a_group_holds_weights(cls, size: int) -> int:
+    def _check_group_size(cls, size: int) -> int:
         if size != -1 and size < 1:
             raise ValueError("should be -1 (one scale for each output) or at least 1")
         return size
 
 
-_ONLY_OPENVINO = {"precision", "group_size", "cache_gb", "prefix_caching", "prompt_lookup"}
-_ONLY_OPENVINO |= {"max_num_batched_tokens", "dynamic_quantization"}
-_ONLY_TRANSFORMERS = {"dtype", "device_map", "max_memory", "offload_folder", "max_prefill_tokens"}
-_WITHOUT_EFFECT = {"openvino": _ONLY_TRANSFORMERS, "transformers": _ONLY_OPENVINO}
+class TransformersConfig(_Strict):
+    """Settings of the `transformers` engine; `apps/defaults.yaml` says what each is for."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device_map: str | dict[str, int | str] | None = "auto"
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: str | None = None
+    max_prefill_tokens: Annotated[int, Field(ge=1)] = 2048
+
+
+class EngineConfig(_Strict):
+    """How the model is loaded and how many sequences it serves at once.
+
+    The settings here apply to every engine. Those of a single engine are in the section that has
+    the engine's name. `chosen` says why `deploy` chose the engine; people leave it out.
+    """
+
+    name: Literal["auto", "openvino", "transformers"] = "auto"
+    chosen: str = ""
+    threads: Annotated[int, Field(ge=1)] | None = None
+    max_context: Annotated[int, Field(ge=2)] | None = None
+    max_batch: Annotated[int, Field(ge=1)] = 32
+    max_queue: Annotated[int, Field(ge=0)] = 64
+    stop_tokens: list[str] = []
+    openvino: OpenVINOConfig = OpenVINOConfig()
+    transformers: TransformersConfig = TransformersConfig()
+
+
+_SECTIONS = {
+    name: type(field.default)
+    for name, field in EngineConfig.model_fields.items()
+    if isinstance(field.default, _Strict)
+}
+"""The sections of `EngineConfig`, by the engine's name."""
 
 
 class PromptConfig(_Strict):
@@ -204,7 +219,7 @@ def app_yaml(name: str, *, local: bool = False) -> dict[str, Any]:
     where = f"handler/apps/{name}.yaml"
     app = _mapping(own.get("app", {}), "app", where)
     check_engine(_mapping(app.get("engine", {}), "app.engine", where), where)
-    return _merge(_read(DEFAULTS), own)
+    return merge(_read(DEFAULTS), own)
 
 
 def parse_app(config: dict[str, Any], where: str) -> App:
@@ -221,32 +236,42 @@ def parse_app(config: dict[str, Any], where: str) -> App:
         first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = f"; known: {', '.join(ModelConfig.model_fields)}" if "." not in field else ""
-            raise ConfigError(f"{where}: {field}: there is no such field{known}") from error
+            raise ConfigError(f"{where}: {field}: {_unknown_field(first['loc'])}") from error
         if first["type"] == "missing":
             raise ConfigError(f"{where}: {field}: is missing") from error
         raise ConfigError(f"{where}: {field}: {rule(first)}, not {show(first['input'])}") from error
 
 
+def _unknown_field(location: tuple[int | str, ...]) -> str:
+    """Why a field is rejected, and what to write instead."""
+    *parents, name = location
+    if not parents:
+        return f"there is no such field; known: {', '.join(ModelConfig.model_fields)}"
+    if parents == ["app", "engine"]:
+        for engine, section in _SECTIONS.items():
+            if name in section.model_fields:
+                return f"belongs to one engine; write app.engine.{engine}.{name}"
+    return "there is no such field"
+
+
 def check_engine(settings: dict[str, Any], where: str) -> None:
-    """Refuse settings that cannot have an effect, since another engine is asked for by name.
+    """Reject the section of another engine than the one that `name` asks for: it has no effect.
 
     Args:
-        settings: what somebody wrote under `app.engine`, without defaults. With `name: auto` both
-            engines' settings are welcome.
+        settings: what stands under `app.engine`, without defaults. With `name: auto` every
+            engine's section is allowed.
         where: the file, for the message.
 
     Raises:
-        ConfigError: names the first such setting.
+        ConfigError: names the first such section.
     """
     name = str(settings.get("name", "auto"))
-    useless = sorted(_WITHOUT_EFFECT.get(name, set()) & settings.keys())
-    if useless:
-        field, given = useless[0], show(settings[useless[0]])
-        raise ConfigError(
-            f"{where}: app.engine.{field}: {given} has no effect with name: {name}; take it out, "
-            "or use name: auto, which allows the settings of both engines"
-        )
+    for section in _SECTIONS:
+        if section in settings and name in _SECTIONS and name != section:
+            raise ConfigError(
+                f"{where}: app.engine.{section}: has no effect with name: {name}; remove this "
+                "section, or use name: auto, which allows the sections of both engines"
+            )
 
 
 def load_app(name: str, *, local: bool = False) -> App:
@@ -271,11 +296,12 @@ def _mapping(value: Any, field: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` with the values of `over`; mappings in both are merged in turn."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 

@@ -20,7 +20,7 @@ from deploy.archive.pack import CONFIG, FORMATS, WEIGHTS, pack_prepared, place
 from deploy.common.paths import BUILD, MODEL_STORE, UserError, shown
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import RANDOM, source_of, weight_files
-from handler.config import EngineConfig, app_yaml, check_engine, parse_app
+from handler.config import EngineConfig, app_yaml, check_engine, merge, parse_app
 from handler.request import RequestError, default_parameters
 
 
@@ -87,7 +87,7 @@ def model_config(
     config = app_yaml(name, local=True)
     where = f"handler/apps/{name}.yaml"
     check_engine({"name": config["app"]["engine"].get("name")} | (engine or {}), where)
-    config["app"]["engine"].update(engine or {})
+    config["app"]["engine"] = merge(config["app"]["engine"], engine or {})
     if source_of(weights).get("source") == RANDOM:
         config["app"]["random_weights"] = True
     app = parse_app(config, where)

@@ -40,7 +40,7 @@ def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) ->
     """
     if config.name != "auto":
         return config.name, "it was asked for"
-    if config.max_memory:
+    if config.transformers.max_memory:
         return "transformers", "max_memory needs it"
     if importlib.util.find_spec("openvino_genai") is None:
         return "transformers", "OpenVINO is not installed"
@@ -72,7 +72,7 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
 
 def _make(folder: Path, weights: Path, config: EngineConfig, cache: Path) -> None:
     traced = _trace(weights, cache)
-    print(f"making its weights {config.precision} ...", flush=True)
+    print(f"making its weights {config.openvino.precision} ...", flush=True)
     with _unfinished(folder) as unfinished:
         command = [sys.executable, "-m", "deploy.archive.compress", traced / EXPORTED]
         _run([*command, unfinished / EXPORTED, *_settings(config)], unfinished, cache)
@@ -84,13 +84,13 @@ def _make(folder: Path, weights: Path, config: EngineConfig, cache: Path) -> Non
 def _exported(weights: Path, config: EngineConfig, cache: Path) -> Path:
     """The file `export` makes, or has made."""
     recipe = [version("nncf"), _COMPRESS.read_text(), *_settings(config)]
-    return cache / f"{weights.name}-{config.precision}-{_key(weights, recipe)}" / EXPORTED
+    return cache / f"{weights.name}-{config.openvino.precision}-{_key(weights, recipe)}" / EXPORTED
 
 
 def _settings(config: EngineConfig) -> list[str]:
-    if config.precision == "int4":
-        return ["int4", "--group-size", str(config.group_size)]
-    return [config.precision]
+    if config.openvino.precision == "int4":
+        return ["int4", "--group-size", str(config.openvino.group_size)]
+    return [config.openvino.precision]
 
 
 def _trace(weights: Path, cache: Path) -> Path:

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from handler.config import EngineConfig
+from handler.config import TransformersConfig
 
 logger = logging.getLogger(__name__)
 
 
-def load_model(weights: Path, config: EngineConfig) -> PreTrainedModel:
+def load_model(weights: Path, config: TransformersConfig) -> PreTrainedModel:
     """Load a causal language model, ready for inference.
 
     With `device_map: auto` accelerate fills GPUs first, then the RAM that is free, each within
@@ -43,8 +43,8 @@ def load_model(weights: Path, config: EngineConfig) -> PreTrainedModel:
         # transformers 5.5 attaches accelerate's hooks only where there are two places or more.
         needed = model.get_input_embeddings().weight.nbytes / 1e6
         raise ValueError(
-            f"app.engine.max_memory: {config.max_memory} leaves no module in memory; allow at "
-            f"least {needed:.0f}MB for the embeddings, and one layer more"
+            f"app.engine.transformers.max_memory: {config.max_memory} leaves no module in memory; "
+            f"allow at least {needed:.0f}MB for the embeddings, and one layer more"
         )
     return model
 

@@ -18,7 +18,7 @@ import openvino
 import openvino_genai as genai
 import psutil
 
-from handler.config import EngineConfig
+from handler.config import EngineConfig, OpenVINOConfig
 from handler.engine import Progress, Sampling
 from handler.engine.folder import ModelFolder
 from handler.engine.sequence import Sequence, new_sequence
@@ -33,22 +33,23 @@ class OpenVINOEngine:
     """See `handler.engine.Engine` for the contract of the public methods."""
 
     def __init__(self, weights: Path, config: EngineConfig) -> None:
+        settings = config.openvino
         self.folder = ModelFolder(weights)
         limit = self.folder.context_length()
         self.max_context = min(config.max_context or limit, limit)
         self._ends = self.folder.end_tokens(config.stop_tokens)
         self._pipeline = genai.ContinuousBatchingPipeline(
-            weights, _scheduler(config), "CPU", properties(config) | _speculation(config)
+            weights, _scheduler(config), "CPU", properties(config) | _speculation(settings)
         )
         self._sequences: dict[Hashable, tuple[Sequence, genai.GenerationHandle]] = {}
-        self._lookup = config.prompt_lookup
+        self._lookup = settings.prompt_lookup
         self._submitted = 0
         self._alive = True
         self.description = (
-            f"engine openvino, {config.precision}, device cpu, "
+            f"engine openvino, {settings.precision}, device cpu, "
             f"{config.threads or 'all'} threads, batch {config.max_batch}, "
-            f"KV cache {config.cache_gb} GB, context {self.max_context}"
-            + (f", prompt lookup of {config.prompt_lookup} tokens" if config.prompt_lookup else "")
+            f"KV cache {settings.cache_gb} GB, context {self.max_context}"
+            + (f", prompt lookup of {self._lookup} tokens" if self._lookup else "")
         )
         self._warm_up()
 
@@ -163,29 +164,30 @@ def properties(config: EngineConfig) -> dict[str, str | int]:
         # On processors with bfloat16 OpenVINO computes in it by default. That is no faster here,
         # and SmolLM2 then does not know the capital of France any more; see LOG.md.
         "INFERENCE_PRECISION_HINT": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": config.dynamic_quantization,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": config.openvino.dynamic_quantization,
     }
     if config.threads:
         chosen["INFERENCE_NUM_THREADS"] = config.threads
     return chosen
 
 
-def _speculation(config: EngineConfig) -> dict[str, bool]:
+def _speculation(config: OpenVINOConfig) -> dict[str, bool]:
     """A pipeline that looks up cannot take requests that do not, so this is one choice for all."""
     return {"prompt_lookup": True} if config.prompt_lookup else {}
 
 
 def _scheduler(config: EngineConfig) -> genai.SchedulerConfig:
+    settings = config.openvino
     memory = psutil.virtual_memory().total
-    if config.cache_gb * 2**30 > memory:
+    if settings.cache_gb * 2**30 > memory:
         raise ValueError(
-            f"app.engine.cache_gb: {config.cache_gb} does not fit: this machine has "
+            f"app.engine.openvino.cache_gb: {settings.cache_gb} does not fit: this machine has "
             f"{memory / 2**30:.1f} GiB of memory, and the model needs some of it"
         )
     scheduler = genai.SchedulerConfig()
-    scheduler.cache_size = config.cache_gb
+    scheduler.cache_size = settings.cache_gb
     scheduler.max_num_seqs = config.max_batch
-    scheduler.max_num_batched_tokens = config.max_num_batched_tokens
+    scheduler.max_num_batched_tokens = settings.max_num_batched_tokens
     scheduler.dynamic_split_fuse = True  # a long prompt is prefilled in pieces, beside decoding
-    scheduler.enable_prefix_caching = config.prefix_caching
+    scheduler.enable_prefix_caching = settings.prefix_caching
     return scheduler

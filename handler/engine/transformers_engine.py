@@ -47,7 +47,7 @@ class TransformersEngine:
             torch.set_num_threads(config.threads)
         self.config = config
         self.folder = ModelFolder(weights)
-        self.model = load_model(weights, config)
+        self.model = load_model(weights, config.transformers)
         limit = self.folder.context_length()
         self.max_context = min(config.max_context or limit, limit)
         self._ends = self.folder.end_tokens(config.stop_tokens)
@@ -58,9 +58,9 @@ class TransformersEngine:
         self._failures = 0
         self._max_batch = config.max_batch if self._warm_up() else 1
         self.description = (
-            f"engine transformers, {config.dtype}, device {device_summary(self.model)}, "
-            f"{torch.get_num_threads()} threads, batch {self._max_batch}, "
-            f"context {self.max_context}"
+            f"engine transformers, {config.transformers.dtype}, "
+            f"device {device_summary(self.model)}, {torch.get_num_threads()} threads, "
+            f"batch {self._max_batch}, context {self.max_context}"
         )
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
@@ -110,7 +110,7 @@ class TransformersEngine:
         longest = 0
         while self._waiting and len(self._batch) + len(group) < self._max_batch:
             longest = max(longest, self._waiting[0].sequence.prompt_tokens)
-            if group and longest * (len(group) + 1) > self.config.max_prefill_tokens:
+            if group and longest * (len(group) + 1) > self.config.transformers.max_prefill_tokens:
                 break
             group.append(self._waiting.popleft())
         if not group:

@@ -13,7 +13,15 @@ from deploy.archive.build import build_archive, model_config
 from deploy.archive.pack import HANDLER
 from deploy.common.paths import UserError
 from deploy.weights.fetch import get_weights
-from handler.config import ConfigError, app_names, app_yaml, load_app, parse_app
+from handler.config import (
+    ConfigError,
+    OpenVINOConfig,
+    TransformersConfig,
+    app_names,
+    app_yaml,
+    load_app,
+    parse_app,
+)
 from handler.engine.folder import ModelFolder
 from tests import tiny
 
@@ -81,7 +89,10 @@ def test_every_app_is_valid():
 @pytest.mark.parametrize(
     ("yaml_text", "message"),
     [
-        ("app: {title: x, engine: {dtype: float8}}", r"mine\.yaml: app\.engine\.dtype: .*float8"),
+        (
+            "app: {title: x, engine: {transformers: {dtype: float8}}}",
+            r"mine\.yaml: app\.engine\.transformers\.dtype: .*float8",
+        ),
         ("app: {title: x, engin: {}}", r"app\.engin: there is no such field"),
         ("app: {title: x, limits: {max_instances: 0}}", r"app\.limits\.max_instances: .*not 0"),
         ("app: {engine: {}}", r"app\.title: is missing"),
@@ -94,7 +105,14 @@ def test_every_app_is_valid():
         ("app: [1]", r"mine\.yaml: app: should be a mapping, not \[1\]"),
         ("app:", r"mine\.yaml: app: should be a mapping, not null"),
         ("app: {title: x, engine: auto}", r"app\.engine: should be a mapping, not .auto"),
-        ("app: {title: x, engine: {group_size: 0}}", r"app\.engine\.group_size: .*-1.*, not 0"),
+        (
+            "app: {title: x, engine: {openvino: {group_size: 0}}}",
+            r"app\.engine\.openvino\.group_size: .*-1.*, not 0",
+        ),
+        (
+            "app: {title: x, engine: {openvino: {dtype: bfloat16}}}",
+            r"app\.engine\.openvino\.dtype: there is no such field",
+        ),
         ("{minWorkers: 2, app: {title: x}}", r"mine\.yaml: minWorkers: should be 1, not 2"),
         ("{minWorkers: 0, app: {title: x}}", r"minWorkers: should be 1, not 0"),
         ("{minWorkers: true, app: {title: x}}", r"minWorkers: should be 1, not true"),
@@ -118,37 +136,93 @@ def test_a_wrong_yaml_is_named(yaml_text, message, tiny_llama, tmp_path, monkeyp
     assert not (tmp_path / "store" / "mine").exists()
 
 
-OTHERS = [
-    ("openvino", "dtype", "bfloat16"),
-    ("openvino", "max_memory", {"cpu": "2GiB"}),
-    ("openvino", "offload_folder", "x"),
-    ("openvino", "device_map", "cpu"),
-    ("openvino", "max_prefill_tokens", 64),
-    ("transformers", "precision", "int4"),
-    ("transformers", "group_size", 32),
-    ("transformers", "cache_gb", 2),
-    ("transformers", "prefix_caching", True),
-    ("transformers", "prompt_lookup", 4),
-    ("transformers", "max_num_batched_tokens", 64),
-    ("transformers", "dynamic_quantization", 0),
+SETTINGS = [
+    ("transformers", "dtype", "bfloat16"),
+    ("transformers", "max_memory", {"cpu": "2GiB"}),
+    ("transformers", "offload_folder", "x"),
+    ("transformers", "device_map", "cpu"),
+    ("transformers", "max_prefill_tokens", 64),
+    ("openvino", "precision", "int4"),
+    ("openvino", "group_size", 32),
+    ("openvino", "cache_gb", 2),
+    ("openvino", "prefix_caching", True),
+    ("openvino", "prompt_lookup", 4),
+    ("openvino", "max_num_batched_tokens", 64),
+    ("openvino", "dynamic_quantization", 0),
 ]
+"""Every setting that belongs to one engine, with a value that is not the default."""
+
+OTHER = {"openvino": "transformers", "transformers": "openvino"}
 
 
-@pytest.mark.parametrize(("name", "field", "value"), OTHERS)
-def test_a_setting_of_the_other_engine(name, field, value, tiny_llama, tmp_path, monkeypatch):
-    """Refused where one engine is named; welcome where `auto` chooses, or the command line does."""
+def write_app(folder: Path, engine: dict) -> None:
+    (folder / "mine.yaml").write_text(yaml.safe_dump({"app": {"title": "x", "engine": engine}}))
+
+
+def test_settings_list_is_complete():
+    listed = [(engine, name) for engine, name, _ in SETTINGS]
+    sections = {"openvino": OpenVINOConfig, "transformers": TransformersConfig}
+    assert sorted(listed) == sorted(
+        (e, name) for e in sections for name in sections[e].model_fields
+    )
+
+
+@pytest.mark.parametrize("name", ["openvino", "transformers"])
+def test_rejects_section_of_the_other_engine(name, tiny_llama, tmp_path, monkeypatch):
+    """Also if the engine's name, or the section, is an override and not in the YAML."""
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
-    path = tmp_path / "mine.yaml"
-    refused = pytest.raises(ConfigError, match=rf"mine\.yaml: app\.engine\.{field}: .*name: {name}")
-    path.write_text(yaml.safe_dump({"app": {"title": "x", "engine": {"name": name, field: value}}}))
-    with refused:
+    other = OTHER[name]
+    section = {other: {field: value for e, field, value in SETTINGS if e == other}}
+    rejects = pytest.raises(ConfigError, match=rf"mine\.yaml: app\.engine\.{other}: .*name: {name}")
+    write_app(tmp_path, {"name": name} | section)
+    with rejects:
         model_config("mine", tiny_llama)
-    path.write_text(yaml.safe_dump({"app": {"title": "x", "engine": {field: value}}}))
-    assert getattr(model_config("mine", tiny_llama, {"name": name})[1], field) == value
-    with refused:
-        model_config("mine", tiny_llama, {"name": name, field: value})
-    path.write_text(yaml.safe_dump({"app": {"title": "x", "engine": {"name": name}}}))
-    with refused:
+    write_app(tmp_path, {})
+    with rejects:
+        model_config("mine", tiny_llama, {"name": name} | section)
+    write_app(tmp_path, {"name": name})
+    with rejects:
+        model_config("mine", tiny_llama, section)
+
+
+@pytest.mark.parametrize(("engine", "field", "value"), SETTINGS)
+def test_override_of_the_name_keeps_sections_of_the_yaml(
+    engine, field, value, tiny_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(handler.config, "APPS", tmp_path)
+    write_app(tmp_path, {engine: {field: value}})
+    for name in OTHER:
+        _, config = model_config("mine", tiny_llama, {"name": name})
+        assert config.name == name and getattr(getattr(config, engine), field) == value
+
+
+@pytest.mark.parametrize(("engine", "field", "value"), SETTINGS)
+def test_override_of_one_setting_keeps_the_others(
+    engine, field, value, tiny_llama, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(handler.config, "APPS", tmp_path)
+    own = {name: given for e, name, given in SETTINGS if e == engine and name != field}
+    write_app(tmp_path, {engine: own})
+    _, config = model_config("mine", tiny_llama, {"name": engine, engine: {field: value}})
+    section = getattr(config, engine)
+    assert {name: getattr(section, name) for name in [*own, field]} == own | {field: value}
+
+
+@pytest.mark.parametrize(("engine", "field", "value"), SETTINGS)
+def test_setting_outside_its_section_is_rejected_with_its_new_place(
+    engine, field, value, tiny_llama, tmp_path, monkeypatch
+):
+    """Where it stood until version 0.1."""
+    monkeypatch.setattr(handler.config, "APPS", tmp_path)
+    message = (
+        rf"mine\.yaml: app\.engine\.{field}: belongs to one engine; "
+        rf"write app\.engine\.{engine}\.{field}$"
+    )
+    write_app(tmp_path, {field: value})
+    with pytest.raises(ConfigError, match=message):
+        model_config("mine", tiny_llama)
+    write_app(tmp_path, {})
+    with pytest.raises(ConfigError, match=message):
         model_config("mine", tiny_llama, {field: value})
 
 

@@ -47,7 +47,7 @@ def make_engine(tmp_path_factory):
 
     @functools.cache
     def make(kind: str, name: str):
-        config = EngineConfig(name=kind, max_batch=8, precision="fp16")
+        config = EngineConfig(name=kind, max_batch=8, openvino={"precision": "fp16"})
         folder = weights(name)
         engine = create_engine(
             export(folder, config, cache) if kind == "openvino" else folder, config
@@ -285,7 +285,9 @@ def test_dead_after_repeated_failures(tiny_llama, monkeypatch):
 
 
 def test_more_sequences_than_places(tiny_llama):
-    engine = create_engine(tiny_llama, EngineConfig(**TORCH, max_batch=3, max_prefill_tokens=64))
+    engine = create_engine(
+        tiny_llama, EngineConfig(**TORCH, max_batch=3, transformers={"max_prefill_tokens": 64})
+    )
     engine._ends = set()
     prompts = [f"{i} " * (i + 1) for i in range(10)]
     together, reasons = run(engine, prompts, Sampling(max_new_tokens=12))
@@ -300,15 +302,17 @@ def test_offload_to_disk_gives_the_same_text(tiny_llama, tmp_path, monkeypatch, 
     plain = create_engine(tiny_llama, EngineConfig(**TORCH))
     place = str(tmp_path / folder) if folder else None
     settings = {"max_memory": {"cpu": 300_000}, "offload_folder": place}
-    offloaded = create_engine(tiny_llama, EngineConfig(**TORCH, **settings))
+    offloaded = create_engine(tiny_llama, EngineConfig(**TORCH, transformers=settings))
     assert [p.name for p in tmp_path.iterdir()] == ([folder] if folder else []), "nothing is left"
     assert "disk" in offloaded.description, offloaded.description
     assert run(offloaded, PROMPTS) == run(plain, PROMPTS)
 
 
 def test_memory_for_no_module_at_all(tiny_llama):
-    with pytest.raises(ValueError, match=r"app\.engine\.max_memory: \{'cpu': 0\} leaves no module"):
-        create_engine(tiny_llama, EngineConfig(**TORCH, max_memory={"cpu": 0}))
+    with pytest.raises(
+        ValueError, match=r"app\.engine\.transformers\.max_memory: \{'cpu': 0\} leaves no module"
+    ):
+        create_engine(tiny_llama, EngineConfig(**TORCH, transformers={"max_memory": {"cpu": 0}}))
 
 
 def test_stop_tokens_must_be_tokens(tiny_llama):
@@ -341,10 +345,11 @@ def test_the_settings_reach_openvino(tiny_llama, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(genai, "ContinuousBatchingPipeline", stop_here)
-    settings = {"cache_gb": 3, "max_num_batched_tokens": 77, "prefix_caching": True, "threads": 5}
-    settings |= {"max_batch": 9, "dynamic_quantization": 32, "prompt_lookup": 4}
+    own = {"cache_gb": 3, "max_num_batched_tokens": 77, "prefix_caching": True}
+    own |= {"dynamic_quantization": 32, "prompt_lookup": 4}
+    config = EngineConfig(name="openvino", threads=5, max_batch=9, openvino=own)
     with pytest.raises(InterruptedError):
-        create_engine(tiny_llama, EngineConfig(name="openvino", **settings))
+        create_engine(tiny_llama, config)
     scheduler = seen["scheduler"]
     assert scheduler.cache_size == 3
     assert scheduler.max_num_batched_tokens == 77
@@ -373,9 +378,9 @@ def test_a_cache_larger_than_the_memory(tiny_llama):
     """Refused where the model is loaded: an archive may be made on a smaller machine."""
     memory = psutil.virtual_memory().total
     too_much = memory // 2**30 + 1
-    message = rf"app\.engine\.cache_gb: {too_much} .*has {memory / 2**30:.1f} GiB"
+    message = rf"app\.engine\.openvino\.cache_gb: {too_much} .*has {memory / 2**30:.1f} GiB"
     with pytest.raises(ValueError, match=message):
-        create_engine(tiny_llama, EngineConfig(name="openvino", cache_gb=too_much))
+        create_engine(tiny_llama, EngineConfig(name="openvino", openvino={"cache_gb": too_much}))
 
 
 QUESTIONS = ["Paris is the capital of", "One, two, three, four, five, six,", "Water freezes at"]
@@ -390,7 +395,9 @@ def test_both_engines_say_the_same(smollm2: Path, quantized: Path):
 
 def test_without_dynamic_quantization_a_batch_is_exact(quantized: Path):
     """What `dynamic_quantization: 0` buys: 12 texts of 32 tokens, alone and together."""
-    engine = create_engine(quantized, EngineConfig(name="openvino", dynamic_quantization=0))
+    engine = create_engine(
+        quantized, EngineConfig(name="openvino", openvino={"dynamic_quantization": 0})
+    )
     prompts = [f"Number {i}. Write a story about a river and {i} lanterns." for i in range(12)]
     together, _ = run(engine, prompts, Sampling(max_new_tokens=32))
     assert together == [run(engine, [p], Sampling(max_new_tokens=32))[0][0] for p in prompts]
@@ -398,10 +405,13 @@ def test_without_dynamic_quantization_a_batch_is_exact(quantized: Path):
 
 def test_prompt_lookup_changes_the_speed_not_the_text(tiny_llama: Path, tmp_path: Path):
     """Greedy texts that repeat themselves; sampled ones end where they should."""
-    settings = {"name": "openvino", "precision": "fp16", "dynamic_quantization": 0}
-    folder = export(tiny_llama, EngineConfig(**settings), tmp_path)
-    plain = create_engine(folder, EngineConfig(**settings))
-    looking = create_engine(folder, EngineConfig(**settings, prompt_lookup=4))
+    exact = {"precision": "fp16", "dynamic_quantization": 0}
+    config = EngineConfig(name="openvino", openvino=exact)
+    folder = export(tiny_llama, config, tmp_path)
+    plain = create_engine(folder, config)
+    looking = create_engine(
+        folder, EngineConfig(name="openvino", openvino=exact | {"prompt_lookup": 4})
+    )
     assert "prompt lookup of 4" in looking.description
     greedy = Sampling(max_new_tokens=40, ignore_eos=True)
     assert run(looking, PROMPTS, greedy) == run(plain, PROMPTS, greedy)

@@ -14,7 +14,7 @@ import yaml
 from deploy.archive.build import build_archive
 from deploy.archive.export import EXPORTED, choose_engine, export
 from deploy.common.paths import UserError
-from handler.config import EngineConfig, load_app
+from handler.config import EngineConfig, OpenVINOConfig, load_app
 from handler.engine.folder import ModelFolder
 from tests import tiny
 
@@ -25,9 +25,14 @@ def test_which_engine(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_pat
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose() == ("openvino", "there is no GPU")
-    assert choose(offload_folder="x")[0] == "openvino", "only a place, should one be needed"
+    assert choose(transformers={"offload_folder": "x"})[0] == "openvino", (
+        "only a place, should one be needed"
+    )
     assert choose(name="transformers")[0] == "transformers"
-    assert choose(max_memory={"cpu": "2GiB"}) == ("transformers", "max_memory needs it")
+    assert choose(transformers={"max_memory": {"cpu": "2GiB"}}) == (
+        "transformers",
+        "max_memory needs it",
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose() == ("transformers", "there is a GPU")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
@@ -53,7 +58,10 @@ def test_an_export_is_made_once_and_again_for_other_settings(tiny_llama: Path, t
     stamp = (first / EXPORTED).stat().st_mtime_ns
     assert export(tiny_llama, EngineConfig(threads=1), tmp_path) == first
     assert (first / EXPORTED).stat().st_mtime_ns == stamp
-    assert export(tiny_llama, EngineConfig(precision="fp16"), tmp_path) != first
+    assert (
+        export(tiny_llama, EngineConfig(openvino=OpenVINOConfig(precision="fp16")), tmp_path)
+        != first
+    )
     assert not list(tmp_path.glob("*.unfinished"))
 
 
