@@ -41,8 +41,8 @@ help: ## Show the targets
 setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 	@$(PYTHON) tools/setup_env.py
 
-quickstart: setup ## Set up, serve APP, ask it one question, print the answer, stop
-	@$(PY) -m deploy.torchserve $(ARCHIVE) --port "$(PORT)" --quickstart
+quickstart: setup ## Set up, serve APP, send it one request, print the response, stop
+	@$(PY) -m deploy.torchserve quickstart $(ARCHIVE) --port "$(PORT)"
 
 check: setup lint ## Set up and pass every check (JOBS=2 at a time)
 	@exec $(PY) -m tests --jobs "$(JOBS)"
@@ -86,12 +86,12 @@ archive: setup ## Make the model archive (FORMAT=zip-store for a .mar; ENGINE=tr
 	@$(PY) -m deploy.archive $(ARCHIVE)
 
 serve: setup ## Serve APP with TorchServe, without Docker, until Ctrl-C
-	@exec $(PY) -m deploy.torchserve $(ARCHIVE) --port "$(PORT)"
+	@exec $(PY) -m deploy.torchserve serve $(ARCHIVE) --port "$(PORT)"
 
-test: ## Send the original request to a running server and print the JSON
+test: ## Send the request of quickstart to a running server and print the JSON
 	@curl --silent --show-error --fail-with-body --max-time 600 \
 	  -H "Content-Type: application/json" \
-	  -d '{"instances": ["How to prepare a spanish omelette:"]}' \
+	  -d '{"instances": [{"messages": [{"role": "user", "content": "What is the capital of Japan?"}]}]}' \
 	  http://localhost:$(PORT)/predictions/$(APP) && echo
 
 quality: setup ## Measure what quantization costs (8 minutes)

@@ -24,7 +24,8 @@ from benchmarks.systems import APP, PORT, STORE
 from deploy.archive.build import build_archive
 from deploy.archive.pack import HANDLER
 from deploy.common.cli import command
-from deploy.image.build import build_image, image_name
+from deploy.image.build import build_image
+from deploy.image.lookup import image_name
 from deploy.image.report import bytes_by_part, compressed_bytes
 from deploy.image.run import run_container
 from deploy.image.runtime import container_runtime

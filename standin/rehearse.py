@@ -18,7 +18,7 @@ from contextlib import contextmanager
 
 from deploy.common.cli import app_parser, command
 from deploy.common.paths import UserError
-from deploy.image.build import image_name, inspect_image
+from deploy.image.lookup import image_name, inspect_image
 from deploy.image.runtime import container_runtime
 from standin.local import Standin
 

@@ -7,7 +7,6 @@
 handler's package, the app's completed YAML as `model-config.yaml`, and the weights.
 """
 
-import argparse
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import yaml
 
 from deploy.archive.export import choose_engine, export, exported_files
-from deploy.archive.pack import CONFIG, FORMATS, WEIGHTS, pack_prepared, place
+from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
 from deploy.common.paths import BUILD, MODEL_STORE, UserError, shown
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import RANDOM, source_of, weight_files
@@ -24,11 +23,39 @@ from handler.config import EngineConfig, app_yaml, check_engine, merge, parse_ap
 from handler.request import RequestError, default_parameters
 
 
+def build_app(
+    name: str,
+    *,
+    model_dir: Path | None = None,
+    shape_only: bool = False,
+    archive_format: str = DIRECTORY,
+    engine: str | None = None,
+) -> Path:
+    """Get an app's weights, make its archive, and print where it is.
+
+    Args:
+        name: the APP.
+        model_dir: a folder in Hugging Face layout to use instead of the app's weights.
+        shape_only: use random weights of the true architecture and size.
+        archive_format: one of `FORMATS`.
+        engine: the engine to use instead of the one the app names.
+
+    Raises:
+        UserError: as `get_weights` and `build_archive`.
+    """
+    weights = get_weights(name, model_dir=model_dir, shape_only=shape_only)
+    archive = build_archive(
+        name, weights, archive_format=archive_format, engine={"name": engine} if engine else None
+    )
+    print(f"{name}: archived as {shown(archive)}", flush=True)
+    return archive
+
+
 def build_archive(
     name: str,
     weights: Path,
     *,
-    archive_format: str = "no-archive",
+    archive_format: str = DIRECTORY,
     engine: dict[str, Any] | None = None,
     store: Path = MODEL_STORE,
 ) -> Path:
@@ -117,18 +144,3 @@ def _with_tokenizer(files: list[Path], weights: Path, folder: Path) -> list[Path
     if not readable.strip() or "tokenizer.json" not in made:
         raise UserError(f"{shown(weights)}: has no tokenizer that can become a tokenizer.json")
     return [path for path in files if path.name not in made] + list(made.values())
-
-
-def add_archive_options(parser: argparse.ArgumentParser) -> None:
-    """What every command that makes an archive takes."""
-    parser.add_argument("--format", default="no-archive", choices=FORMATS)
-    parser.add_argument("--engine", choices=["openvino", "transformers"], help="not the app's own")
-
-
-def build_app(options: argparse.Namespace) -> Path:
-    """Weights and archive, as the command line asks for them."""
-    weights = get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
-    engine = {"name": options.engine} if options.engine else None
-    archive = build_archive(options.app, weights, archive_format=options.format, engine=engine)
-    print(f"{options.app}: archived as {shown(archive)}", flush=True)
-    return archive

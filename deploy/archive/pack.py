@@ -19,8 +19,9 @@ import yaml
 import handler
 from deploy.common.paths import BUILD, MODEL_STORE, UserError, link_or_copy
 
-FORMATS = ("no-archive", "zip-store", "default")
-"""torch-model-archiver's: a directory, an uncompressed zip, a compressed zip (both `.mar`)."""
+DIRECTORY = "no-archive"
+FORMATS = (DIRECTORY, "zip-store", "default")
+"""Formats of torch-model-archiver: a directory, an uncompressed and a compressed zip (`.mar`)."""
 
 HANDLER = Path(handler.__file__).parent
 ENTRY = HANDLER / "llm_handler.py"
@@ -35,7 +36,7 @@ def pack(
     weights: list[Path],
     *,
     package: Path | None = None,
-    archive_format: str = "no-archive",
+    archive_format: str = DIRECTORY,
     store: Path = MODEL_STORE,
 ) -> Path:
     """Run torch-model-archiver and return what it made; one that stood there before is replaced.
@@ -55,7 +56,7 @@ def pack(
     if archive_format not in FORMATS:
         raise UserError(f"format {archive_format!r}: use one of {', '.join(FORMATS)}")
     store.mkdir(parents=True, exist_ok=True)
-    as_directory = archive_format == "no-archive"
+    as_directory = archive_format == DIRECTORY
     target = archive_path(name, archive_format, store)
     BUILD.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
@@ -78,11 +79,11 @@ def pack(
 
 def archive_path(name: str, archive_format: str, store: Path = MODEL_STORE) -> Path:
     """Where an archive is, or will be."""
-    return store / (name if archive_format == "no-archive" else f"{name}.mar")
+    return store / (name if archive_format == DIRECTORY else f"{name}.mar")
 
 
 def pack_prepared(
-    name: str, prepared: Path, *, archive_format: str = "no-archive", store: Path = MODEL_STORE
+    name: str, prepared: Path, *, archive_format: str = DIRECTORY, store: Path = MODEL_STORE
 ) -> Path:
     """`pack` with our handler, from a folder that `deploy.archive.build.prepare` made."""
     config = yaml.safe_load((prepared / CONFIG).read_text())

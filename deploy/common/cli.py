@@ -1,4 +1,4 @@
-"""What the command lines of this repository share: recurring arguments and one-line errors.
+"""The parts that command lines share: recurring arguments, and errors in one line.
 
 app = cli.app(__doc__)
 
@@ -31,11 +31,12 @@ def _app_name(text: str) -> str:
     return text
 
 
-def _port(value: int) -> int:
-    """Check a server's first port: four more belong to it."""
-    if not 1024 <= value <= 65_531:
-        raise typer.BadParameter(f"PORT={value}: use a number from 1024 to 65531")
-    return value
+def _port(value: str | int) -> int:
+    """Read a server's first port; four more belong to it."""
+    text = str(value)
+    if not text.isdecimal() or not 1024 <= int(text) <= 65_531:
+        raise typer.BadParameter(f"PORT={text}: use a number from 1024 to 65531")
+    return int(text)
 
 
 INTERRUPTED = 130
@@ -49,13 +50,21 @@ App = Annotated[
 ]
 ModelDir = Annotated[Path | None, typer.Option(help="A folder in Hugging Face layout to use.")]
 ShapeOnly = Annotated[bool, typer.Option("--shape-only", help="Random weights of the true size.")]
-Port = Annotated[int, typer.Option(callback=_port, help="The server's first of five ports.")]
+Port = Annotated[
+    int, typer.Option(parser=_port, metavar="PORT", help="The first of the server's five ports.")
+]
 
 
 def app(docstring: str | None) -> typer.Typer:
-    """Make a command line without completion, colors or tracebacks of its own."""
+    """Make a command line without completion, colors or tracebacks of its own.
+
+    Args:
+        docstring: the module's, which becomes the help of a program with several commands. Examples
+            that begin with `python -m` keep their lines.
+    """
     return typer.Typer(
-        help=docstring,
+        help=re.sub(r"\n\n(?= *python -m)", "\n\n\b\n", docstring or ""),
+        context_settings={"max_content_width": 100},
         add_completion=False,
         no_args_is_help=False,
         rich_markup_mode=None,

@@ -1,4 +1,4 @@
 """Build, run, push and measure an APP's container image.
 
-What the image holds is declared in `docker/Dockerfile`; Vertex AI's side belongs in `vertex`.
+`docker/Dockerfile` declares what the image holds. Deploying it on Vertex AI belongs in `vertex`.
 """

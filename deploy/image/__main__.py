@@ -1,4 +1,4 @@
-"""Build, run and look into the image of an APP, with Docker or podman.
+"""Build, run, inspect and push the image of an APP, with Docker or podman.
 
 python -m deploy.image build smollm2-135m --tag pro      # make build-pro
 python -m deploy.image run smollm2-135m                  # make run
@@ -6,97 +6,133 @@ python -m deploy.image stop smollm2-135m                 # make stop; also delet
 python -m deploy.image push smollm2-135m --registry europe-west4-docker.pkg.dev/PROJECT/serving
 """
 
-import argparse
 import subprocess
 import sys
 import time
-from pathlib import Path
+from typing import Annotated
 
-from deploy.common.cli import app_parser, command, port_number
+import click
+import typer
+
+from deploy.common import cli
 from deploy.common.paths import MODEL_STORE, UserError
-from deploy.image.build import TARGETS, build_image, prepare_context
+from deploy.image.build import TARGETS, build_image
+from deploy.image.context import prepare_context
 from deploy.image.push import push_image
 from deploy.image.run import PORT, STOP_SECONDS, container_name, run_container
-from deploy.image.runtime import container_runtime, docker
+from deploy.image.runtime import container_runtime, runtime_output
 from deploy.weights.fetch import get_weights
 
+Tag = Annotated[str, typer.Option(help="The image's tag.")]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        click_type=click.Choice(TARGETS), help="By default, the smallest with the APP's engine."
+    ),
+]
 
-def _weights(options: argparse.Namespace) -> Path:
-    return get_weights(options.app, model_dir=options.model_dir, shape_only=options.shape_only)
+app = cli.app(__doc__)
 
 
-def _prepare(options: argparse.Namespace) -> None:
-    print(prepare_context(options.app, _weights(options), options.target))
+@app.command()
+def prepare(
+    name: cli.App,
+    model_dir: cli.ModelDir = None,
+    shape_only: cli.ShapeOnly = False,
+    target: Target = None,
+) -> None:
+    """Prepare the build context, and print the target to build from it."""
+    weights = get_weights(name, model_dir=model_dir, shape_only=shape_only)
+    print(prepare_context(name, weights, target))
 
 
-def _build(options: argparse.Namespace) -> None:
-    container_runtime()  # before the minutes that weights may take
-    weights = _weights(options)
+@app.command()
+def build(
+    name: cli.App,
+    model_dir: cli.ModelDir = None,
+    shape_only: cli.ShapeOnly = False,
+    target: Target = None,
+    tag: Tag = "dev",
+    without_weights: Annotated[
+        bool, typer.Option("--without-weights", help="Build an image to which you add weights.")
+    ] = False,
+) -> None:
+    """Build the image."""
+    container_runtime()  # fails before the minutes that weights may take
+    weights = get_weights(name, model_dir=model_dir, shape_only=shape_only)
     began = time.monotonic()
-    name = build_image(
-        *(options.app, weights),
-        target=options.target,
-        tag=options.tag,
-        baked=not options.without_weights,
-    )
-    print(f"{name}: built in {time.monotonic() - began:.0f} s", flush=True)
+    image = build_image(name, weights, target=target, tag=tag, baked=not without_weights)
+    print(f"{image}: built in {time.monotonic() - began:.0f} s", flush=True)
 
 
-def _run(options: argparse.Namespace) -> None:
+@app.command()
+def run(
+    name: cli.App,
+    tag: Tag = "dev",
+    port: cli.Port = PORT,
+    memory: Annotated[str | None, typer.Option(help="A memory limit, such as 2g.")] = None,
+) -> None:
+    """Run the image in a hardened container."""
     began = time.monotonic()
-    if docker(container_runtime(), "container", "inspect", container_name(options.app)):
-        print(f"replacing the container {container_name(options.app)} that is there")
-    name = run_container(
-        options.app,
-        tag=options.tag,
-        port=options.port,
-        memory=options.memory or None,
-        store=MODEL_STORE,
-    )
-    print(f"{name}: ready after {time.monotonic() - began:.1f} s on port {options.port}")
+    container = container_name(name)
+    if runtime_output(container_runtime(), "container", "inspect", container):
+        print(f"replacing the existing container {container}")
+    run_container(name, tag=tag, port=port, memory=memory or None, store=MODEL_STORE)
+    print(f"{container}: ready after {time.monotonic() - began:.1f} s on port {port}")
 
 
-def _act(options: argparse.Namespace) -> None:
-    """Stop, delete, shell, logs: one command of the engine each."""
-    name = container_name(options.app)
-    arguments = {
-        "stop": ["stop", "-t", str(STOP_SECONDS), name],
-        "delete": ["rm", "--force", name],
-        "shell": ["exec", "--interactive", "--tty", name, "/bin/bash"],
-        "logs": ["logs", "--follow", name],
-    }[options.action]
-    run = subprocess.run([container_runtime(), *arguments], stderr=subprocess.PIPE, text=True)
-    if run.returncode != 0 and "No such container" in run.stderr:
-        raise UserError(f"there is no container {name}; `make run APP={options.app}` starts one")
-    if run.returncode != 0:
-        raise UserError(run.stderr.strip() or f"it ended with {run.returncode}")
+@app.command()
+def stop(name: cli.App) -> None:
+    """Stop the container; requests in flight are answered."""
+    _call_runtime(name, "stop", "-t", str(STOP_SECONDS), container_name(name))
 
 
-def _push(options: argparse.Namespace) -> None:
-    if not options.registry:
+@app.command()
+def delete(name: cli.App) -> None:
+    """Delete the container."""
+    _call_runtime(name, "rm", "--force", container_name(name))
+
+
+@app.command()
+def shell(name: cli.App) -> None:
+    """Open a shell in the container."""
+    _call_runtime(name, "exec", "--interactive", "--tty", container_name(name), "/bin/bash")
+
+
+@app.command()
+def logs(name: cli.App) -> None:
+    """Follow the container's log."""
+    _call_runtime(name, "logs", "--follow", container_name(name))
+
+
+@app.command()
+def push(
+    name: cli.App,
+    tag: Tag = "dev",
+    registry: Annotated[str, typer.Option(help="Host and folder of the registry.")] = "",
+) -> None:
+    """Push the image to a registry, and print its address there."""
+    if not registry:
         raise UserError(
             "name the registry: make push REGISTRY=europe-west4-docker.pkg.dev/PROJECT/serving"
         )
-    print(push_image(options.app, options.registry, options.tag))
+    print(push_image(name, registry, tag))
 
 
-ACTIONS = {"prepare": _prepare, "build": _build, "run": _run, "push": _push} | dict.fromkeys(
-    ("stop", "delete", "shell", "logs"), _act
-)
+def _call_runtime(name: str, *arguments: str) -> None:
+    """Run a command of the container runtime on the APP's container."""
+    run = subprocess.run([container_runtime(), *arguments], stderr=subprocess.PIPE, text=True)
+    if run.returncode != 0 and "No such container" in run.stderr:
+        raise UserError(
+            f"there is no container {container_name(name)}; `make run APP={name}` starts one"
+        )
+    if run.returncode != 0:
+        raise UserError(run.stderr.strip() or f"{arguments[0]} ended with code {run.returncode}")
 
 
-@command
-def main(arguments: list[str] | None) -> None:
-    """The command line; see the module's docstring."""
-    parser = app_parser("deploy.image", "build and run the image of an app", actions=[*ACTIONS])
-    parser.add_argument("--tag", default="dev")
-    parser.add_argument("--target", choices=TARGETS)
-    parser.add_argument("--without-weights", action="store_true")
-    parser.add_argument("--port", type=port_number, default=PORT)
-    parser.add_argument("--memory")
-    parser.add_argument("--registry")
-    options = parser.parse_args(arguments)
-    ACTIONS[options.action](options)
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; see the module's docstring."""
+    return cli.run(app, "deploy.image", arguments)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""What is in an image, by part: a table, and build/image-report.json.
+"""Measure what is in an image, by part: a table, and build/image-report.json.
 
     python -m deploy.image.report smollm2-135m --tag dev --tag pro
-    python -m deploy.image.report smollm2-135m --tag dev --compressed     # a minute more
+    python -m deploy.image.report smollm2-135m --tag dev --compressed     # takes a minute more
 
-Counted are the bytes of the files a container sees (`docker export`), so a file that a later layer
-hides or deletes is not; a hard link counts once. MB are 10^6 bytes.
+The report counts the bytes of the files that a container sees (`docker export`). A file that a
+later layer hides or deletes does not count; a hard link counts once. MB are 10^6 bytes.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import tarfile
 import zlib
 from collections import Counter
+from typing import Annotated, TypedDict
 
-from deploy.common.cli import app_parser, command
+import typer
+
+from deploy.common import cli
 from deploy.common.paths import BUILD, UserError, shown
-from deploy.image.build import image_name, inspect_image
+from deploy.image.lookup import image_name, inspect_image
 from deploy.image.runtime import container_runtime
 
 REPORT = BUILD / "image-report.json"
@@ -35,21 +37,30 @@ PARTS = {
     "Java": ("opt/java/",),
     "ours": ("opt/serving/",),
 }
-"""Part -> how its paths begin; the first that fits. TorchServe's own name begins with torch's."""
+"""Part -> how its paths begin; the first that matches."""
 
 REST = "Debian"
-_ORDER = [*PARTS, REST]
+
+
+class ImageSizes(TypedDict, total=False):
+    """The sizes of one image in bytes."""
+
+    parts: dict[str, int]
+    total: int
+    without_weights: int
+    compressed: int
 
 
 def part_of(path: str) -> str:
-    """The part that a path of the image belongs to."""
+    """Return the part that a path of the image belongs to."""
+    # Its name begins with torch's.
     if path.startswith(f"{_PACKAGES}torchserve"):
         return "TorchServe"
     return next((part for part, begins in PARTS.items() if path.startswith(begins)), REST)
 
 
 def bytes_by_part(image: str) -> Counter[str]:
-    """Bytes of regular files in a container of the image.
+    """Return the bytes of regular files in a container of the image, by part.
 
     Raises:
         UserError: there is no such image.
@@ -74,49 +85,61 @@ def bytes_by_part(image: str) -> Counter[str]:
 
 
 def compressed_bytes(image: str) -> int:
-    """The image as gzip makes it: about what a push sends and a registry keeps."""
+    """Return the image's size under gzip: about what a push sends and a registry stores."""
     packer, size = zlib.compressobj(6), 0
     with subprocess.Popen([container_runtime(), "save", image], stdout=subprocess.PIPE) as save:
-        while piece := save.stdout.read(2**20):
-            size += len(packer.compress(piece))
+        assert save.stdout is not None  # noqa: S101  for the type checker: it is a pipe
+        while chunk := save.stdout.read(2**20):
+            size += len(packer.compress(chunk))
     return size + len(packer.flush())
 
 
-def table(report: dict[str, dict[str, int]]) -> str:
-    """Parts by images, in MB."""
-    names = list(report)
-    lines = [f"{'MB':16}" + "".join(f"{name:>32}" for name in names)]
-    for part in _ORDER:
-        if any(report[name]["parts"].get(part) for name in names):
-            cells = (f"{report[name]['parts'].get(part, 0) / 1e6:32.0f}" for name in names)
-            lines.append(f"{part:16}" + "".join(cells))
-    for row in ("total", "without_weights", "compressed"):
-        if any(row in report[name] for name in names):
-            cells = (f"{report[name].get(row, 0) / 1e6:32.0f}" for name in names)
-            lines.append(f"{row.replace('_', ' '):16}" + "".join(cells))
+def table(report: dict[str, ImageSizes]) -> str:
+    """Return a table in MB: a row for each part, a column for each image."""
+    rows = {part: [sizes["parts"].get(part, 0) for sizes in report.values()] for part in PARTS}
+    rows[REST] = [sizes["parts"].get(REST, 0) for sizes in report.values()]
+    rows["total"] = [sizes.get("total", 0) for sizes in report.values()]
+    rows["without weights"] = [sizes.get("without_weights", 0) for sizes in report.values()]
+    rows["compressed"] = [sizes.get("compressed", 0) for sizes in report.values()]
+    lines = [f"{'MB':16}" + "".join(f"{image:>32}" for image in report)]
+    for name, sizes in rows.items():
+        if any(sizes):
+            lines.append(f"{name:16}" + "".join(f"{size / 1e6:32.0f}" for size in sizes))
     return "\n".join(lines)
 
 
-@command
-def main(arguments: list[str] | None) -> None:
-    """The command line; see the module's docstring."""
-    parser = app_parser("deploy.image.report", "what is in an app's image")
-    parser.add_argument("--tag", action="append", help="once or more; dev without")
-    parser.add_argument("--compressed", action="store_true")
-    options: argparse.Namespace = parser.parse_args(arguments)
-    report = {}
-    for tag in options.tag or ["dev"]:
-        inspect_image(options.app, tag)  # docker would look for it in a registry
-        image = image_name(options.app, tag)
+app = cli.app(__doc__)
+
+
+@app.command()
+def report(
+    name: cli.App,
+    tag: Annotated[list[str], typer.Option(help="Repeat it to compare images.")] = ["dev"],  # noqa: B006
+    compressed: Annotated[bool, typer.Option("--compressed", help="Also measure gzip.")] = False,
+) -> None:
+    """Measure what is in an APP's image, by part."""
+    sizes: dict[str, ImageSizes] = {}
+    for each in tag:
+        inspect_image(name, each)  # without it, docker looks for a missing image in a registry
+        image = image_name(name, each)
         parts = bytes_by_part(image)
-        report[image] = {"parts": dict(parts), "total": parts.total()}
-        report[image]["without_weights"] = parts.total() - parts["weights"]
-        if options.compressed:
-            report[image]["compressed"] = compressed_bytes(image)
+        total = parts.total()
+        sizes[image] = {
+            "parts": dict(parts),
+            "total": total,
+            "without_weights": total - parts["weights"],
+        }
+        if compressed:
+            sizes[image]["compressed"] = compressed_bytes(image)
     REPORT.parent.mkdir(exist_ok=True)
-    REPORT.write_text(json.dumps(report, indent=2) + "\n")
-    print(table(report))
+    REPORT.write_text(json.dumps(sizes, indent=2) + "\n")
+    print(table(sizes))
     print(shown(REPORT))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; see the module's docstring."""
+    return cli.run(app, "deploy.image.report", arguments)
 
 
 if __name__ == "__main__":

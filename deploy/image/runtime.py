@@ -9,7 +9,7 @@ from deploy.common.paths import UserError
 
 
 def container_runtime() -> str:
-    """The container engine's program.
+    """Return the program of the container runtime: $DOCKER, or docker or podman on the PATH.
 
     Raises:
         UserError: there is none, or it does not answer.
@@ -21,7 +21,7 @@ def container_runtime() -> str:
         )
     try:
         run = subprocess.run([name, "version"], capture_output=True, text=True)
-    except OSError as error:  # DOCKER names what is not there, or is no program
+    except OSError as error:  # DOCKER names a file that does not exist or is not a program
         raise UserError(f"{name} cannot be started: {error.strerror}") from error
     if run.returncode != 0:
         reason = (run.stderr.strip() or "no reason given").splitlines()[-1]
@@ -29,7 +29,7 @@ def container_runtime() -> str:
     return name
 
 
-def docker(program: str, *arguments: str) -> str | None:
-    """What a short command printed; None if it failed."""
+def runtime_output(program: str, *arguments: str) -> str | None:
+    """Run a short command of the container runtime; return what it printed, None if it failed."""
     run = subprocess.run([program, *arguments], capture_output=True, text=True)
     return run.stdout if run.returncode == 0 else None

@@ -1,56 +1,82 @@
 """`make serve` and `make quickstart`.
 
-python -m deploy.torchserve smollm2-135m                 # archive and serve, until Ctrl-C
-python -m deploy.torchserve smollm2-135m --quickstart    # one request, then stop
+python -m deploy.torchserve serve smollm2-135m         # archive and serve, until Ctrl-C
+python -m deploy.torchserve quickstart smollm2-135m    # archive, serve, send one request, stop
 """
 
 import json
 import signal
 import sys
 import time
+from pathlib import Path
 
-from deploy.archive.build import add_archive_options, build_app
-from deploy.archive.pack import archive_path
-from deploy.common.cli import app_parser, command, port_number
+from deploy.archive.build import build_app
+from deploy.archive.options import Engine, Format
+from deploy.archive.pack import DIRECTORY, archive_path
+from deploy.common import cli
 from deploy.common.paths import shown
-from deploy.torchserve.client import predict
-from deploy.torchserve.server import OMELETTE, PORT, Server, ServerError
+from deploy.torchserve.client import SAMPLE_REQUEST, predict
+from deploy.torchserve.server import PORT, Server, ServerError
+
+app = cli.app(__doc__)
 
 
-def _serve(server: Server) -> None:
-    """Serve until Ctrl-C or SIGTERM, or until the server dies."""
+@app.command()
+def serve(
+    name: cli.App,
+    model_dir: cli.ModelDir = None,
+    shape_only: cli.ShapeOnly = False,
+    format: Format = DIRECTORY,
+    engine: Engine = None,
+    port: cli.Port = PORT,
+) -> None:
+    """Archive an APP and serve it until Ctrl-C."""
+    server = _archive(name, model_dir, shape_only, format, engine, port)
     print(f"starting; the log is {shown(server.log)}", flush=True)
     with server:
-        target = f"make test APP={server.name} PORT={server.port}"
-        print(f"ready: POST {server.url}   (ask: {target}; stop: Ctrl-C)", flush=True)
-        code = server.process.wait()
-        raise ServerError(f"TorchServe ended with code {code}. {server.last_words()}")
+        test = f"make test APP={server.name} PORT={server.port}"
+        print(f"ready: POST {server.url}   (test: {test}; stop: Ctrl-C)", flush=True)
+        status = server.process.wait()
+        raise ServerError(f"TorchServe ended with code {status}. {server.log_end()}")
 
 
-def _quickstart(server: Server) -> None:
+@app.command()
+def quickstart(
+    name: cli.App,
+    model_dir: cli.ModelDir = None,
+    shape_only: cli.ShapeOnly = False,
+    format: Format = DIRECTORY,
+    engine: Engine = None,
+    port: cli.Port = PORT,
+) -> None:
+    """Archive an APP, serve it, send one request and stop."""
+    server = _archive(name, model_dir, shape_only, format, engine, port)
     print("starting TorchServe ...", flush=True)
     began = time.monotonic()
     with server:
-        print(f"ready after {time.monotonic() - began:.1f} s; asking {server.url}", flush=True)
-        reply = predict(server.url, OMELETTE)
-    print(json.dumps(OMELETTE))
-    print(json.dumps(reply, indent=2, ensure_ascii=False))
+        print(f"ready after {time.monotonic() - began:.1f} s; POST {server.url}", flush=True)
+        response = predict(server.url, SAMPLE_REQUEST)
+    print(json.dumps(SAMPLE_REQUEST))
+    print(json.dumps(response, indent=2, ensure_ascii=False))
 
 
-@command
-def main(arguments: list[str] | None) -> None:
-    """The command line; see the module's docstring."""
-    parser = app_parser("deploy.torchserve", "archive and serve an app")
-    add_archive_options(parser)
-    parser.add_argument("--port", type=port_number, default=PORT)
-    parser.add_argument("--quickstart", action="store_true", help="one request, then stop")
-    options = parser.parse_args(arguments)
-    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell may have told us to ignore Ctrl-C
+def _archive(
+    name: str, model_dir: Path | None, shape_only: bool, format: str, engine: str | None, port: int
+) -> Server:
+    """Make the archive; return the server for it, not yet started."""
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell may have made us ignore Ctrl-C
         signal.signal(stop, signal.default_int_handler)
-    server = Server(archive_path(options.app, options.format), port=options.port)
+    server = Server(archive_path(name, format), port=port)
     server.check_ports()  # before the minutes that weights may take
-    build_app(options)
-    (_quickstart if options.quickstart else _serve)(server)
+    build_app(
+        name, model_dir=model_dir, shape_only=shape_only, archive_format=format, engine=engine
+    )
+    return server
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; see the module's docstring."""
+    return cli.run(app, "deploy.torchserve", arguments)
 
 
 if __name__ == "__main__":

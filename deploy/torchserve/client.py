@@ -1,4 +1,4 @@
-"""Ask a server, as the notebooks, the tests and `make quickstart` do. Plain HTTP."""
+"""Send requests to a server and read its responses, in plain HTTP."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -7,32 +7,36 @@ import httpx
 
 from deploy.common.paths import UserError
 
+SAMPLE_REQUEST = {
+    "instances": [{"messages": [{"role": "user", "content": "What is the capital of Japan?"}]}]
+}
+"""The request of `make quickstart` and `make test`."""
+
 
 def predict(url: str, body: dict, timeout: float = 600.0) -> dict:
-    """POST a request in Vertex AI's shape and return the JSON reply.
+    """POST a request in Vertex AI's shape and return the body of the response.
 
     Raises:
-        UserError: the server answered with an error; the message is its own.
+        UserError: the response is an error; the message includes its status and body.
     """
-    reply = httpx.post(url, json=body, timeout=timeout)
-    if reply.status_code != 200:
-        raise UserError(f"{reply.status_code} from {url}: {reply.text.strip()}")
-    return reply.json()
+    response = httpx.post(url, json=body, timeout=timeout)
+    if response.status_code != 200:
+        raise UserError(f"{response.status_code} from {url}: {response.text.strip()}")
+    return response.json()
 
 
 def stream(url: str, body: dict, timeout: float = 600.0) -> Iterator[dict]:
-    """POST the request with `stream` on and yield the server-sent events as they arrive.
+    """POST a request with `stream` on and yield the server-sent events as they arrive.
 
     Raises:
-        UserError: the server answered with an error, at once or in mid-stream.
+        UserError: the response is an error, or an event in the stream is one.
     """
-    parameters = body.get("parameters", {}) | {"stream": True}
-    with httpx.stream(
-        "POST", url, json=body | {"parameters": parameters}, timeout=timeout
-    ) as reply:
-        if reply.status_code != 200:
-            raise UserError(f"{reply.status_code} from {url}: {reply.read().decode().strip()}")
-        yield from server_sent_events(reply.iter_lines(), url)
+    body = body | {"parameters": body.get("parameters", {}) | {"stream": True}}
+    with httpx.stream("POST", url, json=body, timeout=timeout) as response:
+        if response.status_code != 200:
+            text = response.read().decode().strip()
+            raise UserError(f"{response.status_code} from {url}: {text}")
+        yield from server_sent_events(response.iter_lines(), url)
 
 
 def server_sent_events(lines: Iterable[str | bytes], source: str) -> Iterator[dict]:

@@ -1,10 +1,7 @@
-"""Start TorchServe, wait until a worker is ready, stop all of it again.
+"""Start TorchServe, wait until a worker is ready, stop Java and all workers.
 
-    python -m deploy.torchserve smollm2-135m                 # archive and serve, until Ctrl-C
-    python -m deploy.torchserve smollm2-135m --quickstart    # one request, then stop
-
-How it is started and set is shared with the container: `deploy/torchserve/launch.py` and
-`docker/config.properties`.
+The container uses the same command (`deploy/torchserve/launch.py`) and the same settings
+(`docker/config.properties`).
 """
 
 import os
@@ -13,7 +10,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,37 +17,35 @@ from types import TracebackType
 import httpx
 import psutil
 
-from deploy.common.guard import dismiss, guard
 from deploy.common.paths import BUILD, ROOT, UserError, shown
+from deploy.common.process_guard import dismiss_guard, start_guard
+from deploy.common.waiting import wait_until
 from deploy.torchserve.java import find_java
 from deploy.torchserve.launch import java_command, read_properties
 
 PORT = 7080
-OMELETTE = {"instances": ["How to prepare a spanish omelette:"]}
-"""The original project's request."""
-
 _LOG4J = ROOT / "docker" / "log4j2.xml"
 _SETTINGS = ROOT / "docker" / "config.properties"
 _LOAD_FAILED = ("Failed to load model", "Backend worker process died", "Load model failed")
 
 
 class ServerError(UserError):
-    """TorchServe did not start, or died; the message ends with what it last wrote."""
+    """TorchServe did not start, or it ended; the message includes the end of its log."""
 
 
 class Server:
-    """One TorchServe process tree serving one archive.
+    """One TorchServe process tree that serves one archive.
 
-    Use it in a `with` block, or call `start()` and `stop()`. Ports: inference on `port`,
-    management, metrics and gRPC on the four after it, workers' sockets in a private folder, so
-    servers on ports that are ten apart do not meet.
+    Use it in a `with` block, or call `start()` and `stop()`. Inference listens on `port`;
+    management, metrics and gRPC listen on the four ports after it. Workers' sockets are in a
+    private folder, so servers on ports that are ten apart do not collide.
 
     Args:
         archive: what `deploy.archive.build.build_archive` returned.
-        port: the inference port; only this one may be reached from other machines.
+        port: the inference port, the only one that other machines may reach.
         host: the address to listen on; the default is this machine alone.
-        settings: further lines for config.properties, which win over ours.
-        environment: further environment variables for Java and the workers.
+        settings: lines for config.properties that override ours.
+        environment: additional environment variables for Java and the workers.
     """
 
     def __init__(
@@ -68,14 +62,14 @@ class Server:
         self.port, self.host = port, host
         self.settings = settings or {}
         self.environment = environment or {}
-        self.process: subprocess.Popen | None = None
         self.log = BUILD / f"server-{port}.log"
+        self._process: subprocess.Popen | None = None
         self._temporary: Path | None = None
         self._guard: subprocess.Popen | None = None
 
     @property
     def url(self) -> str:
-        """Where predictions are asked for."""
+        """The address of predictions."""
         return f"http://127.0.0.1:{self.port}/predictions/{self.name}"
 
     @property
@@ -90,14 +84,30 @@ class Server:
     def ports(self) -> range:
         return range(self.port, self.port + 5)
 
-    def start(self, deadline: float = 1200.0) -> "Server":
-        """Start and return when a worker is READY.
+    @property
+    def started(self) -> bool:
+        """Whether there is a `process`, running or ended: from `start` until `stop`."""
+        return self._process is not None
 
-        Args:
-            deadline: seconds to wait; loading the model is most of it.
+    @property
+    def process(self) -> subprocess.Popen:
+        """TorchServe's frontend, a Java process, which leads its own process group.
 
         Raises:
-            ServerError: a port is taken, the model cannot be loaded, or time is up.
+            ServerError: the server is not started.
+        """
+        if self._process is None:
+            raise ServerError(f"the server on port {self.port} is not started")
+        return self._process
+
+    def start(self, timeout: float = 1200.0) -> "Server":
+        """Start, and return when a worker is READY.
+
+        Args:
+            timeout: seconds to wait; most of the time goes into loading the model.
+
+        Raises:
+            ServerError: a port is taken, the model cannot be loaded, or the time is over.
         """
         self.check_ports()
         if not self.archive.exists():
@@ -107,20 +117,20 @@ class Server:
         java = find_java()
         BUILD.mkdir(exist_ok=True)
         try:
-            # Short, because the path of a worker's socket may have 107 characters at most.
-            self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
+            # Short, because the path of a worker's socket is limited to 107 characters.
+            temporary = self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
             with self.log.open("wb") as log:
-                self.process = subprocess.Popen(
-                    self._command(java),
+                self._process = subprocess.Popen(
+                    self._command(java, temporary),
                     env=self._environment(),
-                    cwd=self._temporary,
+                    cwd=temporary,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C is for us; we stop the rest in order
+                    start_new_session=True,  # Ctrl-C is for us; we stop Java in order
                 )
-            self._guard = guard(self.process.pid, self._temporary)
-            self._wait_until_ready(time.monotonic() + deadline)
+            self._guard = start_guard(self._process.pid, temporary)
+            self._wait_until_ready(timeout)
         except BaseException:
             self.stop()
             raise
@@ -130,27 +140,27 @@ class Server:
         """Make sure all five ports are free.
 
         Raises:
-            ServerError: one is not; the message names its holder.
+            ServerError: a port is taken; the message names the program that holds it.
         """
         for port in self.ports:
             if holder := port_holder(port):
                 raise ServerError(
-                    f"port {port} is taken by {holder}. A server takes five, here {self.port} to "
-                    f"{self.port + 4}: stop that program, or choose others with PORT="
+                    f"port {port} is taken by {holder}. A server needs five ports, here "
+                    f"{self.port} to {self.port + 4}: stop that program, or set another PORT="
                 )
 
     def ready(self) -> bool:
         """Whether a worker has loaded the model.
 
-        `/ping` cannot tell: it answers 200 as soon as the port is open.
+        `/ping` does not show it: it answers 200 as soon as the port is open.
         """
         return any(worker["status"] == "READY" for worker in self.workers())
 
     def workers(self) -> list[dict]:
         """The model's workers as the management API lists them; empty if it does not answer."""
         try:
-            reply = httpx.get(f"{self.management}/models/{self.name}", timeout=5)
-            return reply.json()[0].get("workers", [])
+            response = httpx.get(f"{self.management}/models/{self.name}", timeout=5)
+            return response.json()[0].get("workers", [])
         except (httpx.HTTPError, ValueError, LookupError):
             return []
 
@@ -160,31 +170,30 @@ class Server:
         Args:
             grace: seconds for a clean exit before the rest is killed.
         """
-        if self.process is not None:
+        if self._process is not None:
+            group = self._process.pid
             try:
-                self.process.terminate()
+                self._process.terminate()
                 with suppress(subprocess.TimeoutExpired):
-                    self.process.wait(grace)
-            finally:  # whatever happened to Java: its workers are in its process group
+                    self._process.wait(grace)
+            finally:  # the workers are in Java's process group, however Java ended
                 with suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-            _wait_for_end_of(self.process.pid)
-            self.process = None
+                    os.killpg(group, signal.SIGKILL)
+                self._process.wait()
+            with suppress(TimeoutError):  # after that, the ports are free again
+                wait_until(lambda: not _group_exists(group), timeout=5, interval=0.05)
+            self._process = None
         if self._guard is not None:
-            dismiss(self._guard)
+            dismiss_guard(self._guard)
             self._guard = None
         if self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
             self._temporary = None
 
-    def log_tail(self, lines: int = 20) -> str:
-        """The last lines the server wrote."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
-
-    def last_words(self, lines: int = 20) -> str:
-        """The end of the log, with its name: what an error message should carry."""
-        return f"The end of {shown(self.log)}:\n{self.log_tail(lines)}"
+    def log_end(self, lines: int = 20) -> str:
+        """Return the log's name and last lines, for an error message."""
+        last = self.log.read_text(errors="replace").splitlines()[-lines:]
+        return "\n".join([f"The end of {shown(self.log)}:", *last])
 
     def __enter__(self) -> "Server":
         return self.start()
@@ -197,8 +206,8 @@ class Server:
     ) -> None:
         self.stop()
 
-    def _command(self, java: Path) -> list[str]:
-        config = self._temporary / "config.properties"
+    def _command(self, java: Path, temporary: Path) -> list[str]:
+        config = temporary / "config.properties"
         lines = [f"{key}={value}" for key, value in (self._properties() | self.settings).items()]
         config.write_text("\n".join(lines) + "\n")
         return java_command(
@@ -207,11 +216,11 @@ class Server:
             log4j=_LOG4J,
             store=self.archive.parent.resolve(),
             archive=self.archive.name,
-            temporary=self._temporary,
+            temporary=temporary,
         )
 
     def _properties(self) -> dict[str, str]:
-        """The container's config.properties, with addresses of our own."""
+        """The container's config.properties, with this server's addresses."""
         return read_properties(_SETTINGS) | {
             "inference_address": f"http://{self.host}:{self.port}",
             "management_address": f"http://127.0.0.1:{self.port + 1}",
@@ -224,39 +233,50 @@ class Server:
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         return os.environ | offline | {"PYTHONUNBUFFERED": "1"} | self.environment
 
-    def _wait_until_ready(self, deadline: float) -> None:
-        while not self.ready():
-            text = self.log.read_text(errors="replace")
-            failed = any(sign in text for sign in _LOAD_FAILED)
-            if failed:
-                self._wait_for_silence()
-            if self.process.poll() is not None:
-                raise ServerError(f"TorchServe ended while starting. {self.last_words()}")
-            if failed:
-                raise ServerError(f"the worker could not load the model. {self.last_words(60)}")
-            if time.monotonic() > deadline:
-                raise ServerError(f"no worker was ready in time. {self.last_words()}")
-            time.sleep(0.2)
+    def _wait_until_ready(self, timeout: float) -> None:
+        try:
+            wait_until(self._ready_unless_failed, timeout, interval=0.2)
+        except TimeoutError:
+            raise ServerError(
+                f"no worker was ready within {timeout:g} s. {self.log_end()}"
+            ) from None
 
-    def _wait_for_silence(self, seconds: float = 5.0) -> None:
-        """Let the rest of a traceback arrive, and Java end if it will."""
-        deadline, before = time.monotonic() + seconds, -1
-        while (size := self.log.stat().st_size) != before and time.monotonic() < deadline:
-            before = size
-            time.sleep(1)
+    def _ready_unless_failed(self) -> bool:
+        """`ready`; raise ServerError if TorchServe ended or could not load the model."""
+        if self.ready():
+            return True
+        text = self.log.read_text(errors="replace")
+        failed = any(sign in text for sign in _LOAD_FAILED)
+        if failed:
+            self._wait_for_complete_log()
+        if self.process.poll() is not None:
+            raise ServerError(f"TorchServe ended while starting. {self.log_end()}")
+        if failed:
+            raise ServerError(f"the worker could not load the model. {self.log_end(60)}")
+        return False
+
+    def _wait_for_complete_log(self) -> None:
+        """Wait until nothing is written for a second: a traceback may be arriving."""
+        sizes = [-1]
+
+        def unchanged() -> bool:
+            sizes.append(self.log.stat().st_size)
+            return sizes[-1] == sizes[-2]
+
+        with suppress(TimeoutError):
+            wait_until(unchanged, timeout=5, interval=1)
 
 
-def _wait_for_end_of(group: int, seconds: float = 5.0) -> None:
-    """Wait until no process of a killed group is left, so that its ports are free again."""
-    deadline = time.monotonic() + seconds
-    with suppress(ProcessLookupError):
-        while time.monotonic() < deadline:
-            os.killpg(group, 0)
-            time.sleep(0.05)
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def port_holder(port: int) -> str | None:
-    """Who listens on a local port, as "name (pid 1)"; None if nobody does."""
+    """Return the program that listens on a local port, as "name (pid 1)"; None if there is none."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -267,8 +287,8 @@ def port_holder(port: int) -> str | None:
             return None
     with suppress(psutil.AccessDenied):
         for connection in psutil.net_connections("tcp"):
-            listening = connection.status == psutil.CONN_LISTEN
-            if listening and connection.laddr.port == port and connection.pid:
+            listening = connection.status == psutil.CONN_LISTEN and connection.laddr
+            if listening and listening.port == port and connection.pid:
                 with suppress(psutil.NoSuchProcess):
                     return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
     return "a process of another user"

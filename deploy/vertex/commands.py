@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from deploy.archive.pack import archive_path
 from deploy.common.cli import app_parser, command
 from deploy.common.paths import MODEL_STORE, UserError, shown
-from deploy.image.build import WEIGHTS_LABEL, how_to_build, image_name, inspect_image, labels_of
+from deploy.image.lookup import WEIGHTS_LABEL, how_to_build, image_name, inspect_image, labels_of
 from deploy.image.push import push_image
 from deploy.torchserve.client import server_sent_events
 from deploy.vertex.config import CONFIG, Settings, load_settings

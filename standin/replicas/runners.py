@@ -242,15 +242,15 @@ class TorchServe:
         )
         self._server.log = self.log
         self._starting = asyncio.create_task(asyncio.to_thread(self._server.start))
-        while self._server.process is None and not self._starting.done():
+        while not self._server.started and not self._starting.done():
             await asyncio.sleep(0.05)
-        if self._server.process is not None:
+        if self._server.started:
             self.plan.ledger.add(self._server.process.pid)
 
     def exit_code(self) -> int | None:
         if self._starting.done() and self._starting.exception() is not None:
             return 1
-        return self._server.process.poll() if self._server.process else None
+        return self._server.process.poll() if self._server.started else None
 
     async def reachable(self) -> bool:
         return await asyncio.to_thread(can_connect, self.port)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from deploy.common.paths import UserError
-from deploy.image.build import WEIGHTS_LABEL, image_name
+from deploy.image.lookup import WEIGHTS_LABEL, image_name
 from deploy.image.runtime import container_runtime
 from deploy.vertex.commands import push
 from deploy.vertex.config import load_settings

@@ -7,7 +7,6 @@ import psutil
 import pytest
 
 from deploy.torchserve.client import predict, stream
-from deploy.torchserve.server import OMELETTE
 
 PROMPT = "Write the names of three colours:"
 
@@ -24,13 +23,13 @@ def ask(server, *instances, **parameters):
     ]
 
 
-def test_the_originals_request(server):
-    reply = httpx.post(server.url, json=OMELETTE, timeout=60)
+def test_request_of_the_2023_project(server):
+    prompt = "How to prepare a spanish omelette:"
+    reply = httpx.post(server.url, json={"instances": [prompt]}, timeout=60)
     assert reply.status_code == 200
     assert reply.headers["content-type"] == "application/json"
     assert list(reply.json()) == ["predictions"]
     (prediction,) = reply.json()["predictions"]
-    prompt = OMELETTE["instances"][0]
     assert prediction.startswith(prompt) and len(prediction) > len(prompt) + 20
     assert reply.headers["x-prompt-tokens"] == "10"
     assert reply.headers["x-completion-tokens"] == "50"

@@ -277,13 +277,13 @@ def test_no_tokenizer_at_all(tiny_llama: Path, tmp_path: Path):
     ("arguments", "message"),
     [
         (["a b"], "APP=a b: use letters, digits and . _ - only"),
-        (["a", "--engine", "vllm"], "'vllm' (choose from 'openvino', 'transformers')"),
-        (["a", "--format", "rar"], "'rar' (choose from 'no-archive', 'zip-store', 'default')"),
+        (["a", "--engine", "vllm"], "'vllm' is not one of 'openvino', 'transformers'"),
+        (["a", "--format", "rar"], "'rar' is not one of 'no-archive', 'zip-store', 'default'"),
+        (["a", "--port", "7080"], "No such option '--port'"),
     ],
 )
-def test_a_wrong_argument_is_one_line(arguments, message, capsys):
-    """What `make archive APP=... ENGINE=... FORMAT=...` prints: no usage before it."""
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
+def test_usage_error_is_one_line(arguments, message, capsys):
+    """`make archive APP=... ENGINE=... FORMAT=...` prints no usage."""
+    assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: argument ") and message in error and error.count("\n") == 1
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1

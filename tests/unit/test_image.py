@@ -13,7 +13,8 @@ import yaml
 from deploy.common.paths import ROOT, UserError
 from deploy.image import report as image_report
 from deploy.image.__main__ import main
-from deploy.image.build import DOCKERFILE, MADE, TARGETS, how_to_build, labels_of
+from deploy.image.build import DOCKERFILE, TARGETS
+from deploy.image.lookup import TAGS, how_to_build, labels_of
 from deploy.image.report import PARTS, REST, part_of, table
 from deploy.image.runtime import container_runtime
 from deploy.torchserve import launch
@@ -78,10 +79,19 @@ def test_without_an_image_it_says_how_to_build_one(
     assert capsys.readouterr().err == expected
 
 
+@pytest.mark.parametrize(
+    "arguments", [["stop", "--tag=dev"], ["build", "--port=7080"], ["run", "--shape-only"]]
+)
+def test_rejects_option_of_another_command(arguments, capsys):
+    command, option = arguments
+    assert main([command, "gpt2", option]) == 2
+    name = option.partition("=")[0]
+    assert f"error: No such option '{name}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("port", ["0", "80", "70000", "-1", "abc", ""])
-def test_an_impossible_port_is_refused_as_by_make_serve(port, capsys):
-    with pytest.raises(SystemExit):
-        main(["run", "gpt2", f"--port={port}"])
+def test_rejects_impossible_port(port, capsys):
+    assert main(["run", "gpt2", f"--port={port}"]) == 2
     assert f"PORT={port}: use a number from 1024 to 65531" in capsys.readouterr().err
 
 
@@ -96,7 +106,7 @@ def test_an_image_without_labels(config):
 
 def test_the_makefile_has_a_target_for_each_tag_that_is_named():
     makefile = (ROOT / "Makefile").read_text()
-    assert all(f"\nbuild-{tag}: " in makefile for tag in MADE)
+    assert all(f"\nbuild-{tag}: " in makefile for tag in TAGS)
 
 
 @pytest.mark.parametrize(

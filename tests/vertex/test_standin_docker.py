@@ -16,7 +16,8 @@ import pytest
 from google.api_core import exceptions
 
 from deploy.common.paths import ROOT
-from deploy.image.build import build_image, image_name
+from deploy.image.build import build_image
+from deploy.image.lookup import image_name
 from deploy.image.runtime import container_runtime
 from standin.local import Standin
 from tests.vertex.gapic import Client

@@ -1,0 +1,18 @@
+"""Options shared by the commands that make archives."""
+
+from typing import Annotated
+
+import click
+import typer
+
+from deploy.archive.pack import FORMATS
+
+ENGINES = ("openvino", "transformers")
+
+Format = Annotated[
+    str, typer.Option(click_type=click.Choice(FORMATS), help="A directory or a .mar file.")
+]
+Engine = Annotated[
+    str | None,
+    typer.Option(click_type=click.Choice(ENGINES), help="Instead of the engine the app names."),
+]
