@@ -14,7 +14,9 @@ A document marks what is generated with HTML comments, which readers do not see:
 Markers inside code blocks and code spans are left alone.
 """
 
+import functools
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +29,18 @@ from benchmarks.report.values import value
 from deploy.common import cli
 from deploy.common.paths import ROOT, UserError, shown
 
-BLOCKS: dict[str, Callable[[], str]] = {name: lambda name=name: table(name) for name in TABLES}
+
+def make_help() -> str:
+    """Show the targets as `make help` prints them."""
+    command = ["make", "--no-print-directory", "help"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return f"```console\n$ make help\n{output}```"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    **{name: functools.partial(table, name) for name in TABLES},
+    "make-help": make_help,
+}
 """Name of a block -> the function that writes it."""
 
 MARKED = re.compile(
@@ -60,7 +73,7 @@ def generate(text: str) -> str:
         if not match["end"]:
             raise UserError(f"{marker} has no <!-- end -->")
         if kind == "value":
-            if text[: match.start()].endswith("\n"):
+            if re.fullmatch(r"\s*([-*>]\s+)*", text[: match.start()].rpartition("\n")[2]):
                 raise UserError(f"{marker} begins a line, which Markdown would read as HTML")
             return f"{marker}{value(name)}<!-- end -->"
         if name not in BLOCKS:

@@ -127,8 +127,8 @@ DOLLY = "large/engines/openvino int8"
 SMALL_GPU, LARGE_GPU = "gpu/systems/smollm2 gpu", "gpu/systems/dolly gpu"
 
 VALUES: dict[str, Callable[[], str]] = {
-    "serving.speedup_baseline_1": lambda: f"{speedup('ours int8', 'baseline', 1):.0f}",
-    "serving.speedup_baseline_8": lambda: f"{speedup('ours int8', 'baseline', 8):.0f}",
+    "serving.speedup_1_client": lambda: f"{speedup('ours int8', 'baseline', 1):.0f}",
+    "serving.speedup_8_clients": lambda: f"{speedup('ours int8', 'baseline', 8):.0f}",
     "serving.to_vllm_1": lambda: f"{speedup('ours int8', 'vllm', 1):.1f}",
     "serving.to_vllm_8": lambda: f"{speedup('ours int8', 'vllm', 8):.1f}",
     "serving.to_vllm_32": lambda: f"{speedup('ours int8', 'vllm', 32):.2f}",
@@ -159,17 +159,17 @@ VALUES: dict[str, Callable[[], str]] = {
     "large.int8_speedup_1": lambda: (
         f"{at(f'{DOLLY}/{SPEED} 1') / at(f'large/engines/transformers bfloat16/{SPEED} 1'):.1f}"
     ),
-    "large.export_gb": lambda: f"{at('large/exports/openvino int8/peak_memory_gb'):.0f}",
-    "large.serving_gb": lambda: f"{at(f'{DOLLY}/peak_memory_gb'):.0f}",
+    "large.export_memory_gb": lambda: f"{at('large/exports/openvino int8/peak_memory_gb'):.0f}",
+    "large.int8_peak_memory_gb": lambda: f"{at(f'{DOLLY}/peak_memory_gb'):.0f}",
     "roofline.context_microseconds": lambda: f"{1e6 * at('roofline/context_seconds'):.1f}",
     "roofline.context_reading_microseconds": lambda: (
         f"{2e6 * CACHE / at('roofline/machine/bytes_per_second'):.1f}"
     ),
     "roofline.bandwidth_gb": lambda: f"{at('roofline/machine/bytes_per_second') / 1e9:.0f}",
     "roofline.cache_kb_per_token": lambda: f"{2 * CACHE / 1000:.1f}",
-    "quality.int8_percent": lambda: f"{perplexity_change('int8'):.1f}",
+    "quality.int8_perplexity_percent": lambda: f"{perplexity_change('int8'):.2f}",
     "quality.int8_weights_percent": lambda: (
-        f"{perplexity_change('int8, dynamic quantization off'):.1f}"
+        f"{perplexity_change('int8, dynamic quantization off'):.2f}"
     ),
     "quality.int8_other_choice_percent": lambda: (
         f"{100 * (1 - at('quality/rows/int8/same_choice')):.0f}"
@@ -195,7 +195,9 @@ VALUES: dict[str, Callable[[], str]] = {
     "gpu.small_kernels_to_reading_1": lambda: f"{kernels_to_reading('smollm2', 1):.0f}",
     "gpu.large_kernels_to_reading_1": lambda: f"{kernels_to_reading('dolly', 1):.1f}",
     "gpu.large_kernels_to_reading_32": lambda: f"{kernels_to_reading('dolly', 32):.0f}",
-    "image.lean_mb": lambda: f"{at('image/cpu-lean/bytes_without_weights') / 1e6:.0f}",
+    "image.lean_gb": lambda: f"{at('image/cpu-lean/bytes_without_weights') / 1e9:.2f}",
+    "image.torchserve_gb": lambda: value("experiments.torchserve_image_gb"),
+    "image.torchserve_gpu_gb": lambda: value("experiments.torchserve_gpu_image_gb"),
     "image.lean_with_weights_mb": lambda: f"{image_bytes('cpu-lean') / 1e6:.0f}",
     "image.cpu_with_weights_mb": lambda: f"{image_bytes('cpu') / 1e6:.0f}",
     "image.java_mb": lambda: f"{at('image/cpu-lean/bytes/Java') / 1e6:.0f}",

@@ -124,4 +124,4 @@ def test_a_number_in_the_prose(planted):
     notebook.cells[2].source = "It answers after 34 ms."
     nbformat.write(notebook, path)
     with pytest.raises(AssertionError):
-        policy.test_no_measured_number_is_typed_into_prose(path)
+        policy.test_chapters_print_what_they_measure(path)
