@@ -1,47 +1,60 @@
 """Run the local Vertex AI until Ctrl-C.
 
-    python -m standin [--scale 0.01] [--seed 0] [--folder build/vertex] [--runner process]
-
-Prints the lines that lead the SDK, gcloud and curl in another terminal to it.
+Prints the lines that direct the SDK, gcloud and curl in another terminal to it.
 """
 
-import argparse
 import shlex
 import signal
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
-from deploy.common.cli import command
+import typer
+
+from deploy.common import cli
 from deploy.common.paths import UserError
 from standin.local import Standin
 
+app = cli.app(__doc__)
 
-@command
-def main(arguments: list[str] | None) -> None:
-    """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m standin", description="local Vertex AI")
-    parser.add_argument("--scale", type=float, default=0.05, help="of the platform's durations")
-    parser.add_argument("--limit-scale", type=float, help="of time limits (default: 0.1 at least)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="keep keys and logs here")
-    parser.add_argument("--runner", choices=("docker", "process"))
-    parser.add_argument("--region", default="europe-west4")
-    parser.add_argument("--port", type=int, default=0, help="of the proxy door")
-    options = vars(parser.parse_args(arguments))
-    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell may have told us to ignore Ctrl-C
+
+@app.command()
+def run(
+    scale: Annotated[float, typer.Option(help="Factor for the platform's own durations.")] = 0.05,
+    limit_scale: Annotated[
+        float | None, typer.Option(help="Factor for time limits; SCALE, but at least 0.1.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of identifiers and of the traffic split.")] = 0,
+    folder: Annotated[Path | None, typer.Option(help="Keep keys and logs here.")] = None,
+    runner: Annotated[
+        Literal["docker", "process"] | None,
+        typer.Option(help="What runs models; docker if it is installed."),
+    ] = None,
+    region: Annotated[str, typer.Option(help="Region in the printed lines.")] = "europe-west4",
+    port: Annotated[int, typer.Option(help="The proxy's port; 0 for any free one.")] = 0,
+) -> None:
+    """Run the local Vertex AI until Ctrl-C; print the lines that direct clients to it."""
+    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell may have set Ctrl-C to be ignored
         signal.signal(stop, signal.default_int_handler)
-    standin = Standin(options.pop("scale"), options.pop("seed"), options.pop("runner"), **options)
+    standin = Standin(
+        scale, seed, runner, limit_scale=limit_scale, region=region, folder=folder, port=port
+    )
     with standin:
         for name, value in standin.environment.items():
             print(f"export {name}={shlex.quote(value)}")
-        print("# paste these lines into another terminal; there, deploy as ever")
+        print("# paste these lines into another terminal and deploy there as usual")
         print(
             f"# running ({standin.runner}); Ctrl-C stops it and everything it started", flush=True
         )
-        code = standin._process.wait()
+        code = standin.wait()
         log = standin.folder / "standin.log"
         text = log.read_text(errors="replace") if log.exists() else ""
         raise UserError(f"the stand-in ended with code {code}\n{text}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line."""
+    return cli.run(app, "standin", arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Errors in Google's shape, for both doors.
+"""Errors in Google's shape, for REST and gRPC.
 
 Source of the pairs: https://github.com/googleapis/googleapis/blob/master/google/rpc/code.proto
 """
@@ -28,11 +28,11 @@ STATUS_OF_HTTP = {code: status for status, code in HTTP.items() if status != "FA
 
 
 class ApiError(Exception):
-    """What a client gets instead of an answer.
+    """An error that the client gets as the response.
 
     Args:
         status: a key of `HTTP`.
-        message: what to tell.
+        message: the text for the client.
     """
 
     def __init__(self, status: str, message: str) -> None:
@@ -48,23 +48,23 @@ class ApiError(Exception):
         return grpc.StatusCode[self.status]
 
     def body(self) -> dict[str, Any]:
-        """The body of a REST reply."""
+        """Return the body of a REST response."""
         return {"error": {"code": self.http, "message": self.message, "status": self.status}}
 
     def operation(self) -> status_pb2.Status:
-        """The `error` of a long-running operation."""
+        """Return the `error` of a long-running operation."""
         return status_pb2.Status(code=self.grpc.value[0], message=self.message)
 
 
 def invalid(field: str, message: str) -> ApiError:
-    """A request's field that Vertex AI refuses, in the words it lists such errors with."""
+    """Make the error for a field that Vertex AI rejects, in its own wording."""
     return ApiError(
         "INVALID_ARGUMENT", f"List of found errors: 1.Field: {field}; Message: {message}"
     )
 
 
 def denied(permission: str, resource: str) -> ApiError:
-    """What IAM answers, for a missing permission and for somebody else's project alike."""
+    """Make IAM's error for a missing permission; another project's resource gets the same."""
     return ApiError(
         "PERMISSION_DENIED",
         f"Permission '{permission}' denied on resource "

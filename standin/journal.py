@@ -1,4 +1,4 @@
-"""What was asked of a stand-in and what it did, as lines of JSON in its folder."""
+"""The requests to a stand-in and its own events, as lines of JSON in its folder."""
 
 import json
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Journal:
-    """Appends to calls.jsonl and events.jsonl; `read` gives them back."""
+    """Appends to calls.jsonl and events.jsonl; `read` reads them."""
 
     def __init__(self, folder: Path) -> None:
         self._files = {
@@ -17,7 +17,7 @@ class Journal:
     def call(
         self, began: float, transport: str, method: str, path: str, status: str, **more: Any
     ) -> None:
-        """One request that was answered."""
+        """Write down one answered request."""
         self._write(
             "calls",
             time=began,
@@ -29,7 +29,7 @@ class Journal:
         )
 
     def event(self, event: str, **details: Any) -> None:
-        """Something the platform did by itself."""
+        """Write down something the platform did without a request."""
         self._write("events", time=time.time(), event=event, **details)
 
     def _write(self, kind: str, **line: Any) -> None:
@@ -37,7 +37,7 @@ class Journal:
 
 
 def read(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The complete lines of "calls" or "events", oldest first."""
+    """Return the complete lines of "calls" or "events", oldest first."""
     path = folder / f"{kind}.jsonl"
     text = path.read_text() if path.exists() else ""
     lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

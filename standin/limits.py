@@ -1,4 +1,25 @@
-"""The platform's limits and durations, each with its source. Times are seconds, sizes bytes."""
+"""The platform's limits and durations, each with its source. Times are in seconds, sizes in bytes.
+
+The deployer has its own tables: a stand-in that shared them could not find a mistake in them.
+"""
+
+REGIONS = frozenset(
+    """
+    africa-south1
+    asia-east1 asia-east2 asia-northeast1 asia-northeast2 asia-northeast3 asia-south1 asia-south2
+    asia-southeast1 asia-southeast2
+    australia-southeast1 australia-southeast2
+    europe-central2 europe-north1 europe-north2 europe-southwest1 europe-west1 europe-west2
+    europe-west3 europe-west4 europe-west6 europe-west8 europe-west9 europe-west12
+    me-central1 me-central2 me-west1
+    northamerica-northeast1 northamerica-northeast2
+    southamerica-east1 southamerica-west1
+    us-central1 us-east1 us-east4 us-east5 us-east7 us-south1 us-west1 us-west2 us-west3 us-west4
+    us-west8
+    """.split()  # noqa: SIM905 - 42 lines as a list
+)
+"""`SUPPORTED_REGIONS` of the SDK without "global"; a test compares them. Importing them would take
+seconds."""
 
 QUOTA_NAMES = {
     "NVIDIA_TESLA_T4": "custom_model_serving_nvidia_t4_gpus",
@@ -10,8 +31,7 @@ QUOTA_NAMES = {
     "NVIDIA_A100_80GB": "custom_model_serving_nvidia_a100_80gb_gpus",
     "NVIDIA_H100_80GB": "custom_model_serving_nvidia_h100_gpus",
 }
-"""Accelerator -> the quota that its replicas take. Source: gcloud 528, model_garden_utils.py. The
-deployer has its own table: a stand-in that shared it could not find a mistake in it."""
+"""Accelerator -> the quota that its replicas use. Source: gcloud 528, model_garden_utils.py."""
 
 SHARED_BYTES = 1_572_864
 """1.5 MB. https://cloud.google.com/vertex-ai/docs/quotas#request_quotas"""
@@ -19,10 +39,10 @@ SHARED_SECONDS = 60.0
 DEDICATED_BYTES = 10 * 1024 * 1024
 """https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type"""
 DEDICATED_SECONDS = 600.0
-DEDICATED_MOST_SECONDS = 3600.0
+DEDICATED_MAX_SECONDS = 3600.0
 DEPLOYMENT_SECONDS = 1800.0
 """Without `deploymentTimeout`. Our guess: the reference names no default."""
-DEPLOYMENT_MOST_SECONDS = 7200.0
+DEPLOYMENT_MAX_SECONDS = 7200.0
 SHM_MB = 64
 """Docker's and Kubernetes's default for /dev/shm; for Vertex AI it is our guess."""
 
@@ -33,7 +53,7 @@ FAILURES = 4
 """Probes in a row. https://cloud.google.com/vertex-ai/docs/predictions/custom-container-requirements
 (liveness: 4 attempts, 10 s apart, then a restart; health: 4 failures take a replica out)."""
 CRASHES = 3
-"""Starts of a container that ended by itself before the deployment fails. Our guess."""
+"""Exits of a container after which the deployment fails. Our guess."""
 
 DURATIONS = {
     "UploadModel": 60.0,
@@ -45,8 +65,8 @@ DURATIONS = {
     "DeleteModelVersion": 5.0,
     "DeleteEndpoint": 5.0,
 }
-"""How long the platform itself takes, without what the container takes. Our guess, from experience
-that others published: minutes to deploy, about one to upload."""
+"""The platform's own time, without the container's. Our guess, from published reports: minutes for
+a deployment, about one minute for an upload."""
 
 CPU_FAMILIES = ("n1-", "n2-", "n2d-", "e2-", "c2-", "c2d-", "c3-")
 N1_GPUS = ("NVIDIA_TESLA_T4", "NVIDIA_TESLA_V100", "NVIDIA_TESLA_P100", "NVIDIA_TESLA_P4")
@@ -60,7 +80,7 @@ GPU_MACHINES = {
     **{f"a2-ultragpu-{n}g": ("NVIDIA_A100_80GB", n) for n in (1, 2, 4, 8)},
     **{f"a3-highgpu-{n}g": ("NVIDIA_H100_80GB", n) for n in (1, 2, 4, 8)},
 }
-"""Machine type -> the one accelerator it has, and how many.
+"""Machine type -> its accelerator and their number.
 https://cloud.google.com/vertex-ai/docs/predictions/configure-compute"""
 
 QUOTAS = {
@@ -69,28 +89,28 @@ QUOTAS = {
     "custom_model_serving_nvidia_l4_gpus": 2,
     "custom_model_serving_nvidia_h100_gpus": 0,
 }
-"""Per region; what is not listed is 0. A new project's, roughly; yours are at
+"""Per region; a metric that is not listed is 0. Roughly a new project's; find yours at
 https://console.cloud.google.com/iam-admin/quotas. The names are real."""
 
 
 def machine_problem(machine: str, accelerator: str, count: int) -> str | None:
-    """Why a machine cannot be had with an accelerator; None if it can.
+    """Return why a machine type does not go with an accelerator; None if it does.
 
     Args:
-        machine: such as n1-standard-4.
+        machine: the machine type, such as n1-standard-4.
         accelerator: a name of the API's `AcceleratorType`, or "".
-        count: of accelerators.
+        count: the number of accelerators.
     """
     if not machine:
         return "machine_type is required."
     if bool(accelerator) != bool(count):
         return "accelerator_type and accelerator_count go together."
     if machine in GPU_MACHINES:
-        needed, number = GPU_MACHINES[machine]
-        if (accelerator, count) != (needed, number):
+        needed, needed_count = GPU_MACHINES[machine]
+        if (accelerator, count) != (needed, needed_count):
             return (
                 f'Machine type "{machine}" needs accelerator_type {needed} and accelerator_count '
-                f"{number}, not {accelerator or 'none'} and {count}."
+                f"{needed_count}, not {accelerator or 'none'} and {count}."
             )
         return None
     if not machine.startswith(CPU_FAMILIES):
@@ -101,7 +121,7 @@ def machine_problem(machine: str, accelerator: str, count: int) -> str | None:
 
 
 def usage(machine: str, accelerator: str, count: int, replicas: int) -> dict[str, int]:
-    """Quota metric -> how much of it some replicas take."""
+    """Return quota metric -> amount that the replicas use."""
     if accelerator:
         return {QUOTA_NAMES.get(accelerator, accelerator): count * replicas}
     cpus = machine.rsplit("-", 1)[-1]
@@ -109,5 +129,5 @@ def usage(machine: str, accelerator: str, count: int, replicas: int) -> dict[str
 
 
 def over_quota(used: dict[str, int]) -> list[str]:
-    """The metrics a region's deployments would exceed."""
+    """Return the metrics whose quota is exceeded."""
     return [metric for metric, amount in used.items() if amount > QUOTAS.get(metric, 0)]

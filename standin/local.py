@@ -5,8 +5,8 @@
     with Standin(scale=0.01, limit_scale=0.1) as standin:
         aiplatform.init(project=standin.project, location=standin.region)   # code unchanged
 
-It runs in a process of its own. Start it before the SDK's first call: gRPC reads the certificates
-when it opens its first connection.
+It runs in another process. Start it before the SDK's first call: gRPC reads the certificates when
+it opens its first connection.
 """
 
 import atexit
@@ -29,20 +29,25 @@ from deploy.image.runtime import container_runtime
 from standin import journal
 from standin.settings import PROJECT_NUMBER, READY, write_private
 
+START_SECONDS = 120.0
+STOP_SECONDS = 60.0
+"""For a busy machine; usually it takes one or two seconds."""
+
 
 class Standin:
-    """One stand-in, and the environment that leads clients to it.
+    """One stand-in, and the environment variables that direct clients to it.
 
     Args:
-        scale: what the platform's own durations and probe periods are multiplied by.
-        limit_scale: what time limits of requests (60 s, 600 s) and of deployments are multiplied
-            by. Models run at real speed, so the default is `scale`, but at least 0.1.
+        scale: factor for the platform's own durations and probe periods.
+        limit_scale: factor for time limits of requests (60 s, 600 s) and of deployments. Models run
+            at real speed, so the default is `scale`, but at least 0.1.
         seed: of identifiers and of the choice between models that share traffic.
-        runner: "docker", "process", or None for Docker where it and docker-registry are.
+        runner: "docker" or "process"; None for "docker" if Docker and docker-registry are
+            installed.
         project: the project's ID.
-        region: the region the environment names.
-        folder: where keys, logs and journals go; None for a temporary one, removed at the end.
-        port: of the proxy door; 0 for any that is free.
+        region: the region in the environment variables.
+        folder: where keys, logs and journals go; None for a temporary folder, removed at the end.
+        port: the proxy's port; 0 for any free one.
     """
 
     def __init__(
@@ -59,18 +64,18 @@ class Standin:
     ) -> None:
         self.scale, self.seed = scale, seed
         self.limit_scale = max(scale, 0.1) if limit_scale is None else limit_scale
-        self.project, self.region, self.number = project, region, PROJECT_NUMBER
+        self.project, self.region, self.project_number = project, region, PROJECT_NUMBER
         self.environment: dict[str, str] = {}
         self.runner = choose_runner(runner)
         self._given, self._port = folder, port
-        self._process: subprocess.Popen | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._before: dict[str, str | None] = {}
 
     def start(self) -> "Standin":
-        """Start it and point this process's environment at it.
+        """Start the stand-in and set this process's environment variables.
 
         Raises:
-            UserError: it did not start; the message has what it wrote.
+            UserError: it did not start; the message has its output.
         """
         given = self._given
         self.folder = Path(given or tempfile.mkdtemp(prefix="standin-")).resolve()
@@ -85,7 +90,7 @@ class Standin:
             "project": self.project,
             "region": self.region,
         }
-        command = [sys.executable, "-m", "standin.child", json.dumps(options)]
+        command = [sys.executable, "-m", "standin.program", json.dumps(options)]
         command += [str(self.folder), "keep" if given else "remove", str(self._port)]
         for name, pem in zip(("ca.pem", "ca.key"), _authority(), strict=True):
             write_private(self.folder / name, pem)
@@ -94,24 +99,25 @@ class Standin:
             self._process = subprocess.Popen(
                 command,
                 cwd=ROOT,
-                stdin=subprocess.PIPE,  # closed when we end, however that happens
+                stdin=subprocess.PIPE,  # closed when this process ends, even if it is killed
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         atexit.register(self.stop)
-        deadline = time.monotonic() + 120
-        while not (self.folder / READY).exists():
-            if self._process.poll() is not None or time.monotonic() > deadline:
+        process, ready = self._process, self.folder / READY
+        deadline = time.monotonic() + START_SECONDS
+        while not ready.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
                 text = log.read_text(errors="replace")
                 self.stop()
                 raise UserError(f"the stand-in did not start:\n{text}")
-            time.sleep(0.05)
-        self._set_environment(json.loads((self.folder / READY).read_text()))
+            time.sleep(0.02)
+        self._set_environment(json.loads(ready.read_text()))
         return self
 
     def stop(self) -> None:
-        """Stop it and all it started; put the environment back. Safe to call twice."""
+        """Stop the stand-in and all its replicas; restore the environment. Safe to call twice."""
         for name, value in self._before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -120,9 +126,10 @@ class Standin:
         self._before = {}
         if self._process is not None:
             self._process.terminate()
-            self._process.stdin.close()
+            if self._process.stdin:
+                self._process.stdin.close()
             try:
-                self._process.wait(60)
+                self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
@@ -130,29 +137,41 @@ class Standin:
         atexit.unregister(self.stop)
 
     def calls(self) -> list[dict[str, Any]]:
-        """Every request so far, oldest first: time, transport ("rest" or "grpc"), method, path,
-        status, host, seconds.
+        """Return all requests so far, oldest first.
+
+        Keys: time, transport ("rest" or "grpc"), method, path, status, host, seconds.
         """
         return journal.read(self.folder, "calls")
 
     def events(self) -> list[dict[str, Any]]:
-        """What the platform did, oldest first: time, event, and what it was about."""
+        """Return the platform's events, oldest first: time, event, and the resource or replica."""
         return journal.read(self.folder, "events")
 
     def logs(self, deployed_model: str) -> str:
-        """What a deployed model's containers wrote."""
+        """Return the output of a deployed model's containers."""
         files = sorted((self.folder / "logs").glob(f"{deployed_model}-*.log"))
         return "\n".join(path.read_text(errors="replace") for path in files)
 
     def add_image(self, name: str) -> str:
-        """Without Docker: let there be an image that is started by the model's command alone.
+        """Add an image for models that have a command; without Docker only.
 
         Returns:
-            Its address in Artifact Registry.
+            The image's address in Artifact Registry.
         """
         with (self.folder / "images.txt").open("a") as file:
             file.write(f"{name}\n")
         return f"{self.region}-docker.pkg.dev/{self.project}/serving/{name}:latest"
+
+    def wait(self) -> int:
+        """Wait until the stand-in ends by itself; return its exit code."""
+        if self._process is None:
+            raise UserError("the stand-in is not running; call `start()` first")
+        return self._process.wait()
+
+    @property
+    def pid(self) -> int | None:
+        """Process ID of the stand-in; None if it is not running."""
+        return self._process.pid if self._process else None
 
     def __enter__(self) -> "Standin":
         return self.start()
@@ -165,8 +184,8 @@ class Standin:
     ) -> None:
         self.stop()
 
-    def _set_environment(self, doors: dict[str, Any]) -> None:
-        self.environment = environment(self, doors)
+    def _set_environment(self, ports: dict[str, Any]) -> None:
+        self.environment = environment(self, ports)
         for name, value in self.environment.items():
             self._before[name] = os.environ.get(name)
             os.environ[name] = value
@@ -174,16 +193,17 @@ class Standin:
 
 @functools.cache
 def _authority() -> tuple[str, str]:
-    """A throwaway certificate authority, the same for all stand-ins of one process: gRPC reads the
-    certificates it trusts once, and a notebook may start a second stand-in.
+    """Make a temporary certificate authority, the same for all stand-ins of one process.
+
+    gRPC reads its trusted certificates once, and a notebook may start a second stand-in.
     """
     authority = trustme.CA()
     return authority.cert_pem.bytes().decode(), authority.private_key_pem.bytes().decode()
 
 
-def environment(standin: Standin, doors: dict[str, Any]) -> dict[str, str]:
-    """The variables that lead the SDK, gcloud, curl and Docker to a stand-in."""
-    folder, port = standin.folder, doors["proxy"]
+def environment(standin: Standin, ports: dict[str, Any]) -> dict[str, str]:
+    """Return the variables that direct the SDK, gcloud, curl and Docker to a stand-in."""
+    folder, port = standin.folder, ports["proxy"]
     proxy, authority = f"http://127.0.0.1:{port}", str(folder / "ca.pem")
     local = "127.0.0.1,localhost,::1"
     result = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"), proxy)
@@ -216,22 +236,22 @@ def environment(standin: Standin, doors: dict[str, Any]) -> dict[str, str]:
         "CLOUDSDK_PROXY_PORT": str(port),
         "VERTEX_STANDIN": str(folder),
     }
-    if "registry" in doors:
-        result["VERTEX_REGISTRY"] = doors["registry"]
+    if "registry" in ports:
+        result["VERTEX_REGISTRY"] = ports["registry"]
     return result
 
 
-def choose_runner(asked: str | None) -> str:
-    """Choose "docker" where there are Docker and docker-registry, else "process".
+def choose_runner(wanted: str | None) -> str:
+    """Choose "docker" if Docker and docker-registry are installed, else "process".
 
     Args:
-        asked: one of the two, to insist on it.
+        wanted: "docker" or "process" to require it; None to choose.
 
     Raises:
-        UserError: Docker was asked for and cannot be had.
+        UserError: Docker is required and not available.
     """
-    if asked == "process":
-        return asked
+    if wanted == "process":
+        return wanted
     try:
         container_runtime()
         if not shutil.which("docker-registry"):
@@ -239,7 +259,7 @@ def choose_runner(asked: str | None) -> str:
                 "docker-registry is not installed (Debian: apt install docker-registry)"
             )
     except UserError as error:
-        if asked == "docker":
+        if wanted == "docker":
             raise
         print(f"models run as processes: {error}", file=sys.stderr)
         return "process"

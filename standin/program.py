@@ -1,4 +1,9 @@
-"""The stand-in's own process: opens the doors, says where they are, waits, closes everything."""
+"""The stand-in's own process: start the servers, write their ports, wait, stop everything.
+
+    python -m standin.program SETTINGS FOLDER keep|remove PORT
+
+`Standin` runs it. SETTINGS is JSON; "remove" deletes the folder at the end; PORT is the proxy's.
+"""
 
 import asyncio
 import json
@@ -11,24 +16,24 @@ from pathlib import Path
 
 import trustme
 from aiohttp import web
-from google.cloud.aiplatform.constants.base import SUPPORTED_REGIONS
 
-from standin import leftovers
-from standin.doors import grpc as grpc_door
+from standin.doors import grpc as grpc_server
 from standin.doors import rest
 from standin.doors.dispatch import Api
 from standin.doors.proxy import Proxy
+from standin.limits import REGIONS
+from standin.replicas import leftovers
 from standin.replicas.images import Apps, Registry
-from standin.settings import READY, Settings
+from standin.settings import READY, StandinSettings
 
 
-async def serve(settings: Settings, *, temporary: bool, port: int = 0) -> None:
-    """Run until SIGTERM, SIGINT, or the end of standard input: whoever started us is gone.
+async def serve(settings: StandinSettings, *, temporary: bool, port: int = 0) -> None:
+    """Run until SIGTERM, SIGINT, or the end of standard input: the starting program has ended.
 
     Args:
-        settings: what `Standin` was given.
-        temporary: whether the folder is ours to remove.
-        port: of the proxy door; 0 for any.
+        settings: of this stand-in.
+        temporary: whether to remove the folder at the end.
+        port: the proxy's port; 0 for any free one.
     """
     leftovers.clean()
     ledger = leftovers.Ledger(settings.folder if temporary else None)
@@ -41,18 +46,18 @@ async def serve(settings: Settings, *, temporary: bool, port: int = 0) -> None:
             stack.push_async_callback(images.stop)
             ledger.add(images.pid)
         api = Api(settings, images, ledger)
-        await api.serving.start()
-        stack.push_async_callback(api.serving.stop)
+        await api.deployments.start()
+        stack.push_async_callback(api.deployments.stop)
         stack.push_async_callback(api.operations.stop)
         proxy = Proxy(api.journal)
-        await _open_doors(api, proxy, stack)
-        ports = {"proxy": await proxy.start(port)}
+        await _start_servers(api, proxy, stack)
+        ports: dict[str, int | str] = {"proxy": await proxy.start(port)}
         stack.push_async_callback(proxy.stop)
         if isinstance(images, Registry):
             ports["registry"] = images.address
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        watcher = asyncio.create_task(_end_of_input(stop))
+        for end in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(end, stop.set)
+        watcher = asyncio.create_task(_stop_at_end_of_input(stop))
         stack.callback(watcher.cancel)
         temporary_file = settings.folder / "ready.tmp"
         temporary_file.write_text(json.dumps(ports))
@@ -62,15 +67,15 @@ async def serve(settings: Settings, *, temporary: bool, port: int = 0) -> None:
         shutil.rmtree(settings.folder, ignore_errors=True)
 
 
-async def _open_doors(api: Api, proxy: Proxy, stack: AsyncExitStack) -> None:
-    folder: Path = api.settings.folder
+async def _start_servers(api: Api, proxy: Proxy, stack: AsyncExitStack) -> None:
+    folder = api.settings.folder
     key_file = folder / "ca.key"
     authority = trustme.CA.from_pem((folder / "ca.pem").read_bytes(), key_file.read_bytes())
     key_file.unlink()
-    number = api.settings.number
+    number = api.settings.project_number
     certificate = authority.issue_cert(
         "*.googleapis.com",
-        *(f"*.{region}-{number}.prediction.vertexai.goog" for region in sorted(SUPPORTED_REGIONS)),
+        *(f"*.{region}-{number}.prediction.vertexai.goog" for region in sorted(REGIONS)),
     )
     key = certificate.private_key_pem.bytes()
     chain = b"".join(pem.bytes() for pem in certificate.cert_chain_pems)
@@ -84,12 +89,12 @@ async def _open_doors(api: Api, proxy: Proxy, stack: AsyncExitStack) -> None:
     site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context, shutdown_timeout=1)
     await site.start()
     proxy.rest = runner.addresses[0][1]
-    server, proxy.grpc = await grpc_door.start(api, key, chain, proxy.host_of)
+    server, proxy.grpc = await grpc_server.start(api, key, chain, proxy.host_of)
     stack.push_async_callback(server.stop, 0.5)
 
 
-async def _end_of_input(stop: asyncio.Event) -> None:
-    """Stop when the pipe from whoever started us is closed."""
+async def _stop_at_end_of_input(stop: asyncio.Event) -> None:
+    """Set `stop` when the starting program has closed its pipe, or was killed."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
@@ -97,3 +102,9 @@ async def _end_of_input(stop: asyncio.Event) -> None:
     with suppress(OSError):
         await reader.read()
     stop.set()
+
+
+if __name__ == "__main__":
+    options, folder, at_end, port = sys.argv[1:]
+    settings = StandinSettings(folder=Path(folder), **json.loads(options))
+    asyncio.run(serve(settings, temporary=at_end == "remove", port=int(port)))

@@ -1,28 +1,29 @@
-"""What one stand-in is set to, and how the platform's times shrink."""
+"""The settings of one stand-in."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 PROJECT_NUMBER = "100000000001"
-"""Vertex AI answers with the project's number in resource names, whatever the request named."""
+"""Vertex AI's responses name the project by its number, even if the request used its ID."""
 
 READY = "ready.json"
-"""In the folder, as soon as the doors are open: where they are."""
+"""File in the folder with the ports; it exists as soon as the stand-in takes requests."""
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One stand-in's settings.
+class StandinSettings:
+    """The settings of one stand-in.
 
     Args:
         folder: where keys, logs and journals go.
-        scale: what the platform's own durations and probe periods are multiplied by.
-        limit_scale: what time limits of requests and deployments are multiplied by. Real models
-            run at real speed, so this is larger.
+        scale: factor for the platform's own durations and probe periods.
+        limit_scale: factor for time limits of requests and deployments. Models run at real speed,
+            so it is larger than `scale`.
         seed: of identifiers and of the choice between models that share traffic.
         runner: "docker" or "process".
         project: the project's ID.
-        region: what the environment names; the stand-in answers for every region of Vertex AI.
+        region: the region in the environment variables; the stand-in answers for every region.
+        project_number: the project's number in resource names.
     """
 
     folder: Path
@@ -32,10 +33,10 @@ class Settings:
     runner: str = "process"
     project: str = "standin-project"
     region: str = "europe-west4"
-    number: str = PROJECT_NUMBER
+    project_number: str = PROJECT_NUMBER
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that nobody else can read."""
+    """Write a file that only its owner can read."""
     path.touch(mode=0o600)
     path.write_text(text)

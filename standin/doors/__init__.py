@@ -1,4 +1,4 @@
-"""How requests enter: the HTTPS proxy, REST, gRPC, and who may call.
+"""How requests enter: the HTTPS proxy, REST and gRPC, URLs, accounts and permissions.
 
-What a method does belongs in `services`.
+Not here: what a method does, which belongs in `services`.
 """

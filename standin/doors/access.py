@@ -1,8 +1,8 @@
-"""Who asks and what they may: throwaway service accounts, their tokens, two roles.
+"""Accounts and permissions: temporary service accounts, their tokens, two roles.
 
 Imitated: the JWT grant of oauth2.googleapis.com (RFC 7523), self-signed JWTs, which the SDK sends
 by default (https://google.aip.dev/auth/4111), and the check of one permission per method. Keys are
-made at the start and live in the stand-in's folder only.
+made at the start and are stored in the stand-in's folder only.
 """
 
 import json
@@ -14,40 +14,42 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from google.auth import exceptions, jwt
 
 from standin.errors import ApiError, denied
-from standin.settings import Settings, write_private
+from standin.settings import StandinSettings, write_private
 
-SECONDS = 3600
+TOKEN_SECONDS = 3600
+"""Google's access tokens expire after an hour."""
+CURL_TOKEN_SECONDS = 10 * 365 * 86_400
 READ_ONLY = (".get", ".list")
-"""What a viewer may: permissions with these ends. Source: roles/aiplatform.viewer in
+"""Endings of the permissions that a viewer has. Source: roles/aiplatform.viewer in
 https://cloud.google.com/vertex-ai/docs/general/access-control"""
 
 
 class Access:
     """The accounts of one stand-in. Files: admin.json, viewer.json, token (for curl and gcloud)."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: StandinSettings) -> None:
         self._keys: dict[str, bytes] = {}
         self._tokens: dict[str, tuple[str, float]] = {}
         for role in ("admin", "viewer"):
             email = f"{role}@{settings.project}.iam.gserviceaccount.com"
             self._keys[email] = _make_account(settings, role, email)
         self.admin = next(iter(self._keys))
-        write_private(settings.folder / "token", self._issue(self.admin, 10 * 365 * 86_400))
+        write_private(settings.folder / "token", self._issue(self.admin, CURL_TOKEN_SECONDS))
 
     def grant(self, assertion: str) -> dict[str, str | int]:
-        """The reply of the token endpoint to a signed assertion.
+        """Return the token endpoint's response to a signed assertion.
 
         Raises:
-            ApiError: no account of ours signed it.
+            ApiError: no account of this stand-in signed the assertion.
         """
-        token = self._issue(self._signer(assertion), SECONDS)
-        return {"access_token": token, "expires_in": SECONDS, "token_type": "Bearer"}
+        token = self._issue(self._signer(assertion), TOKEN_SECONDS)
+        return {"access_token": token, "expires_in": TOKEN_SECONDS, "token_type": "Bearer"}
 
-    def who(self, authorization: str) -> str:
-        """The account an `Authorization` header speaks for.
+    def authenticate(self, authorization: str) -> str:
+        """Return the account of an `Authorization` header.
 
         Raises:
-            ApiError: none does.
+            ApiError: the header names no account of this stand-in.
         """
         kind, _, token = authorization.partition(" ")
         if kind.lower() != "bearer" or not token:
@@ -56,14 +58,14 @@ class Access:
                 "Request is missing required authentication credential. Expected OAuth 2 access "
                 "token, login cookie or other valid authentication credential.",
             )
-        account, until = self._tokens.get(token, ("", 0.0))
-        return account if until > time.time() else self._signer(token)
+        account, expiry = self._tokens.get(token, ("", 0.0))
+        return account if expiry > time.time() else self._signer(token)
 
     def check(self, account: str, permission: str, resource: str) -> None:
-        """Make sure that an account has a permission.
+        """Check that an account has a permission.
 
         Raises:
-            ApiError: it has not.
+            ApiError: the account does not have it.
         """
         if account != self.admin and not permission.endswith(READ_ONLY):
             raise denied(permission, resource)
@@ -87,7 +89,7 @@ class Access:
         return account
 
 
-def _make_account(settings: Settings, role: str, email: str) -> bytes:
+def _make_account(settings: StandinSettings, role: str, email: str) -> bytes:
     """Write a credentials file; return the public key."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
     private = key.private_bytes(

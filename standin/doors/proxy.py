@@ -1,8 +1,8 @@
-"""The proxy door: the only way in, and no way out.
+"""The HTTPS proxy: the only way into the stand-in, and no way out of the machine.
 
-A client that is told to use it (HTTPS_PROXY) connects "to Google" with its code unchanged. The door
-takes CONNECT for Google's names alone and pipes to loopback; anything else is 403, so with the
-stand-in on nothing leaves the machine by way of it.
+Clients that use it (HTTPS_PROXY) connect to Google's host names with their code unchanged. The
+proxy accepts CONNECT for Google's host names only and connects these to the REST or gRPC server on
+loopback. It rejects everything else with 403, so no request leaves the machine through it.
 """
 
 import asyncio
@@ -12,19 +12,14 @@ from contextlib import suppress
 from standin.journal import Journal
 
 _ALLOWED = re.compile(r"(?:[\w-]+\.)+(?:googleapis\.com|prediction\.vertexai\.goog):443")
-_REFUSED = (
+_REJECTED = (
     b"HTTP/1.1 403 Forbidden\r\nContent-Type: text/plain\r\nConnection: close\r\n\r\n"
     b"The stand-in for Vertex AI lets nothing leave this machine.\n"
 )
 
 
 class Proxy:
-    """The listener.
-
-    Args:
-        rest: port of the REST door.
-        grpc: port of the gRPC door.
-    """
+    """The proxy server. Set the ports `rest` and `grpc` before `start`."""
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
@@ -34,13 +29,18 @@ class Proxy:
     async def start(self, port: int = 0) -> int:
         """Listen on loopback; return the port."""
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", port)
-        return self._server.sockets[0].getsockname()[1]
+        listening: int = self._server.sockets[0].getsockname()[1]
+        return listening
 
     async def stop(self) -> None:
         self._server.close()
 
     def host_of(self, port: int) -> str:
-        """The name a piped connection was opened for, by its own port: gRPC does not tell."""
+        """Return the host name that a gRPC connection is for; gRPC does not pass it on.
+
+        Args:
+            port: the connection's port on the proxy's side.
+        """
         return self._hosts.get(port, "")
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -51,7 +51,7 @@ class Proxy:
                 await self._connect(target, reader, writer)
             else:
                 self.journal.event("refused to leave the machine", verb=verb, target=target)
-                writer.write(_REFUSED)
+                writer.write(_REJECTED)
                 await writer.drain()
         writer.close()
 
@@ -68,12 +68,14 @@ class Proxy:
             "127.0.0.1", self.grpc if grpc else self.rest
         )
         port = inner_writer.get_extra_info("sockname")[1]
-        self._hosts[port] = target.removesuffix(":443")
+        if grpc:  # only these: a connection to the REST server may have the same port at that time
+            self._hosts[port] = target.removesuffix(":443")
         try:
             inner_writer.write(hello)
             await asyncio.gather(_pipe(reader, inner_writer), _pipe(inner_reader, writer))
         finally:
-            del self._hosts[port]
+            if grpc:
+                del self._hosts[port]
 
 
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

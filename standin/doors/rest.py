@@ -1,4 +1,4 @@
-"""The REST door: HTTP/1.1 over TLS on loopback, reached through the proxy door."""
+"""The REST server: HTTP/1.1 over TLS on loopback, reached through the proxy."""
 
 import json
 import re
@@ -8,9 +8,10 @@ from typing import Any
 
 from aiohttp import web
 
-from standin import methods
+from standin.doors import methods
 from standin.doors.dispatch import Api, Caller
 from standin.errors import ApiError
+from standin.services.messages import dump
 from standin.services.predictions import RAW, too_large
 
 _PREDICT = re.compile(
@@ -19,11 +20,11 @@ _PREDICT = re.compile(
     r"|(?:/deployedModels/(?P<deployed>[^/]+))?/(?P<invoke>invoke)(?P<path>/.*))"
 )
 _DISCARD = 64 * 1024 * 1024
-"""How much of a body that is too large is still read, so that the client gets to see the error."""
+"""Bytes of a body that are read even if it is too large, so that the client gets the error."""
 
 
 def application(api: Api) -> web.Application:
-    """All of it, as one handler: paths are the API's business, not the router's."""
+    """Make the application: one handler for all paths, because `methods` has the URLs."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
         began = time.time()
@@ -32,22 +33,24 @@ def application(api: Api) -> web.Application:
         name = status = ""
         try:
             name, work = _find(api, request, caller)
-            reply = await work
-            status = "OK" if reply.status < 400 else str(reply.status)
+            response = await work
+            status = "OK" if response.status < 400 else str(response.status)
         except ApiError as error:
             status = error.status
-            reply = web.json_response(error.body(), status=error.http)
+            response = web.json_response(error.body(), status=error.http)
         finally:
             api.log(began, caller, name or f"{request.method} ?", request.path, status or "CUT OFF")
-        return reply
+        return response
 
     app = web.Application(client_max_size=_DISCARD)
     app.router.add_route("*", "/{path:.*}", handle)
     return app
 
 
-def _find(api: Api, request: web.Request, caller: Caller) -> tuple[str, Awaitable]:
-    """The method's name and what will answer."""
+def _find(
+    api: Api, request: web.Request, caller: Caller
+) -> tuple[str, Awaitable[web.StreamResponse]]:
+    """Return the method's name and the coroutine that answers."""
     version, _, path = request.path.removeprefix("/").partition("/")
     if request.host == "oauth2.googleapis.com" and request.path == "/token":
         return "token", _token(api, request)
@@ -58,7 +61,7 @@ def _find(api: Api, request: web.Request, caller: Caller) -> tuple[str, Awaitabl
         if match and request.method == "POST":
             return match["verb"] or "invoke", _predict(api, request, caller, match)
         if found := methods.find(request.method, path):
-            return found[0].name.rsplit("/", 1)[1], _call(api, request, caller, *found)
+            return found[0].short_name, _call(api, request, caller, *found)
     return "", _unknown(request)
 
 
@@ -75,14 +78,14 @@ async def _token(api: Api, request: web.Request) -> web.Response:
 
 
 async def _allowed_locations() -> web.Response:
-    """What google-auth asks before it uses a service account: no restriction."""
+    """Answer google-auth's question before it uses a service account: no restriction."""
     return web.json_response({"locations": [], "encodedLocations": "0x0"})
 
 
 async def _call(
     api: Api, request: web.Request, caller: Caller, method: methods.Method, resource: str
 ) -> web.Response:
-    api.access.who(caller.authorization)  # Google's front end looks at this first
+    api.access.authenticate(caller.authorization)  # Google's front end checks this first
     body: Any = {}
     if text := await request.text():
         try:
@@ -92,44 +95,44 @@ async def _call(
     if text and not method.body:
         raise ApiError("INVALID_ARGUMENT", "Invalid JSON payload received. A body is not allowed.")
     message = methods.read_rest(method, resource, dict(request.query), body)
-    answer = await api.call(method, message, caller)
-    numbers = "enum-encoding=int" in request.query.get("$alt", "")
-    return web.json_response(methods.dump(answer, numbers=numbers))
+    response = await api.call(method, message, caller)
+    enum_numbers = "enum-encoding=int" in request.query.get("$alt", "")
+    return web.json_response(dump(response, enum_numbers=enum_numbers))
 
 
 async def _predict(
-    api: Api, request: web.Request, caller: Caller, match: re.Match
+    api: Api, request: web.Request, caller: Caller, match: re.Match[str]
 ) -> web.StreamResponse:
     verb = match["verb"] or match["invoke"]
-    name = api.admit(caller, match["endpoint"], "aiplatform.endpoints.predict")
-    access = api.predictions.access(name, request.host, verb)
-    body = await _body(request, access.bytes)
+    name = api.authorize(caller, match["endpoint"], "aiplatform.endpoints.predict")
+    limits = api.predictions.limits(name, request.host, verb)
+    body = await _read_body(request, limits.bytes)
     if verb not in RAW:
-        return web.json_response(await api.predictions.predict_json(name, access, body))
+        return web.json_response(await api.predictions.predict_json(name, limits, body))
     upstream = await api.predictions.send(
         name,
-        access,
+        limits,
         body,
         request.headers,
         path=match["path"] or "",
         deployed_model=match["deployed"] or "",
     )
-    headers, status = upstream.headers(), upstream.reply.status
+    headers, status = upstream.headers(), upstream.response.status
     if verb == "rawPredict":
-        data = await api.predictions.read(upstream, access)
+        data = await api.predictions.read(upstream, limits)
         return web.Response(body=data, status=status, headers=headers)
-    reply = web.StreamResponse(status=status, headers=headers)
+    response = web.StreamResponse(status=status, headers=headers)
     try:
-        await reply.prepare(request)
-        async for chunk in upstream.reply.content.iter_any():  # as it comes, nothing held back
-            await reply.write(chunk)
-        await reply.write_eof()
+        await response.prepare(request)
+        async for chunk in upstream.response.content.iter_any():  # without buffering
+            await response.write(chunk)
+        await response.write_eof()
     finally:
-        upstream.reply.close()  # if the client has left, the model server shall know
-    return reply
+        upstream.response.close()  # if the client has left, the model server learns it this way
+    return response
 
 
-async def _body(request: web.Request, limit: int) -> bytes:
+async def _read_body(request: web.Request, limit: int) -> bytes:
     kept, size = [], 0
     async for chunk in request.content.iter_any():
         size += len(chunk)

@@ -1,4 +1,4 @@
-"""Deployed models: images, containers or processes, probes, routing.
+"""Deployed models: images, runners (containers and processes), probes, replicas, clean-up.
 
-The API around them belongs in `services`.
+Not here: the API around them, which belongs in `services`.
 """

@@ -1,25 +1,24 @@
-"""Where images come from: a registry on loopback, or the apps of this repository without Docker.
+"""The source of images: a registry on loopback, or this repository's apps without Docker.
 
-Imitated: an image must be in Artifact Registry, and it is looked at when the model is uploaded, so
-a tag that moves later changes nothing. On the stand-in `REGION-docker.pkg.dev/P/R/NAME:TAG` is
+Imitated: an image must be in Artifact Registry. Its digest is read when the model is uploaded, so a
+tag that moves later changes nothing. On the stand-in `REGION-docker.pkg.dev/P/R/NAME:TAG` is
 `127.0.0.1:PORT/P/R/NAME:TAG`.
 """
 
 import asyncio
 import re
-import socket
 import subprocess
 from abc import ABC, abstractmethod
 from pathlib import Path
 
 import aiohttp
-from google.protobuf.message import Message
 
 from deploy.common.paths import MODEL_STORE
+from deploy.common.ports import can_connect, free_port
 from deploy.image.runtime import container_runtime
 from handler.config import APPS
 from standin.errors import ApiError, invalid
-from standin.settings import Settings
+from standin.settings import StandinSettings
 
 _URI = re.compile(
     r"(?P<region>[a-z0-9-]+)-docker\.pkg\.dev/(?P<path>[^/:@]+/[^/:@]+/[^:@]+?)"
@@ -34,50 +33,54 @@ _ACCEPT = ", ".join(
     )
 )
 _MULTI_REGIONS = ("us", "europe", "asia")
+REGISTRY_SECONDS = 10.0
+"""docker-registry starts in less than a second."""
 
 
 class Images(ABC):
-    """What images there are."""
+    """The images that models can use."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: StandinSettings) -> None:
         self.settings = settings
 
     def check_name(self, uri: str, region: str) -> None:
-        """Make sure that a name may be given to Vertex AI.
+        """Check that an image's name is in Artifact Registry and in the model's region.
 
         Raises:
-            ApiError: it is not in Artifact Registry, or elsewhere.
+            ApiError: the name is of another registry or region.
         """
         match = _URI.fullmatch(uri)
         if not match:
             raise invalid(
-                "model.container_spec.image_uri",
+                "model.container_uri",
                 f"{uri!r} is not an image in Artifact Registry, such as "
                 f"{region}-docker.pkg.dev/PROJECT/REPOSITORY/IMAGE:TAG.",
             )
         if match["region"] not in (region, *_MULTI_REGIONS):
             raise invalid(
-                "model.container_spec.image_uri",
+                "model.container_uri",
                 f"The image is in {match['region']}; it must be in {region}, as the Model is.",
             )
 
     @abstractmethod
-    async def ingest(self, spec: Message) -> str:
-        """What to start later for an image that is named now.
+    async def ingest(self, uri: str) -> str:
+        """Look an image up; return what a runner starts for it.
 
         Raises:
-            ApiError: there is no such image.
+            ApiError: the image does not exist.
         """
 
     def _parts(self, uri: str) -> tuple[str, str]:
         match = _URI.fullmatch(uri)
+        if match is None:
+            raise self._missing(uri)
         return match["path"], match["digest"] or match["tag"] or "latest"
 
     def _missing(self, uri: str, why: str = "") -> ApiError:
         return ApiError(
             "NOT_FOUND",
-            f"Image {uri!r} is not found{why}, or the Vertex AI Service Agent "
-            f"service-{self.settings.number}@gcp-sa-aiplatform.iam.gserviceaccount.com has no "
+            f"Image {uri!r} is not found{why}, or the Vertex AI Service Agent service-"
+            f"{self.settings.project_number}@gcp-sa-aiplatform.iam.gserviceaccount.com has no "
             "permission to read it (roles/artifactregistry.reader).",
         )
 
@@ -87,16 +90,16 @@ class Registry(Images):
 
     address = ""
 
-    async def ingest(self, spec: Message) -> str:
-        path, reference = self._parts(spec.image_uri)
+    async def ingest(self, uri: str) -> str:
+        path, reference = self._parts(uri)
         url = f"http://{self.address}/v2/{path}/manifests/{reference}"
         async with (
             aiohttp.ClientSession() as http,
-            http.head(url, headers={"Accept": _ACCEPT}) as reply,
+            http.head(url, headers={"Accept": _ACCEPT}) as response,
         ):
-            if reply.status != 200:
-                raise self._missing(spec.image_uri)
-            return f"{self.address}/{path}@{reply.headers['Docker-Content-Digest']}"
+            if response.status != 200:
+                raise self._missing(uri)
+            return f"{self.address}/{path}@{response.headers['Docker-Content-Digest']}"
 
     async def start(self) -> None:
         port = free_port()
@@ -117,16 +120,19 @@ class Registry(Images):
                 stderr=subprocess.STDOUT,
             )
         self.pid = self._process.pid
-        for _ in range(100):
-            if can_connect(port):
-                return
-            await asyncio.sleep(0.1)
-        raise RuntimeError(f"docker-registry does not answer; see {folder / 'registry.log'}")
+        try:
+            async with asyncio.timeout(REGISTRY_SECONDS):
+                while not can_connect(port):
+                    await asyncio.sleep(0.05)
+        except TimeoutError as error:
+            raise RuntimeError(
+                f"docker-registry does not answer; see {folder / 'registry.log'}"
+            ) from error
 
     async def stop(self) -> None:
         self._process.terminate()
         self._process.wait()
-        # Names alone: what was pushed from this machine stays under its own.
+        # Removes names only: an image that was pushed from this machine keeps its own name.
         listed = subprocess.run(
             [
                 container_runtime(),
@@ -147,40 +153,24 @@ class Registry(Images):
 
 
 class Apps(Images):
-    """Without Docker: an image is an app of this repository that has an archive.
+    """Images without Docker: this repository's apps that have an archive.
 
-    The last part of the name decides, whatever the tag: `.../smollm2-135m:pro` is
-    model_store/smollm2-135m. images.txt in the folder, one name a line, adds images that need a
-    command.
+    The last part of the name counts, without the tag: `.../smollm2-135m:pro` is
+    model_store/smollm2-135m. images.txt in the folder lists additional names, for models that have
+    a command.
     """
 
-    async def ingest(self, spec: Message) -> str:
-        name = self._parts(spec.image_uri)[0].rsplit("/", 1)[1]
+    async def ingest(self, uri: str) -> str:
+        name = self._parts(uri)[0].rsplit("/", 1)[1]
         extra = self.settings.folder / "images.txt"
         if archive_of(name) or (extra.exists() and name in extra.read_text().split()):
             return name
         if (APPS / f"{name}.yaml").exists():
-            raise self._missing(
-                spec.image_uri, f" (without Docker: run `make archive APP={name}` first)"
-            )
-        raise self._missing(spec.image_uri)
+            raise self._missing(uri, f" (without Docker: run `make archive APP={name}` first)")
+        raise self._missing(uri)
 
 
 def archive_of(app: str) -> Path | None:
-    """The archive of an app, in whatever format."""
+    """Return the archive of an app, in either format; None if there is none."""
     found = [MODEL_STORE / app, MODEL_STORE / f"{app}.mar"]
     return next((path for path in found if path.exists()), None)
-
-
-def free_port() -> int:
-    """A port of loopback that nobody has."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def can_connect(port: int) -> bool:
-    """Whether somebody listens on a port of loopback."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0

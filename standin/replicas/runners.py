@@ -1,6 +1,6 @@
-"""One copy of a model server: a container, a plain process, or this repository's TorchServe.
+"""Runners of one model server: a container, a process, or this repository's TorchServe.
 
-All three answer the same questions, so `serving.py` does not know which one it has.
+All three have the same methods, so `probes` does not depend on the kind.
 """
 
 import asyncio
@@ -16,21 +16,29 @@ from pathlib import Path
 
 import psutil
 
+from deploy.common.ports import can_connect, free_port
 from deploy.image.runtime import container_runtime
 from deploy.torchserve.server import Server, ServerError
-from standin.leftovers import LABEL, Ledger, label_of_this_process
 from standin.limits import SHM_MB
-from standin.replicas.images import archive_of, can_connect, free_port
+from standin.replicas.images import archive_of
+from standin.replicas.leftovers import LABEL, Ledger, label_of_this_process
 
 HARDENED = ["--security-opt", "no-new-privileges", "--pids-limit", "512"]
-"""Of `deploy.image.run.HARDENED` what changes nothing for an image that runs on Vertex AI, where
-the file system can be written and the user is the image's."""
-GRACE = 10.0
+"""A part of `deploy.image.run.HARDENED`: on Vertex AI the file system is writable and the user is
+the image's."""
+GRACE_SECONDS = 10.0
+"""Between SIGTERM and SIGKILL, as `docker stop` has it."""
+HANG_UP_SECONDS = 0.05
+"""How long Docker's proxy takes to close a connection that it cannot pass on."""
+TIMED_OUT = 124
+"""Exit code for a command that took too long, as of coreutils' `timeout`."""
+CANNOT_START = 127
+"""Exit code for a command that cannot be started, as of a shell."""
 
 
 @dataclass
-class Plan:
-    """What to start.
+class ReplicaSpec:
+    """What a runner starts.
 
     Args:
         name: of this replica, unique.
@@ -38,9 +46,11 @@ class Plan:
         command: instead of the image's entry point.
         args: instead of the image's arguments.
         environment: the platform's variables and the model's.
-        port: where the server listens, inside.
-        shm_mb: size of /dev/shm.
-        log: where its output goes.
+        port: the server's port inside the container.
+        shm_mb: size of /dev/shm; 0 for the platform's default.
+        log: file for the server's output.
+        ledger: list of started processes.
+        network: the container network.
     """
 
     name: str
@@ -55,18 +65,19 @@ class Plan:
     network: str = ""
 
     def expanded(self) -> tuple[dict[str, str], list[str], list[str]]:
-        """Environment, command and arguments with $(NAME) replaced, as Kubernetes does.
+        """Return environment, command and arguments with $(NAME) replaced, as in Kubernetes.
 
         https://kubernetes.io/docs/tasks/inject-data-application/define-interdependent-environment-variables
         """
         done: dict[str, str] = {}
-        for name, value in self.environment.items():  # a variable sees the ones before it
+        for name, value in self.environment.items():  # a variable can use those before it
             done[name] = expand(value, done)
-        return done, *([expand(part, done) for part in x] for x in (self.command, self.args))
+        command, args = ([expand(part, done) for part in x] for x in (self.command, self.args))
+        return done, command, args
 
 
 def expand(text: str, environment: dict[str, str]) -> str:
-    """Replace $(NAME) where NAME is known; $$ is a dollar sign."""
+    """Replace $(NAME) if NAME is known, and $$ with a dollar sign."""
     return re.sub(
         r"\$\$|\$\((\w+)\)",
         lambda match: "$" if match[0] == "$$" else environment.get(match[1], match[0]),
@@ -77,50 +88,53 @@ def expand(text: str, environment: dict[str, str]) -> str:
 class Container:
     """A container, published on a free port of loopback."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.log, self.port = plan, plan.log, 0
-        self._follower: subprocess.Popen | None = None
-        self._waiter: subprocess.Popen | None = None
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self.spec, self.port = spec, 0
+        self._follower: subprocess.Popen[bytes] | None = None
+        self._waiter: subprocess.Popen[bytes] | None = None
         self._code: int | None = None
 
     async def start(self) -> None:
         self._code = self._waiter = self._follower = None
-        environment, command, args = self.plan.expanded()
-        options = [*HARDENED, "--name", self.plan.name, "--network", self.plan.network]
+        environment, command, args = self.spec.expanded()
+        options = [*HARDENED, "--name", self.spec.name, "--network", self.spec.network]
         options += ["--label", f"{LABEL}={label_of_this_process()}"]
-        options += ["--publish", f"127.0.0.1::{self.plan.port}"]
-        options += ["--shm-size", f"{self.plan.shm_mb or SHM_MB}m"]
+        options += ["--publish", f"127.0.0.1::{self.spec.port}"]
+        options += ["--shm-size", f"{self.spec.shm_mb or SHM_MB}m"]
         for name, value in environment.items():
             options += ["--env", f"{name}={value}"]
         if command:
             options += ["--entrypoint", command[0]]
-        await docker("rm", "--force", self.plan.name)
-        code, text = await docker("run", "--detach", *options, self.plan.image, *command[1:], *args)
-        with self.log.open("ab") as log:
-            if code != 0:  # such as an entry point that is not in the image
+        await docker("rm", "--force", self.spec.name)
+        code, text = await docker("run", "--detach", *options, self.spec.image, *command[1:], *args)
+        with self.spec.log.open("ab") as log:
+            if code != 0:  # for example because the image has no such entry point
                 log.write(text.encode())
-                self._code = 127
+                self._code = CANNOT_START
                 return
             self._follower = subprocess.Popen(
-                [container_runtime(), "logs", "--follow", self.plan.name], stdout=log, stderr=log
+                [container_runtime(), "logs", "--follow", self.spec.name], stdout=log, stderr=log
             )
         self._waiter = subprocess.Popen(
-            [container_runtime(), "wait", self.plan.name], stdout=subprocess.PIPE, text=True
+            [container_runtime(), "wait", self.spec.name], stdout=subprocess.PIPE
         )
-        _, text = await docker("port", self.plan.name, str(self.plan.port))
-        match = re.search(r"127\.0\.0\.1:(\d+)", text)  # none if it has ended already
+        _, text = await docker("port", self.spec.name, str(self.spec.port))
+        match = re.search(
+            r"127\.0\.0\.1:(\d+)", text
+        )  # no match if the container has already exited
         self.port = int(match[1]) if match else 0
 
     def exit_code(self) -> int | None:
-        """How the container ended; None while it runs."""
+        """Return the container's exit code; None while it runs."""
         if self._code is None and self._waiter is not None and self._waiter.poll() is not None:
-            text = self._waiter.stdout.read().strip()
-            self._code = int(text) if text.isdecimal() else 1
+            text, _ = self._waiter.communicate()
+            self._code = int(text) if text.strip().isdigit() else 1
         return self._code
 
     async def reachable(self) -> bool:
-        """Whether the server inside takes connections. Docker's own proxy always does, and hangs
-        up at once if nobody inside listens where it can reach him.
+        """Return whether the server inside the container accepts connections.
+
+        Docker's proxy always accepts them and closes them at once if no server is reachable inside.
         """
         if not self.port:
             return False
@@ -129,7 +143,7 @@ class Container:
         except OSError:
             return False
         try:
-            async with asyncio.timeout(0.05):
+            async with asyncio.timeout(HANG_UP_SECONDS):
                 return bool(await reader.read(1))
         except TimeoutError:
             return True
@@ -139,12 +153,12 @@ class Container:
             writer.close()
 
     async def execute(self, command: Sequence[str], timeout: float) -> bool:
-        code, _ = await docker("exec", self.plan.name, *command, timeout=timeout)
+        code, _ = await docker("exec", self.spec.name, *command, timeout=timeout)
         return code == 0
 
     async def stop(self) -> None:
-        await docker("stop", "--time", str(int(GRACE)), self.plan.name)
-        await docker("rm", "--force", self.plan.name)
+        await docker("stop", "--time", str(int(GRACE_SECONDS)), self.spec.name)
+        await docker("rm", "--force", self.spec.name)
         for helper in (self._follower, self._waiter):
             if helper is not None:
                 helper.kill()
@@ -154,23 +168,23 @@ class Container:
 class Process:
     """A model's own command, without Docker.
 
-    AIP_HTTP_PORT is a free port: a server that listens elsewhere is not found, as on Vertex AI. One
-    that listens on 127.0.0.1 alone counts as unreachable too: the operating system tells.
+    AIP_HTTP_PORT is a free port: a server on another port is not found, as on Vertex AI. A server
+    that listens on 127.0.0.1 only counts as unreachable too, as it is in a container.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.log = plan, plan.log
-        self.process: subprocess.Popen | None = None
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self.spec = spec
+        self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
 
     async def start(self) -> None:
         self.port = free_port()
-        self.plan.environment["AIP_HTTP_PORT"] = str(self.port)
-        environment, command, args = self.plan.expanded()
-        folder = self.log.parent
+        self.spec.environment["AIP_HTTP_PORT"] = str(self.port)
+        environment, command, args = self.spec.expanded()
+        folder = self.spec.log.parent
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '/usr/bin:/bin')}"
         base = {"PATH": path, "HOME": str(folder), "TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
-        with self.log.open("ab") as log:
+        with self.spec.log.open("ab") as log:
             try:
                 self.process = subprocess.Popen(
                     [*command, *args],
@@ -185,17 +199,19 @@ class Process:
                 log.write(f"{command[0]}: {error.strerror}\n".encode())
                 self.process = None
                 return
-        self.plan.ledger.add(self.process.pid)
+        self.spec.ledger.add(self.process.pid)
 
     def exit_code(self) -> int | None:
-        return 127 if self.process is None else self.process.poll()
+        return CANNOT_START if self.process is None else self.process.poll()
 
     async def reachable(self) -> bool:
-        return self.exit_code() is None and await asyncio.to_thread(self._listens)
+        if self.process is None or self.process.poll() is not None:
+            return False
+        return await asyncio.to_thread(self._listens, self.process.pid)
 
-    def _listens(self) -> bool:
+    def _listens(self, pid: int) -> bool:
         with suppress(psutil.Error):
-            main = psutil.Process(self.process.pid)
+            main = psutil.Process(pid)
             for process in (main, *main.children(recursive=True)):
                 for connection in process.net_connections("tcp"):
                     if (
@@ -207,7 +223,7 @@ class Process:
         return False
 
     async def execute(self, command: Sequence[str], timeout: float) -> bool:
-        environment, _, _ = self.plan.expanded()
+        environment, _, _ = self.spec.expanded()
         code, _ = await run(command, timeout=timeout, environment=os.environ | environment)
         return code == 0
 
@@ -217,66 +233,71 @@ class Process:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
-            await asyncio.to_thread(self.process.wait, GRACE)
+            await asyncio.to_thread(self.process.wait, GRACE_SECONDS)
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 class TorchServe:
-    """The app's archive in this repository's own TorchServe, without Docker."""
+    """The archive of an app in this repository's own TorchServe, without Docker."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.log = plan, plan.log
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self.spec = spec
         self._server: Server | None = None
-        self._starting: asyncio.Task | None = None
+        self._starting: asyncio.Task[Server] | None = None
         self.port = 0
 
     async def start(self) -> None:
+        archive = archive_of(self.spec.image)
+        if archive is None:
+            raise ServerError(f"{self.spec.image}: the archive was removed; run `make archive`")
         self.port = _five_free_ports()
-        environment, _, _ = self.plan.expanded()
+        environment, _, _ = self.spec.expanded()
         self._server = Server(
-            archive_of(self.plan.image),
+            archive,
             port=self.port,
             environment=environment | {"AIP_HTTP_PORT": str(self.port)},
         )
-        self._server.log = self.log
+        self._server.log = self.spec.log
         self._starting = asyncio.create_task(asyncio.to_thread(self._server.start))
         while not self._server.started and not self._starting.done():
             await asyncio.sleep(0.05)
         if self._server.started:
-            self.plan.ledger.add(self._server.process.pid)
+            self.spec.ledger.add(self._server.process.pid)
 
     def exit_code(self) -> int | None:
-        if self._starting.done() and self._starting.exception() is not None:
+        if self._starting and self._starting.done() and self._starting.exception() is not None:
             return 1
-        return self._server.process.poll() if self._server.started else None
+        return self._server.process.poll() if self._server and self._server.started else None
 
     async def reachable(self) -> bool:
         return await asyncio.to_thread(can_connect, self.port)
 
     async def execute(self, command: Sequence[str], timeout: float) -> bool:
-        """The image's probe, /opt/serving/ready, asks what `Server.ready` asks."""
-        return await asyncio.to_thread(self._server.ready)
+        """Ask what the image's probe, /opt/serving/ready, asks: whether a worker is ready."""
+        return self._server is not None and await asyncio.to_thread(self._server.ready)
 
     async def stop(self) -> None:
+        if self._server is None or self._starting is None:
+            return
         await asyncio.to_thread(self._server.stop)
         with suppress(ServerError, AttributeError):
             await self._starting
 
 
-Replica = Container | Process | TorchServe
+Runner = Container | Process | TorchServe
 
 
-def make(runner: str, plan: Plan) -> Replica:
-    """The replica for a plan. runner: "docker" or "process"."""
-    if runner == "docker":
-        return Container(plan)
-    return Process(plan) if plan.command else TorchServe(plan)
+def make(kind: str, spec: ReplicaSpec) -> Runner:
+    """Make the runner for a replica. kind: "docker" or "process"."""
+    if kind == "docker":
+        return Container(spec)
+    return Process(spec) if spec.command else TorchServe(spec)
 
 
 async def docker(*arguments: str, timeout: float | None = None) -> tuple[int, str]:
-    """Run the container engine; return its code and what it wrote."""
+    """Run the container runtime; return its exit code and output."""
     return await run([container_runtime(), *arguments], timeout=timeout)
 
 
@@ -286,7 +307,7 @@ async def run(
     timeout: float | None = None,
     environment: dict[str, str] | None = None,
 ) -> tuple[int, str]:
-    """Run a command; return its code and what it wrote. A time-out is code 124."""
+    """Run a command; return its exit code and output. After `timeout` the code is `TIMED_OUT`."""
     process = await asyncio.create_subprocess_exec(
         *command,
         env=environment,
@@ -302,9 +323,9 @@ async def run(
             process.kill()
         await process.wait()
         if isinstance(error, TimeoutError):
-            return 124, ""
+            return TIMED_OUT, ""
         raise
-    return process.returncode, output.decode(errors="replace")
+    return await process.wait(), output.decode(errors="replace")
 
 
 def _five_free_ports() -> int:

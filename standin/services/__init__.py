@@ -1,4 +1,4 @@
-"""Vertex AI's methods: models, endpoints, operations, predictions.
+"""Vertex AI's methods: models, endpoints, operations, predictions; names, lists and messages.
 
-Protocols belong in `doors`, running containers in `replicas`.
+Not here: protocols and permissions, which belong in `doors`; running model servers, in `replicas`.
 """

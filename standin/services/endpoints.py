@@ -1,22 +1,23 @@
-"""EndpointService: endpoints, and the models deployed at them."""
+"""EndpointService: endpoints and their deployed models."""
 
 from collections import Counter
+from collections.abc import Iterable
 
 from google.cloud.aiplatform_v1 import types as t
 from google.longrunning import operations_pb2 as lro
 from google.protobuf import empty_pb2
-from google.protobuf.message import Message
 
 from standin import limits
 from standin.errors import ApiError, invalid
-from standin.methods import raw
-from standin.names import check_common, matches, page, region_of
-from standin.replicas.deployments import Serving
-from standin.services.models import Models, update
+from standin.replicas.deployments import Deployments
+from standin.services.lists import page, select
+from standin.services.messages import raw
+from standin.services.models import Models
+from standin.services.names import last_part, region_of
 from standin.services.operations import Operations
-from standin.settings import Settings
+from standin.services.resources import check_common_fields, update
+from standin.settings import StandinSettings
 
-Endpoint, DeployedModel = raw(t.Endpoint), raw(t.DeployedModel)
 CHANGEABLE = ("display_name", "description", "labels", "traffic_split", "client_connection_config")
 MUTABLE = ("min_replica_count", "max_replica_count", "autoscaling_metric_specs")
 NOT_IMITATED = (
@@ -30,28 +31,32 @@ NOT_IMITATED = (
 
 
 class Endpoints:
-    """Resource name -> endpoint."""
+    """All endpoints of one stand-in, by resource name."""
 
     def __init__(
-        self, settings: Settings, operations: Operations, models: Models, serving: Serving
+        self,
+        settings: StandinSettings,
+        operations: Operations,
+        models: Models,
+        deployments: Deployments,
     ) -> None:
         self.settings, self.operations = settings, operations
-        self.models, self.serving = models, serving
-        self._all: dict[str, Endpoint] = {}
-        self._deploying: dict[str, tuple[str, DeployedModel]] = {}
-        """Deployed model's ID -> endpoint and what is on its way there."""
+        self.models, self.deployments = models, deployments
+        self._all: dict[str, t.Endpoint] = {}
+        self._deploying: dict[str, tuple[str, t.DeployedModel]] = {}
+        """Deployed model's ID -> endpoint's name and the deployed model, until it is ready."""
 
-    def find(self, name: str) -> Endpoint:
-        """The endpoint of a name.
+    def find(self, name: str) -> t.Endpoint:
+        """Return the endpoint of a name.
 
         Raises:
-            ApiError: there is none.
+            ApiError: the endpoint does not exist.
         """
         if name not in self._all:
             raise ApiError("NOT_FOUND", f"The Endpoint does not exist. Endpoint: {name}")
         return self._all[name]
 
-    async def create_endpoint(self, request: Message) -> lro.Operation:
+    async def create_endpoint(self, request: t.CreateEndpointRequest) -> lro.Operation:
         endpoint = request.endpoint
         check_endpoint(endpoint)
         endpoint.name = (
@@ -60,48 +65,47 @@ class Endpoints:
         if endpoint.name in self._all:
             raise ApiError("ALREADY_EXISTS", f"Endpoint {endpoint.name} already exists.")
 
-        async def work() -> Message:
+        async def work() -> t.Endpoint:
             endpoint.create_time.GetCurrentTime()
             endpoint.update_time.GetCurrentTime()
             if endpoint.dedicated_endpoint_enabled:
-                number, region = self.settings.number, region_of(endpoint.name)
                 endpoint.dedicated_endpoint_dns = (
-                    f"{endpoint.name.rsplit('/', 1)[1]}.{region}-{number}.prediction.vertexai.goog"
+                    f"{last_part(endpoint.name)}.{region_of(endpoint.name)}"
+                    f"-{self.settings.project_number}.prediction.vertexai.goog"
                 )
             self._all[endpoint.name] = endpoint
             return endpoint
 
         return self.operations.start("CreateEndpoint", endpoint.name, work)
 
-    async def get_endpoint(self, request: Message) -> Endpoint:
+    async def get_endpoint(self, request: t.GetEndpointRequest) -> t.Endpoint:
         return self.find(request.name)
 
-    async def list_endpoints(self, request: Message) -> Message:
+    async def list_endpoints(self, request: t.ListEndpointsRequest) -> t.ListEndpointsResponse:
         found = [e for name, e in self._all.items() if name.startswith(f"{request.parent}/")]
-        found = filter(matches(request.filter), found)
-        items, token = page(found, request.page_size, request.page_token)
+        items, token = page(select(found, request.filter), request.page_size, request.page_token)
         return raw(t.ListEndpointsResponse)(endpoints=items, next_page_token=token)
 
-    async def update_endpoint(self, request: Message) -> Endpoint:
+    async def update_endpoint(self, request: t.UpdateEndpointRequest) -> t.Endpoint:
         endpoint = self.find(request.endpoint.name)
         if "traffic_split" in request.update_mask.paths:
             _check_split(dict(request.endpoint.traffic_split), _ids(endpoint))
         update(endpoint, request.endpoint, request.update_mask.paths, CHANGEABLE, "endpoint")
-        check_common("endpoint", endpoint)
+        check_common_fields("endpoint", endpoint)
         return endpoint
 
-    async def delete_endpoint(self, request: Message) -> lro.Operation:
+    async def delete_endpoint(self, request: t.DeleteEndpointRequest) -> lro.Operation:
         endpoint = self.find(request.name)
         self._check_empty(endpoint)
 
-        async def work() -> Message:
+        async def work() -> empty_pb2.Empty:
             self._check_empty(endpoint)
             self._all.pop(endpoint.name, None)
             return empty_pb2.Empty()
 
         return self.operations.start("DeleteEndpoint", endpoint.name, work)
 
-    async def deploy_model(self, request: Message) -> lro.Operation:
+    async def deploy_model(self, request: t.DeployModelRequest) -> lro.Operation:
         endpoint, deployed = self.find(request.endpoint), request.deployed_model
         model = self.models.find(deployed.model)
         deployed.id = deployed.id or self.operations.new_id()
@@ -110,13 +114,17 @@ class Endpoints:
         deployed.model = f"{model.name}@{model.version_id}"
         deployed.model_version_id = model.version_id
         deployed.display_name = deployed.display_name or model.display_name
-        model.deployed_models.add(endpoint=endpoint.name, deployed_model_id=deployed.id)
+        use = raw(t.DeployedModelRef)(endpoint=endpoint.name, deployed_model_id=deployed.id)
+        model.deployed_models.append(use)
         self._deploying[deployed.id] = endpoint.name, deployed
-        digest = self.models.digests[model.name, model.version_id]
+        image = self.models.digests[model.name, model.version_id]
 
-        async def work() -> Message:
-            await self.serving.deploy(
-                *(endpoint, deployed, model, digest),
+        async def work() -> t.DeployModelResponse:
+            await self.deployments.deploy(
+                endpoint,
+                deployed,
+                model,
+                image,
                 lambda stage="": self.operations.touch(operation.name, stage),
             )
             deployed.create_time.GetCurrentTime()
@@ -128,7 +136,7 @@ class Endpoints:
 
         def undo() -> None:
             del self._deploying[deployed.id]
-            _drop(model, deployed.id)
+            _remove_use(model, deployed.id)
 
         operation = self.operations.start(
             "DeployModel", endpoint.name, work, undo, deployed_model=deployed.id
@@ -137,7 +145,11 @@ class Endpoints:
         return operation
 
     def _check_deployment(
-        self, endpoint: Endpoint, deployed: DeployedModel, model: Message, split: dict[str, int]
+        self,
+        endpoint: t.Endpoint,
+        deployed: t.DeployedModel,
+        model: t.Model,
+        split: dict[str, int],
     ) -> None:
         if region_of(model.name) != region_of(endpoint.name):
             raise invalid("deployed_model.model", "The Model is in another location.")
@@ -150,9 +162,9 @@ class Endpoints:
         check_resources(deployed)
         self._check_quota(endpoint.name, deployed)
 
-    async def undeploy_model(self, request: Message) -> lro.Operation:
+    async def undeploy_model(self, request: t.UndeployModelRequest) -> lro.Operation:
         endpoint = self.find(request.endpoint)
-        deployed = self._deployed(endpoint, request.deployed_model_id)
+        deployed = self._find_deployed(endpoint, request.deployed_model_id)
         left = {k: v for k, v in endpoint.traffic_split.items() if k != deployed.id}
         others = [i for i in _ids(endpoint) if i != deployed.id]
         split = dict(request.traffic_split)
@@ -165,8 +177,8 @@ class Endpoints:
                 "traffic. Give a traffic_split that sends it elsewhere.",
             )
 
-        async def work() -> Message:
-            self._deployed(endpoint, deployed.id)
+        async def work() -> t.UndeployModelResponse:
+            self._find_deployed(endpoint, deployed.id)
             endpoint.traffic_split.clear()
             endpoint.traffic_split.update(split or left)
             await self._remove(endpoint, deployed)
@@ -176,14 +188,14 @@ class Endpoints:
             "UndeployModel", endpoint.name, work, deployed_model=deployed.id
         )
 
-    async def mutate_deployed_model(self, request: Message) -> lro.Operation:
+    async def mutate_deployed_model(self, request: t.MutateDeployedModelRequest) -> lro.Operation:
         endpoint, new = self.find(request.endpoint), request.deployed_model
-        deployed = self._deployed(endpoint, new.id)
+        deployed = self._find_deployed(endpoint, new.id)
         paths = [path.removeprefix("dedicated_resources.") for path in request.update_mask.paths]
         for path in paths:
             if path not in MUTABLE:
                 raise invalid("update_mask", f"deployed_model.{path} cannot be updated.")
-        wanted = DeployedModel()
+        wanted = raw(t.DeployedModel)()
         wanted.CopyFrom(deployed)
         for path in paths:
             wanted.dedicated_resources.ClearField(path)
@@ -194,33 +206,34 @@ class Endpoints:
                 setattr(wanted.dedicated_resources, path, value)
         check_resources(wanted)
 
-        async def work() -> Message:
+        async def work() -> t.MutateDeployedModelResponse:
             deployed.CopyFrom(wanted)
-            await self.serving.resize(deployed.id, deployed.dedicated_resources.min_replica_count)
+            count = deployed.dedicated_resources.min_replica_count
+            await self.deployments.resize(deployed.id, count)
             return raw(t.MutateDeployedModelResponse)(deployed_model=deployed)
 
         return self.operations.start(
             "MutateDeployedModel", endpoint.name, work, deployed_model=deployed.id
         )
 
-    def _deployed(self, endpoint: Endpoint, number: str) -> DeployedModel:
+    def _find_deployed(self, endpoint: t.Endpoint, deployed_id: str) -> t.DeployedModel:
         for deployed in endpoint.deployed_models:
-            if deployed.id == number:
+            if deployed.id == deployed_id:
                 return deployed
         raise ApiError(
-            "NOT_FOUND", f"DeployedModel {number} is not found at Endpoint {endpoint.name}."
+            "NOT_FOUND", f"DeployedModel {deployed_id} is not found at Endpoint {endpoint.name}."
         )
 
-    async def _remove(self, endpoint: Endpoint, deployed: DeployedModel) -> None:
-        number, name = deployed.id, deployed.model
-        await self.serving.undeploy(number)
-        left = [d for d in endpoint.deployed_models if d.id != number]
-        copies = [DeployedModel.FromString(d.SerializeToString()) for d in left]
-        endpoint.ClearField("deployed_models")
-        endpoint.deployed_models.extend(copies)
-        _drop(self.models.find(name), number)
+    async def _remove(self, endpoint: t.Endpoint, deployed: t.DeployedModel) -> None:
+        deployed_id, model = deployed.id, deployed.model
+        await self.deployments.undeploy(deployed_id)
+        for index, other in enumerate(endpoint.deployed_models):
+            if other.id == deployed_id:
+                del endpoint.deployed_models[index]
+                break
+        _remove_use(self.models.find(model), deployed_id)
 
-    def _check_empty(self, endpoint: Endpoint) -> None:
+    def _check_empty(self, endpoint: t.Endpoint) -> None:
         busy = [i for i, (name, _) in self._deploying.items() if name == endpoint.name]
         if ids := _ids(endpoint) + busy:
             raise ApiError(
@@ -229,13 +242,13 @@ class Endpoints:
                 f"with id(s): {', '.join(ids)}. Please undeploy them first.",
             )
 
-    def _check_quota(self, endpoint: str, new: DeployedModel) -> None:
+    def _check_quota(self, endpoint: str, new: t.DeployedModel) -> None:
         prefix = endpoint.rsplit("/", 2)[0] + "/"
         deployed = [
             d for n, e in self._all.items() if n.startswith(prefix) for d in e.deployed_models
         ]
         deployed += [d for n, d in self._deploying.values() if n.startswith(prefix)]
-        used = Counter()
+        used: Counter[str] = Counter()
         for item in deployed:
             used.update(_usage(item))
         asked = _usage(new)
@@ -248,13 +261,13 @@ class Endpoints:
             )
 
 
-def check_endpoint(endpoint: Endpoint) -> None:
-    """Check an endpoint that somebody creates.
+def check_endpoint(endpoint: t.Endpoint) -> None:
+    """Check a new endpoint.
 
     Raises:
-        ApiError: it cannot be.
+        ApiError: a field is invalid or not imitated.
     """
-    check_common("endpoint", endpoint)
+    check_common_fields("endpoint", endpoint)
     for field in NOT_IMITATED:
         if field in {descriptor.name for descriptor, _ in endpoint.ListFields()}:
             raise ApiError("UNIMPLEMENTED", f"The stand-in does not imitate endpoint.{field}.")
@@ -263,17 +276,17 @@ def check_endpoint(endpoint: Endpoint) -> None:
         raise invalid(
             "endpoint.client_connection_config.inference_timeout", "Dedicated endpoints have it."
         )
-    if timeout > limits.DEDICATED_MOST_SECONDS:
+    if timeout > limits.DEDICATED_MAX_SECONDS:
         raise invalid(
             "endpoint.client_connection_config.inference_timeout", "It is at most 3600 s."
         )
 
 
-def check_resources(deployed: DeployedModel) -> None:
-    """Check what a deployed model shall run on.
+def check_resources(deployed: t.DeployedModel) -> None:
+    """Check a deployed model's machine type and number of replicas.
 
     Raises:
-        ApiError: no such machine, or no such number of replicas.
+        ApiError: the machine type or the number is invalid.
     """
     where = "deployed_model.dedicated_resources"
     if deployed.WhichOneof("prediction_resources") != "dedicated_resources":
@@ -287,34 +300,34 @@ def check_resources(deployed: DeployedModel) -> None:
         raise invalid(f"{where}.max_replica_count", "The number is below min_replica_count.")
 
 
-def _machine(deployed: DeployedModel) -> tuple[str, str, int]:
+def _machine(deployed: t.DeployedModel) -> tuple[str, str, int]:
     spec = deployed.dedicated_resources.machine_spec
     name = t.AcceleratorType(spec.accelerator_type).name if spec.accelerator_type else ""
     return spec.machine_type, name, spec.accelerator_count
 
 
-def _usage(deployed: DeployedModel) -> dict[str, int]:
+def _usage(deployed: t.DeployedModel) -> dict[str, int]:
     resources = deployed.dedicated_resources
     return limits.usage(
         *_machine(deployed), max(resources.max_replica_count, resources.min_replica_count)
     )
 
 
-def _check_split(split: dict[str, int], ids: list[str]) -> None:
-    for number in split:
-        if number not in ids:
-            raise invalid("traffic_split", f"DeployedModel {number} is not at the Endpoint.")
+def _check_split(split: dict[str, int], ids: Iterable[str]) -> None:
+    for deployed_id in split:
+        if deployed_id not in ids:
+            raise invalid("traffic_split", f"DeployedModel {deployed_id} is not at the Endpoint.")
     if sum(split.values()) != 100 or min(split.values(), default=0) < 0:
         raise invalid("traffic_split", f"The percentages add up to {sum(split.values())}, not 100.")
 
 
-def _ids(endpoint: Endpoint) -> list[str]:
+def _ids(endpoint: t.Endpoint) -> list[str]:
     return [deployed.id for deployed in endpoint.deployed_models]
 
 
-def _drop(model: Message, number: str) -> None:
-    left = [(d.endpoint, d.deployed_model_id) for d in model.deployed_models]
-    model.ClearField("deployed_models")
-    for endpoint, deployed in left:
-        if deployed != number:
-            model.deployed_models.add(endpoint=endpoint, deployed_model_id=deployed)
+def _remove_use(model: t.Model, deployed_id: str) -> None:
+    """Remove a deployed model from the list that its model keeps."""
+    for index, use in enumerate(model.deployed_models):
+        if use.deployed_model_id == deployed_id:
+            del model.deployed_models[index]
+            return

@@ -1,8 +1,9 @@
-"""Long-running operations: they take time, carry metadata, and can fail or be cancelled."""
+"""Long-running operations, with metadata, failure and cancellation."""
 
 import asyncio
 import traceback
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from google.cloud.aiplatform_v1 import types as t
 from google.longrunning import operations_pb2 as lro
@@ -12,29 +13,31 @@ from google.protobuf.message import Message
 from standin.errors import ApiError
 from standin.journal import Journal
 from standin.limits import DURATIONS
-from standin.methods import raw
-from standin.names import Identifiers, page
-from standin.settings import Settings
+from standin.services.lists import page
+from standin.services.messages import raw
+from standin.services.names import Identifiers
+from standin.settings import StandinSettings
 
 Work = Callable[[], Awaitable[Message]]
 
-METADATA = {
+METADATA: dict[str, type[Any]] = {
     "UploadModel": t.UploadModelOperationMetadata,
     "CreateEndpoint": t.CreateEndpointOperationMetadata,
     "DeployModel": t.DeployModelOperationMetadata,
     "UndeployModel": t.UndeployModelOperationMetadata,
     "MutateDeployedModel": t.MutateDeployedModelOperationMetadata,
 }
-"""The type of each operation's metadata; the rest has DeleteOperationMetadata."""
+"""Method -> type of its operation's metadata; all others have DeleteOperationMetadata."""
 
 
 class Operations:
     """All operations of one stand-in."""
 
-    def __init__(self, settings: Settings, journal: Journal, new_id: Identifiers) -> None:
+    def __init__(self, settings: StandinSettings, journal: Journal, new_id: Identifiers) -> None:
         self.settings, self.journal, self.new_id = settings, journal, new_id
         self._all: dict[str, lro.Operation] = {}
-        self._tasks: dict[str, asyncio.Task] = {}
+        self._metadata: dict[str, Any] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def start(
         self,
@@ -44,21 +47,20 @@ class Operations:
         undo: Callable[[], None] = lambda: None,
         **details: str,
     ) -> lro.Operation:
-        """Begin an operation.
+        """Start an operation and return it.
 
         Args:
             kind: the method, such as "DeployModel".
-            resource: what it is about; its name is part of the operation's.
-            work: does it, after the time that the platform itself takes, and returns the response.
-            undo: called if it fails or is cancelled, be it before `work` began.
+            resource: the resource's name, which the operation's name starts with.
+            work: does the work after the platform's own duration and returns the response.
+            undo: called if the operation fails or is cancelled, even before `work` started.
             details: for the journal.
         """
         operation = lro.Operation(name=f"{resource}/operations/{self.new_id()}")
         metadata = raw(METADATA.get(kind, t.DeleteOperationMetadata))()
         metadata.generic_metadata.create_time.GetCurrentTime()
-        metadata.generic_metadata.update_time.GetCurrentTime()
-        operation.metadata.Pack(metadata)
-        self._all[operation.name] = operation
+        self._all[operation.name], self._metadata[operation.name] = operation, metadata
+        self.touch(operation.name)
         self.journal.event(
             f"{kind} started", resource=resource, operation=operation.name, **details
         )
@@ -85,27 +87,20 @@ class Operations:
         return empty_pb2.Empty()
 
     def touch(self, name: str, stage: str = "") -> None:
-        """Move an operation's update time: something happened.
+        """Set an operation's update time to now.
 
         Args:
-            name: of the operation.
-            stage: of a deployment, a name of `DeploymentStage`, if that changes too.
+            name: the operation's name.
+            stage: a name of `DeploymentStage` to set as well, for a deployment.
         """
-        operation = self._all[name]
-        kind = next(
-            kind
-            for kind in (*METADATA.values(), t.DeleteOperationMetadata)
-            if operation.metadata.Is(raw(kind).DESCRIPTOR)
-        )
-        metadata = raw(kind)()
-        operation.metadata.Unpack(metadata)
+        metadata = self._metadata[name]
         metadata.generic_metadata.update_time.GetCurrentTime()
         if stage:
-            metadata.deployment_stage = t.DeploymentStage[stage]
-        operation.metadata.Pack(metadata)
+            metadata.deployment_stage = getattr(t.DeploymentStage, stage)
+        self._all[name].metadata.Pack(metadata)
 
     async def stop(self) -> None:
-        """Cancel what is running."""
+        """Cancel all running operations."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -135,7 +130,7 @@ class Operations:
         except asyncio.CancelledError:
             outcome = "CANCELLED"
             operation.error.CopyFrom(ApiError(outcome, "The operation was cancelled.").operation())
-        except Exception:  # a mistake of ours, which the client should see too
+        except Exception:  # a bug of the stand-in, which the client should see too
             outcome = "INTERNAL"
             text = f"The stand-in has a bug: {traceback.format_exc()}"
             operation.error.CopyFrom(ApiError(outcome, text).operation())

@@ -1,4 +1,4 @@
-"""PredictionService: limits, the choice of a replica, and what goes to it and comes back."""
+"""PredictionService: limits, the choice of a replica, requests to it and its responses."""
 
 import asyncio
 import json
@@ -10,35 +10,42 @@ from typing import Any
 import aiohttp
 from google.cloud.aiplatform_v1 import types as t
 from google.protobuf import json_format
-from google.protobuf.message import Message
 
 from standin import limits
 from standin.errors import STATUS_OF_HTTP, ApiError
-from standin.methods import parse, raw
-from standin.replicas.deployments import Deployment, Serving
+from standin.replicas.deployments import Deployment, Deployments
 from standin.services.endpoints import Endpoints
-from standin.services.models import Models
-from standin.settings import Settings
+from standin.services.messages import parse, raw, value_to_json
+from standin.settings import StandinSettings
 
 RAW = ("rawPredict", "streamRawPredict", "invoke")
-_KEPT_BACK = {"host", "authorization", "content-length", "accept-encoding", "connection"}
-_KEPT_BACK |= {"transfer-encoding", "expect", "proxy-connection", "x-goog-user-project"}
+_NOT_FORWARDED = {
+    "host",
+    "authorization",
+    "content-length",
+    "accept-encoding",
+    "connection",
+    "transfer-encoding",
+    "expect",
+    "proxy-connection",
+    "x-goog-user-project",
+}
+"""Request headers that are between the client and Vertex AI."""
 
 
 @dataclass(frozen=True)
-class Allowance:
-    """What an endpoint allows: the shared door, or its own."""
+class RequestLimits:
+    """The limits of one request: size of the body and duration."""
 
-    dedicated: bool
     bytes: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """A replica's reply that has begun, and whose it is."""
+    """A replica's response whose body is not read yet."""
 
-    reply: aiohttp.ClientResponse
+    response: aiohttp.ClientResponse
     deployment: Deployment
     deadline: float
 
@@ -49,10 +56,10 @@ class Upstream:
         )
 
     def headers(self) -> dict[str, str]:
-        """What raw predictions carry beside the body (seen in Vertex AI's replies)."""
+        """Return the headers of a raw prediction (seen in Vertex AI's responses)."""
         model = self.deployment.model
         return {
-            "Content-Type": self.reply.headers.get("Content-Type", "application/octet-stream"),
+            "Content-Type": self.response.headers.get("Content-Type", "application/octet-stream"),
             "X-Vertex-AI-Deployed-Model-Id": self.deployment.id,
             "X-Vertex-AI-Model": model.name,
             "X-Vertex-AI-Model-Version-Id": model.version_id,
@@ -63,17 +70,16 @@ class Predictions:
     """Predictions on all endpoints."""
 
     def __init__(
-        self, settings: Settings, endpoints: Endpoints, models: Models, serving: Serving
+        self, settings: StandinSettings, endpoints: Endpoints, deployments: Deployments
     ) -> None:
-        self.settings, self.endpoints = settings, endpoints
-        self.models, self.serving = models, serving
+        self.settings, self.endpoints, self.deployments = settings, endpoints, deployments
         self._random = random.Random(f"traffic {settings.seed}")  # noqa: S311
 
-    def access(self, name: str, host: str, verb: str) -> Allowance:
-        """What a request may be, before its body is read.
+    def limits(self, name: str, host: str, verb: str) -> RequestLimits:
+        """Return a request's limits, before its body is read.
 
         Raises:
-            ApiError: the endpoint has another door, or none for this verb.
+            ApiError: the endpoint has another host name, or does not support the verb.
         """
         endpoint = self.endpoints.find(name)
         dedicated = host.partition(":")[0].endswith(".prediction.vertexai.goog")
@@ -92,53 +98,53 @@ class Predictions:
             )
         if not dedicated:
             seconds = limits.SHARED_SECONDS
-            return Allowance(False, limits.SHARED_BYTES, seconds * self.settings.limit_scale)
+            return RequestLimits(limits.SHARED_BYTES, seconds * self.settings.limit_scale)
         timeout = endpoint.client_connection_config.inference_timeout.ToTimedelta().total_seconds()
         seconds = (timeout or limits.DEDICATED_SECONDS) * self.settings.limit_scale
-        return Allowance(True, limits.DEDICATED_BYTES, seconds)
+        return RequestLimits(limits.DEDICATED_BYTES, seconds)
 
     async def send(
         self,
         name: str,
-        access: Allowance,
+        limit: RequestLimits,
         body: bytes,
         headers: Mapping[str, str],
         *,
         path: str = "",
         deployed_model: str = "",
     ) -> Upstream:
-        """Pass a body to a replica; return when its reply begins.
+        """Send a body to a replica; return when its response starts.
 
         Args:
-            name: of the endpoint.
-            access: as `access` returned it.
-            body: at most `access.bytes`.
-            headers: the client's; what is between it and Vertex AI stays back.
+            name: the endpoint's name.
+            limit: as `limits` returned it.
+            body: at most `limit.bytes`.
+            headers: the client's headers.
             path: instead of the predict route (`invoke`).
             deployed_model: instead of the traffic split.
 
         Raises:
-            ApiError: nobody there, or no reply in time.
+            ApiError: no replica is healthy, or its response does not start in time.
         """
-        if len(body) > access.bytes:
-            raise too_large(access.bytes)
-        deployment = self._choose(name, deployed_model)
+        if len(body) > limit.bytes:
+            raise too_large(limit.bytes)
+        deployment = self._choose_deployment(name, deployed_model)
         if bool(path) != bool(deployment.spec.invoke_route_prefix):
             raise ApiError(
                 "FAILED_PRECONDITION",
                 "invoke needs a Model with invoke_route_prefix, and such a Model has no other way.",
             )
-        replica = deployment.choose()
+        replica = deployment.next_replica()
         if replica is None:
             raise ApiError(
                 "UNAVAILABLE", f"No replica of DeployedModel {deployment.id} is healthy."
             )
-        sent = {k: v for k, v in headers.items() if k.lower() not in _KEPT_BACK}
-        deadline = asyncio.get_running_loop().time() + access.seconds
+        sent = {k: v for k, v in headers.items() if k.lower() not in _NOT_FORWARDED}
+        deadline = asyncio.get_running_loop().time() + limit.seconds
         ids = f"endpoint_id: {deployment.endpoint_id}, deployed_model_id: {deployment.id}"
         try:
             async with asyncio.timeout_at(deadline):
-                reply = await self.serving.http.post(
+                response = await self.deployments.http.post(
                     replica.url + (path or deployment.predict_route),
                     data=body,
                     headers=sent,
@@ -150,38 +156,38 @@ class Predictions:
             raise ApiError(
                 "UNAVAILABLE", f"The model server hung up when processing {ids}: {error}"
             ) from error
-        return Upstream(reply, deployment, deadline)
+        return Upstream(response, deployment, deadline)
 
-    async def read(self, upstream: Upstream, access: Allowance) -> bytes:
-        """The whole body of a reply.
+    async def read(self, upstream: Upstream, limit: RequestLimits) -> bytes:
+        """Read the whole body of a response.
 
         Raises:
-            ApiError: it is too long, too slow, or cut off.
+            ApiError: the body is too long, too slow, or cut off.
         """
         try:
             async with asyncio.timeout_at(upstream.deadline):
-                data = await upstream.reply.read()
+                data = await upstream.response.read()
         except TimeoutError as error:
             raise _too_slow(upstream.ids) from error
         except aiohttp.ClientError as error:
             raise ApiError("UNAVAILABLE", f"{upstream.ids}: {error}") from error
         finally:
-            upstream.reply.release()
-        if len(data) > access.bytes:
+            upstream.response.release()
+        if len(data) > limit.bytes:
             raise ApiError(
                 "INVALID_ARGUMENT",
-                f"Response size too large. Received {len(data)} bytes; max is {access.bytes}.",
+                f"Response size too large. Received {len(data)} bytes; max is {limit.bytes}.",
             )
         return data
 
-    async def predict_json(self, name: str, access: Allowance, body: bytes) -> dict[str, Any]:
-        """`predict`: JSON in the documented shape, both ways.
+    async def predict_json(self, name: str, limit: RequestLimits, body: bytes) -> dict[str, Any]:
+        """Answer `predict`: JSON in the documented shape, for request and response.
 
         Raises:
-            ApiError: the body, or the model's answer, has another shape; or the model's own error.
+            ApiError: request or response has another shape, or the model server sent an error.
         """
-        if len(body) > access.bytes:
-            raise too_large(access.bytes)
+        if len(body) > limit.bytes:
+            raise too_large(limit.bytes)
         try:
             data = json.loads(body)
         except ValueError as error:
@@ -191,13 +197,13 @@ class Predictions:
             raise ApiError("INVALID_ARGUMENT", "instances: Required field is not set.")
         data.pop("endpoint", None)
         headers = {"Content-Type": "application/json"}
-        upstream = await self.send(name, access, json.dumps(data).encode(), headers)
-        answer = await self.read(upstream, access)
-        if (code := upstream.reply.status) != 200:
+        upstream = await self.send(name, limit, json.dumps(data).encode(), headers)
+        text = await self.read(upstream, limit)
+        if (code := upstream.response.status) != 200:
             fallback = "INTERNAL" if code >= 500 else "INVALID_ARGUMENT"
-            raise ApiError(STATUS_OF_HTTP.get(code, fallback), answer.decode(errors="replace"))
+            raise ApiError(STATUS_OF_HTTP.get(code, fallback), text.decode(errors="replace"))
         try:
-            predictions = json.loads(answer)["predictions"]
+            predictions = json.loads(text)["predictions"]
         except (ValueError, LookupError, TypeError):
             predictions = None
         if not isinstance(predictions, list):
@@ -215,51 +221,45 @@ class Predictions:
             "modelVersionId": model.version_id,
         }
 
-    async def predict_message(self, request: Message, host: str, size: int) -> Message:
-        """`predict` through gRPC. Numbers of `google.protobuf.Value` are doubles: 50 arrives as
-        50.0, as it may from Vertex AI.
+    async def predict_message(
+        self, request: t.PredictRequest, host: str, size: int
+    ) -> t.PredictResponse:
+        """Answer `predict` through gRPC.
+
+        Numbers of `google.protobuf.Value` are doubles: the container gets 50.0 instead of 50, as it
+        may on Vertex AI.
 
         Raises:
             ApiError: as `predict_json`.
         """
-        access = self.access(request.endpoint, host, "predict")
-        if size > access.bytes:
-            raise too_large(access.bytes)
-        body = {"instances": [_json(value) for value in request.instances]}
+        limit = self.limits(request.endpoint, host, "predict")
+        if size > limit.bytes:
+            raise too_large(limit.bytes)
+        body = {"instances": [value_to_json(value) for value in request.instances]}
         if request.HasField("parameters"):
-            body["parameters"] = _json(request.parameters)
-        answer = await self.predict_json(request.endpoint, access, json.dumps(body).encode())
-        return json_format.ParseDict(answer, raw(t.PredictResponse)())
+            body["parameters"] = value_to_json(request.parameters)
+        response = await self.predict_json(request.endpoint, limit, json.dumps(body).encode())
+        return json_format.ParseDict(response, raw(t.PredictResponse)())
 
-    def _choose(self, name: str, deployed_model: str) -> Deployment:
+    def _choose_deployment(self, name: str, deployed_model: str) -> Deployment:
         endpoint = self.endpoints.find(name)
         split = {k: v for k, v in endpoint.traffic_split.items() if v}
         if deployed_model:
             if deployed_model not in {d.id for d in endpoint.deployed_models}:
                 raise ApiError("NOT_FOUND", f"DeployedModel {deployed_model} is not at {name}.")
-            return self.serving.find(deployed_model)
+            return self.deployments.find(deployed_model)
         if not split:
             raise ApiError(
                 "FAILED_PRECONDITION",
                 f"Endpoint {name} doesn't have traffic_split, or no model is deployed at it.",
             )
-        return self.serving.find(self._random.choices([*split], [*split.values()])[0])
+        return self.deployments.find(self._random.choices([*split], [*split.values()])[0])
 
 
 def too_large(limit: int) -> ApiError:
-    """As Vertex AI says it."""
+    """Make the error for a body that is too large, in Vertex AI's wording."""
     return ApiError("INVALID_ARGUMENT", f"Request payload size exceeds the limit: {limit} bytes.")
 
 
 def _too_slow(ids: str) -> ApiError:
     return ApiError("UNAVAILABLE", f"Took too long to respond when processing {ids}")
-
-
-def _json(value: Message) -> Any:
-    """A `google.protobuf.Value` as JSON, with numbers left as doubles."""
-    kind = value.WhichOneof("kind")
-    if kind == "struct_value":
-        return {key: _json(item) for key, item in value.struct_value.fields.items()}
-    if kind == "list_value":
-        return [_json(item) for item in value.list_value.values]
-    return None if kind in (None, "null_value") else getattr(value, kind)

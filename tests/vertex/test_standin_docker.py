@@ -36,7 +36,7 @@ def docker(*arguments: str) -> str:
 
 def only(standin: Standin) -> list[str]:
     """A filter for what one stand-in made: others may run on this machine."""
-    return ["--filter", f"name=standin-{standin._process.pid}-"]
+    return ["--filter", f"name=standin-{standin.pid}-"]
 
 
 def push(name: str, standin: Standin, path: str) -> str:

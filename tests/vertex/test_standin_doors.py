@@ -250,7 +250,7 @@ def test_labels_can_be_changed(client):
 
 
 def test_names_have_the_projects_number(client):
-    assert client.upload().startswith(f"projects/{client.standin.number}/")
+    assert client.upload().startswith(f"projects/{client.standin.project_number}/")
 
 
 def test_ids_of_ones_own(client):

@@ -14,7 +14,8 @@ import requests
 from deploy.common.paths import ROOT, UserError
 from standin import local
 from standin.local import Standin
-from standin.names import Identifiers, page
+from standin.services.lists import page
+from standin.services.names import Identifiers
 from tests.vertex.gapic import Client
 
 RUN = """
@@ -25,7 +26,7 @@ standin = Standin(0.01, runner="process").start()
 client = Client(standin, "grpc", standin.add_image("small"), sys.argv[1])
 endpoint = client.running()
 pid = int(client.ask(endpoint.name)["pid"])
-print(standin._process.pid, standin.folder, pid, endpoint.name, flush=True)
+print(standin.pid, standin.folder, pid, endpoint.name, flush=True)
 sys.stdin.read()
 """
 
@@ -62,7 +63,7 @@ def test_stop_leaves_nothing_and_restores_the_environment(code):
     with Standin(0.01, runner="process") as standin:
         client = Client(standin, "grpc", standin.add_image("small"), code)
         pid = int(client.ask(client.running().name)["pid"])
-        child, folder = standin._process.pid, standin.folder
+        child, folder = standin.pid, standin.folder
         assert os.environ["HTTPS_PROXY"] != before.get("HTTPS_PROXY")
     assert dict(os.environ) == before
     assert gone(pid, 0) and gone(child, 0) and not folder.exists()

@@ -53,7 +53,7 @@ def test_the_platforms_variables(grpc_client, standin):
         "AIP_DEPLOYED_MODEL_ID": number,
         "AIP_MODEL_NAME": endpoint_id,
         "AIP_VERSION_NAME": number,
-        "AIP_PROJECT_NUMBER": standin.number,
+        "AIP_PROJECT_NUMBER": standin.project_number,
         "AIP_MACHINE_TYPE": "n1-standard-2",
         "X_OWN": "a",
         "X_SEES": "a-PREDICTION-$(NOPE)-$(X_OWN)",
@@ -78,7 +78,7 @@ def test_a_prediction_on_both_transports(client):
     assert reply.predictions[0]["instance"] == {"a": [1, None, True]}
     assert reply.predictions[0]["got"]["k"] == 50
     assert reply.model_version_id == "1" and reply.model_display_name == "small"
-    assert reply.model.startswith(f"projects/{client.standin.number}/")
+    assert reply.model.startswith(f"projects/{client.standin.project_number}/")
 
 
 @pytest.mark.parametrize(

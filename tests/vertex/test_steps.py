@@ -17,7 +17,7 @@ from deploy.vertex import commands, deployer
 from deploy.vertex.deployer import cleanup, deploy, rollback, timeline, undeploy, what_is_there
 from deploy.vertex.resources import within
 from standin.local import Standin
-from standin.replicas.images import can_connect, free_port
+from deploy.common.ports import can_connect, free_port
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 

@@ -1,7 +1,8 @@
-"""What a stand-in leaves behind when it is killed, and how the next one removes it.
+"""Clean-up after stand-ins that were killed.
 
-A stand-in that ends in order leaves nothing. For the others there is a file per stand-in in
-build/standin with what it started, and a label on its containers.
+A stand-in that stops normally leaves nothing behind. For the others, a ledger in build/standin
+lists what each one started, and its containers have a label. The next stand-in that starts removes
+both.
 """
 
 import json
@@ -23,43 +24,45 @@ LEDGERS = BUILD / "standin"
 
 
 class Ledger:
-    """What this stand-in has started, on disk.
+    """A file that lists what this stand-in has started.
 
     Args:
-        folder: the stand-in's, to be removed with the rest; None if it is the user's.
+        folder: the stand-in's folder, to be removed too; None if the user named it.
     """
 
     def __init__(self, folder: Path | None) -> None:
         LEDGERS.mkdir(parents=True, exist_ok=True)
         self.path = LEDGERS / f"{label_of_this_process()}.json"
-        self._content = {"folder": str(folder) if folder else None, "processes": []}
+        self._folder = str(folder) if folder else None
+        self._processes: list[tuple[int, float]] = []
         self._save()
 
     def add(self, pid: int) -> None:
-        """Note a process (and its group, if it leads one)."""
+        """Add a process (and its group, if it leads one)."""
         with suppress(psutil.NoSuchProcess):
-            self._content["processes"].append([pid, psutil.Process(pid).create_time()])
+            self._processes.append((pid, psutil.Process(pid).create_time()))
             self._save()
 
     def close(self) -> None:
         self.path.unlink(missing_ok=True)
 
     def _save(self) -> None:
-        self.path.write_text(json.dumps(self._content))
+        content = {"folder": self._folder, "processes": self._processes}
+        self.path.write_text(json.dumps(content))
 
 
 def label_of_this_process() -> str:
-    """The process's number, and when it began: numbers are used again."""
+    """Return this process's ID and start time; IDs alone are reused."""
     return f"{os.getpid()}-{psutil.Process().create_time():.2f}"
 
 
 def clean() -> None:
-    """Remove what stand-ins that are no more have left."""
+    """Remove what killed stand-ins have left behind."""
     for path in LEDGERS.glob("*.json"):
         if not _alive(path.stem):
             try:
                 content = json.loads(path.read_text() or "{}")
-            except FileNotFoundError:  # another stand-in that starts just now was quicker
+            except FileNotFoundError:  # another stand-in that starts now removed it
                 continue
             for pid, began in content.get("processes", []):
                 _kill(pid, began)
@@ -75,31 +78,21 @@ def remove_containers(condition: Callable[[str], bool]) -> None:
     form = '{{.ID}} {{.Label "' + LABEL + '"}}'
     for kind, remove in (("container", ["rm", "--force", "--volumes"]), ("network", ["rm"])):
         every = ["--all"] if kind == "container" else []
-        listed = subprocess.run(
-            [
-                container_runtime(),
-                kind,
-                "ls",
-                *every,
-                "--filter",
-                f"label={LABEL}",
-                "--format",
-                form,
-            ],
-            capture_output=True,
-            text=True,
-        )
+        command = [container_runtime(), kind, "ls", *every, "--filter", f"label={LABEL}"]
+        listed = subprocess.run([*command, "--format", form], capture_output=True, text=True)
         for line in listed.stdout.splitlines():
-            number, label = line.split(" ", 1)
+            identifier, label = line.split(" ", 1)
             if condition(label):
-                subprocess.run([container_runtime(), kind, *remove, number], capture_output=True)
+                subprocess.run(
+                    [container_runtime(), kind, *remove, identifier], capture_output=True
+                )
 
 
 def _alive(label: str) -> bool:
     pid, _, began = label.partition("-")
     with suppress(psutil.NoSuchProcess, ValueError):
         process = psutil.Process(int(pid))
-        dead = process.status() == psutil.STATUS_ZOMBIE  # killed, and its parent has not looked
+        dead = process.status() == psutil.STATUS_ZOMBIE  # killed, but not reaped by its parent
         return not dead and f"{process.create_time():.2f}" == began
     return False
 
