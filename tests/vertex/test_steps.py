@@ -13,11 +13,11 @@ from google.cloud import aiplatform
 from google.cloud.aiplatform_v1 import types
 
 from deploy.common.paths import ROOT, UserError
+from deploy.common.ports import can_connect, free_port
 from deploy.vertex import commands, deployer
 from deploy.vertex.deployer import cleanup, deploy, rollback, timeline, undeploy, what_is_there
 from deploy.vertex.resources import within
 from standin.local import Standin
-from deploy.common.ports import can_connect, free_port
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 
