@@ -1,8 +1,8 @@
-"""Bring an archive from Cloud Storage into a model store, for images without weights.
+"""Download an archive from Cloud Storage into a model store, for images without weights.
 
-Vertex AI copies a model's artifacts into a bucket of its own and names it in AIP_STORAGE_URI; the
-container's service account may read it. STORAGE_EMULATOR_HOST, which Google's library knows, makes
-it ask another server, without credentials.
+Vertex AI copies a model's artifacts to a bucket that it manages and sets AIP_STORAGE_URI to it. The
+container's service account may read it. With STORAGE_EMULATOR_HOST, Google's library uses another
+server; then this module sends no credentials.
 """
 
 import os
@@ -16,15 +16,15 @@ from google.cloud import storage
 
 
 def fetch(uri: str, target: Path) -> None:
-    """Download everything below `uri` into `target`, which is made.
+    """Download all objects below `uri` into `target`.
 
     Args:
         uri: `gs://bucket` or `gs://bucket/folder`.
-        target: the model store; what lies directly in the folder lies directly in it.
+        target: the model store, which is created. Paths in it are relative to `uri`.
 
     Raises:
-        ValueError: not such an address.
-        LookupError: nothing is there, or it may not be read; Google's own words.
+        ValueError: `uri` has another form.
+        LookupError: there are no objects, or they may not be read; the message includes Google's.
     """
     bucket_name, _, prefix = uri.removeprefix("gs://").partition("/")
     if not uri.startswith("gs://") or not bucket_name:
@@ -44,12 +44,12 @@ def fetch(uri: str, target: Path) -> None:
         reason = " ".join(str(error).split())
         raise LookupError(f"AIP_STORAGE_URI={uri}: {reason}") from error
     if not size:
-        raise LookupError(f"AIP_STORAGE_URI={uri}: there is nothing")
+        raise LookupError(f"AIP_STORAGE_URI={uri}: there are no objects")
     print(f"{size / 1e6:.0f} MB from {uri} in {time.monotonic() - began:.0f} s", flush=True)
 
 
 def _download(blob: storage.Blob, name: str, target: Path) -> int:
-    """Bring one object; return its size in bytes."""
+    """Download one object; return its size in bytes."""
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
         raise ValueError(f"{blob.name} would be written outside of {target}")

@@ -1,13 +1,14 @@
-"""The container's entry: start TorchServe, drain it when the platform says stop, tell how it ended.
+"""The container's entry: start TorchServe, and drain and stop it on SIGTERM.
 
-Environment, all of it optional:
-    AIP_HTTP_PORT     where to listen (Vertex AI sets it)
-    AIP_STORAGE_URI   gs://bucket/folder with the archive, for an image without weights (likewise)
-    MODEL_STORE       where archives are, default /models
-    DRAIN_SECONDS     how long requests in flight may take after SIGTERM, default 20
+Environment variables, all optional:
+    AIP_HTTP_PORT     the port to listen on; Vertex AI sets it
+    AIP_STORAGE_URI   gs://bucket/folder with the archive, for an image without weights; also set
+                      by Vertex AI
+    MODEL_STORE       the folder with the archive, default /models
+    DRAIN_SECONDS     time for requests in flight after SIGTERM, default 20
 
-Exit codes: 0 after SIGTERM or SIGINT, 2 for a mistake in the environment, 1 if TorchServe ended by
-itself, whatever its own code was: the platform should start the container again.
+Exit codes: 0 after SIGTERM or SIGINT; 2 for a wrong environment variable; 1 if TorchServe ended by
+itself, with any code, so that the platform restarts the container.
 """
 
 import json
@@ -22,22 +23,22 @@ from threading import Event
 from launch import java_command
 
 HERE = Path(__file__).parent
-TEMPORARY = Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108  the one place that is writable
+TEMPORARY = Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108  the only writable folder
 STATE = TEMPORARY / "serving"
 QUIET_SECONDS = 1.0
-"""No request may have been in flight for so long before TorchServe is stopped: replies need time to
-leave, and requests to get from the frontend to the worker."""
+"""TorchServe is stopped when no request was in flight for this long: responses need time to leave,
+and requests need time to reach the worker."""
 
 
 def main() -> int:
-    """Run until told to stop, or until TorchServe ends; return the exit code."""
+    """Run until a signal or until TorchServe ends; return the exit code."""
     stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(stop_signal, lambda *_: stop.set())
     try:
         drain_seconds = whole_number("DRAIN_SECONDS", 20, most=86_400)
         if whole_number("AIP_HTTP_PORT", 7080, least=1, most=65535) in range(7081, 7085):
-            raise ValueError("AIP_HTTP_PORT: 7081 to 7084 are taken, by management and metrics")
+            raise ValueError("AIP_HTTP_PORT: management and metrics use the ports 7081 to 7084")
         store = by_name(model_store())
         archive = only_archive(store)
     except (ValueError, OSError, LookupError) as error:
@@ -65,24 +66,24 @@ def main() -> int:
 
 
 def whole_number(name: str, default: int, *, least: int = 0, most: int) -> int:
-    """A variable of the environment, as a number.
+    """Read an environment variable that holds a whole number.
 
     Raises:
-        ValueError: it is none, or out of its range.
+        ValueError: it holds another value, or the number is out of range.
     """
     text = os.environ.get(name, str(default))
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        raise ValueError(f"{name}: {text!r} is no whole number from {least} to {most}")
+        raise ValueError(f"{name}: {text!r} is not a whole number from {least} to {most}")
     return int(text)
 
 
 def model_store() -> Path:
-    """The folder with the archive; filled from AIP_STORAGE_URI if the image has none."""
+    """Return the folder with the archive; fill it from AIP_STORAGE_URI if the image has none."""
     store = Path(os.environ.get("MODEL_STORE", "/models"))
     uri = os.environ.get("AIP_STORAGE_URI", "")
     if not uri or (store.is_dir() and any(store.iterdir())):
         return store
-    from fetch import fetch  # the library it needs is loaded by nobody else
+    from fetch import fetch  # imports a large library that an image with weights does not need
 
     target = TEMPORARY / "models"
     fetch(uri, target)
@@ -90,13 +91,12 @@ def model_store() -> Path:
 
 
 def by_name(store: Path) -> Path:
-    """The store; if it is itself an archive, another with the archive by its name in it.
+    """Return the store; if it is itself an archive, a store with a link to it under its name.
 
-    That is what `gcloud storage cp --recursive model_store/APP gs://bucket/new` makes, and it is
-    as good: the manifest has the name.
+    `gcloud storage cp --recursive model_store/APP gs://bucket/new` makes such a folder.
 
     Raises:
-        ValueError: the manifest has none.
+        ValueError: the archive's manifest has no name.
     """
     manifest = store / "MAR-INF" / "MANIFEST.json"
     if not manifest.is_file():
@@ -107,29 +107,29 @@ def by_name(store: Path) -> Path:
         raise ValueError(f"{manifest}: model.modelName cannot be read: {error!r}") from error
     target = TEMPORARY / "store"
     target.mkdir(exist_ok=True)
-    for leftover in target.iterdir():  # of a start before, in the same container
+    for leftover in target.iterdir():  # from an earlier start of the same container
         leftover.unlink()
     (target / name).symlink_to(store.absolute())
     return target
 
 
 def only_archive(store: Path) -> str:
-    """The name of the one archive in the store.
+    """Return the name of the only archive in the store.
 
     Raises:
         LookupError: there is none, or more than one.
     """
-    found = sorted(path.name for path in store.iterdir()) if store.is_dir() else []
-    if len(found) != 1:
-        seen = f"holds {', '.join(found)}" if found else "is empty"
+    names = sorted(path.name for path in store.iterdir()) if store.is_dir() else []
+    if len(names) != 1:
+        content = f"holds {', '.join(names)}" if names else "is empty"
         raise LookupError(
-            f"{store} {seen}, but should hold one archive: mount it, or set AIP_STORAGE_URI"
+            f"{store} {content}, but should hold one archive: mount it, or set AIP_STORAGE_URI"
         )
-    return found[0]
+    return names[0]
 
 
 def drain(seconds: int, server: subprocess.Popen) -> None:
-    """Let requests in flight finish; new ones are refused with 503 (`handler/drain.py`)."""
+    """Let requests in flight finish; the handler rejects new ones with 503 (`handler/drain.py`)."""
     (STATE / "draining").touch()
     print(f"stopping: requests in flight have {seconds} s", flush=True)
     now = time.monotonic()
@@ -140,7 +140,7 @@ def drain(seconds: int, server: subprocess.Popen) -> None:
         if (STATE / "busy").exists():
             last_busy = now
     if now >= deadline:
-        print("time is up; requests are cut off", flush=True)
+        print("time is up; dropping the requests in flight", flush=True)
 
 
 def end(server: subprocess.Popen) -> None:

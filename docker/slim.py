@@ -1,10 +1,10 @@
-"""Take out of an installed environment what a server never opens, and compile what it always does.
+"""Remove the files that a server never opens from an environment, and compile what it imports.
 
     python3 slim.py /opt/venv
 
-Runs in the image's build, after pip. Each entry says what it is; a part that is not installed is
-passed over. Then what a worker imports is imported once, so that exactly those modules have
-bytecode: a read-only container could not keep it, and would compile at every start.
+The image's build runs this after pip. Packages that are not installed are skipped. Then it imports
+what a worker imports, so that exactly those modules have bytecode: a read-only container cannot
+store bytecode and would compile at every start.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from pathlib import Path
 
 UNUSED = {
     "torch": [
-        "bin/[!t]*",  # protoc; torch_shm_manager is looked for at every import
+        "bin/[!t]*",  # protoc; torch needs torch_shm_manager at every import
         "bin/test*",
         "include",  # C++ headers
         "share",  # CMake files
@@ -23,7 +23,7 @@ UNUSED = {
         "**/*.h",
         "lib/*.a",  # static libraries
         "lib/*test*.so",
-        "lib/libbackend_with_compiler.so",  # a test's
+        "lib/libbackend_with_compiler.so",  # for a test
     ],
     "openvino": [
         "include",
@@ -75,9 +75,9 @@ def main(environment: Path) -> None:
     for folder in packages.glob("*"):
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    for left in (*packages.glob("pip-*"), *packages.glob("setuptools-*")):
-        shutil.rmtree(left)
-    (packages / "distutils-precedence.pth").unlink(missing_ok=True)  # setuptools', too
+    for metadata in (*packages.glob("pip-*"), *packages.glob("setuptools-*")):
+        shutil.rmtree(metadata)
+    (packages / "distutils-precedence.pth").unlink(missing_ok=True)  # also from setuptools
     for program in environment.glob("bin/pip*"):
         program.unlink()
     modules = [*WORKER.split()]

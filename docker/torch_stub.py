@@ -1,15 +1,15 @@
-"""Stands where torch would be, in the image without torch (target cpu-lean).
+"""The module `torch` in the image without torch (target cpu-lean).
 
-TorchServe 0.12 imports torch in one file on a worker's path, ts/protocol/otf_message_handler.py,
-and uses two names of it there, for handlers that answer tensors. Ours answers bytes. Anything else
-that asks this module for something gets an AttributeError, and `import torch.x` an ImportError.
+A worker of TorchServe 0.12 imports torch in one file, ts/protocol/otf_message_handler.py, and uses
+two names of it for handlers that return tensors. Ours returns bytes. Any other name raises
+AttributeError, and `import torch.x` raises ImportError.
 """
 
 
 class Tensor:
-    """Nothing is one: `isinstance(answer, torch.Tensor)` is False."""
+    """A class without instances, so that `isinstance(response, torch.Tensor)` is False."""
 
 
 def save(*_: object) -> None:
-    """Never called for bytes."""
+    """Fail; TorchServe does not call this for bytes."""
     raise RuntimeError("this image has no torch; use the target cpu")

@@ -1,10 +1,7 @@
-"""Weights + handler + configuration -> what TorchServe loads.
+"""Make the archive of an APP from its weights and its YAML.
 
-    python -m deploy.archive smollm2-135m                      # a directory, the default
-    python -m deploy.archive smollm2-135m --format zip-store   # one .mar file
-
-`torch-model-archiver` does the work, in `pack.py`. The archive is self-contained: the
-handler's package, the app's completed YAML as `model-config.yaml`, and the weights.
+The archive is self-contained: the handler's package, the app's completed YAML as
+`model-config.yaml`, and the weights in the form that the engine loads.
 """
 
 import shutil
@@ -59,17 +56,17 @@ def build_archive(
     engine: dict[str, Any] | None = None,
     store: Path = MODEL_STORE,
 ) -> Path:
-    """Make the archive of an app and return its path; one that stood there before is replaced.
+    """Make the archive of an app and return its path; it replaces an existing one.
 
     Args:
         name: the APP, and the model's name in the URL.
         weights: a complete folder, as `get_weights` returns it.
         archive_format: one of `FORMATS`.
-        engine: fields of `app.engine` that win over the app's YAML.
+        engine: fields of `app.engine` that override the app's YAML.
         store: TorchServe's model store.
 
     Raises:
-        UserError: the app's YAML is wrong, or torch-model-archiver refuses; says why.
+        UserError: the app's YAML is wrong, or torch-model-archiver failed.
     """
     BUILD.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
@@ -80,16 +77,16 @@ def build_archive(
 def prepare(
     name: str, weights: Path, target: Path, *, engine: dict[str, Any] | None = None
 ) -> Path:
-    """Write what an archive holds beside the handler: its configuration, and the engine's files.
+    """Write an archive's content apart from the handler: its configuration and the engine's files.
 
     Args:
         name: the APP.
         weights: a complete folder, as `get_weights` returns it.
-        target: the folder to make; one that stood there before is replaced.
-        engine: fields of `app.engine` that win over the app's YAML.
+        target: the folder to make; it replaces an existing one.
+        engine: fields of `app.engine` that override the app's YAML.
 
     Raises:
-        UserError: the app's YAML is wrong, or the model cannot be exported; says why.
+        UserError: the app's YAML is wrong, or the model cannot be exported.
     """
     config, settings = model_config(name, weights, engine)
     if settings.name == "openvino":
@@ -107,9 +104,9 @@ def prepare(
 def model_config(
     name: str, weights: Path, engine: dict[str, Any] | None = None
 ) -> tuple[dict[str, Any], EngineConfig]:
-    """The app's completed and checked YAML, which becomes the archive's `model-config.yaml`.
+    """Return the app's completed YAML for `model-config.yaml`, and its checked engine settings.
 
-    `app.engine.name: auto` is decided here, where the weights are prepared for it.
+    Replaces `app.engine.name: auto` by the engine that this machine's weights are prepared for.
     """
     config = app_yaml(name, local=True)
     where = f"handler/apps/{name}.yaml"
@@ -128,17 +125,17 @@ def model_config(
 
 
 def _with_tokenizer(files: list[Path], weights: Path, folder: Path) -> list[Path]:
-    """Engines read `tokenizer.json` alone; what older repositories hold is converted here."""
+    """Convert an older repository's tokenizer: engines read only `tokenizer.json`."""
     if any(path.name == "tokenizer.json" for path in files):
         return files
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=True)
-        # With no files at all transformers gives an empty tokenizer, which reads nothing.
-        readable = tokenizer.decode(tokenizer("Hello")["input_ids"], skip_special_tokens=True)
+        # Without any file, transformers returns an empty tokenizer, which reads no text.
+        readable = str(tokenizer.decode(tokenizer("Hello")["input_ids"], skip_special_tokens=True))
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # whatever a tokenizer's own code raises
+    except Exception as error:  # a tokenizer's own code may raise anything
         raise UserError(f"{shown(weights)}: its tokenizer cannot be read ({error})") from error
     made = {path.name: path for path in folder.iterdir()}
     if not readable.strip() or "tokenizer.json" not in made:

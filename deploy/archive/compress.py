@@ -1,87 +1,96 @@
-"""Make an exported model faster: fewer and smaller matrix multiplications. Run by `export.py`.
+"""Make an exported model faster: fewer matrix multiplications with smaller weights.
 
     python -m deploy.archive.compress exported/openvino_model.xml folder/openvino_model.xml int8
 
-Two steps. Matrix products with the same input become one (query, key and value of an attention
-layer; gate and up of an MLP), because at one token a step what surrounds a small product costs as
-much as the product. Then nncf quantizes the weights. What each is worth is in LOG.md.
+`export.py` runs it. First, matrix multiplications with the same input become one: query, key and
+value of an attention layer; gate and up of an MLP. At one token a step, the overhead of a small
+multiplication costs as much as the multiplication. Then nncf quantizes the weights. LOG.md has the
+effect of each.
 """
 
-import argparse
 import logging
+import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Annotated
 
+import click
 import nncf
 import numpy as np
 import openvino
+import typer
 from openvino import opset13 as ops
 
+from deploy.common import cli
+
+PRECISIONS = ("int8", "int4", "fp16")
 INT4_GROUP = 64
 """Weights that share a scale. It divides the width of nearly every model."""
 
 
-def merge_products(model: openvino.Model) -> int:
-    """Join matrix products that share their input, in place; the results are split again.
+def merge_matmuls(model: openvino.Model) -> int:
+    """Merge matrix multiplications that share their input, in place, and split the results again.
 
-    Only products with a constant, transposed weight [outputs, inputs] in one dtype are touched.
+    Changes only those with a constant, transposed weight [outputs, inputs] in one dtype.
 
     Returns:
-        How many products went into larger ones.
+        How many matrix multiplications went into larger ones.
     """
-    by_input: dict[tuple, list[openvino.Node]] = defaultdict(list)
+    by_input: dict[tuple, list[tuple[openvino.Node, openvino.Node]]] = defaultdict(list)
     for node in model.get_ordered_ops():
         if node.get_type_name() == "MatMul" and (weight := _weight(node)):
             source = node.input_value(0)
             name = source.get_node().get_friendly_name()
-            by_input[name, source.get_index(), weight.get_element_type()].append(node)
+            key = name, source.get_index(), weight.get_element_type()
+            by_input[key].append((node, weight))
     merged = 0
-    for products in by_input.values():
-        if len(products) > 1:
-            _merge(products)
-            merged += len(products)
+    for matmuls in by_input.values():
+        if len(matmuls) > 1:
+            _merge(matmuls)
+            merged += len(matmuls)
     model.validate_nodes_and_infer_types()
     return merged
 
 
-def _weight(product: openvino.Node) -> openvino.Node | None:
-    """The constant a product multiplies with, if it has the usual form: halves, then a Convert."""
-    convert = product.input_value(1).get_node()
+def _weight(matmul: openvino.Node) -> openvino.Node | None:
+    """Return the constant weight if it has the usual form, a float16 Constant and a Convert."""
+    convert = matmul.input_value(1).get_node()
     if convert.get_type_name() != "Convert":
         return None
     weight = convert.input_value(0).get_node()
-    attributes = product.get_attributes()
-    usual = attributes["transpose_b"] and not attributes["transpose_a"]
+    attributes = matmul.get_attributes()
+    transposed = attributes["transpose_b"] and not attributes["transpose_a"]
     constant = weight.get_type_name() == "Constant" and len(weight.shape) == 2
-    return weight if usual and constant else None
+    return weight if transposed and constant else None
 
 
-def _merge(products: list[openvino.Node]) -> None:
-    weights = [_weight(product) for product in products]
+def _merge(matmuls: list[tuple[openvino.Node, openvino.Node]]) -> None:
+    """Replace (matrix multiplication, weight) pairs by one multiplication and a split."""
+    nodes, weights = zip(*matmuls, strict=True)
     joined = openvino.op.Constant(np.concatenate([weight.data for weight in weights]))
     joined.set_friendly_name(f"{weights[0].get_friendly_name()}.merged")
     convert = ops.convert(joined, "f32")
     convert.get_rt_info()["decompression_0"] = ""  # "keep the constant small in memory"
-    product = ops.matmul(products[0].input_value(0), convert, False, True)
-    product.set_friendly_name(f"{products[0].get_friendly_name()}.merged")
+    merged = ops.matmul(nodes[0].input_value(0), convert, False, True)
+    merged.set_friendly_name(f"{nodes[0].get_friendly_name()}.merged")
     sizes = ops.constant(np.array([weight.shape[0] for weight in weights], dtype=np.int64))
-    parts = ops.variadic_split(product, ops.constant(np.int64(-1)), sizes)
-    for index, old in enumerate(products):
-        old.output(0).replace(parts.output(index))
+    parts = ops.variadic_split(merged, ops.constant(np.int64(-1)), sizes)
+    for index, node in enumerate(nodes):
+        node.output(0).replace(parts.output(index))
 
 
 def compress(source: Path, target: Path, precision: str, group_size: int) -> None:
     """Merge and quantize one model file.
 
     Args:
-        source: openvino_model.xml with weights in halves.
+        source: openvino_model.xml with float16 weights.
         target: the file to write; its folder exists.
         precision: "int8" (one scale for each output), "int4" (one for each group; embedding and
             output layer stay in int8) or "fp16" (merged only).
         group_size: for int4; -1 is one scale for each output.
     """
     model = openvino.Core().read_model(source)
-    merge_products(model)
+    merge_matmuls(model)
     if precision == "int8":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     elif precision == "int4":
@@ -90,17 +99,25 @@ def compress(source: Path, target: Path, precision: str, group_size: int) -> Non
     openvino.save_model(model, target, compress_to_fp16=False)
 
 
-def main() -> None:
-    """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m deploy.archive.compress")
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("precision", choices=["int8", "int4", "fp16"])
-    parser.add_argument("--group-size", type=int, default=INT4_GROUP)
-    options = parser.parse_args()
+app = cli.app(__doc__)
+
+
+@app.command()
+def command(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET")],
+    precision: Annotated[str, typer.Argument(click_type=click.Choice(PRECISIONS))],
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale.")] = INT4_GROUP,
+) -> None:
+    """Merge the matrix multiplications of an exported model and quantize its weights."""
     nncf.set_log_level(logging.WARNING)
-    compress(options.source, options.target, options.precision, options.group_size)
+    compress(source, target, precision, group_size)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; see the module's docstring."""
+    return cli.run(app, "deploy.archive.compress", arguments)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

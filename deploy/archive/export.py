@@ -1,9 +1,9 @@
-"""Turn weights into what the `openvino` engine loads: once, when the archive is made.
+"""Choose an engine, and export weights for the `openvino` engine when the archive is made.
 
-`optimum-cli` (optimum-intel) traces the model, `compress.py` (nncf) makes its weights small.
-Both run as processes of their own, since they need torch, transformers and, for large models,
-memory; serving needs none of that. Both results are kept under `build/export/`, named by weights,
-versions and settings, so that a change of any makes a new one.
+`optimum-cli` (optimum-intel) traces the model; `compress.py` (nncf) compresses its weights. Both
+run as separate processes, because they need torch, transformers and, for large models, much memory.
+Serving needs none of them. Results stay under `build/export/`. Their names depend on weights,
+versions and settings, so a change of any of these makes a new export.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ _COMPRESS = Path(__file__).with_name("compress.py")
 
 
 def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) -> tuple[str, str]:
-    """The engine for `name: auto`, and why.
+    """Return the engine for `name: auto`, and the reason.
 
-    OpenVINO on a CPU if it is installed and the export fits into memory; transformers on a GPU,
-    with `max_memory`, and everywhere else.
+    `openvino` on a CPU if OpenVINO is installed and the export fits into memory; `transformers` on
+    a GPU, with `max_memory`, and in all other cases.
     """
     if config.name != "auto":
         return config.name, "it was asked for"
@@ -50,22 +50,22 @@ def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) ->
         return "transformers", "there is a GPU"
     needed = _EXPORT_MEMORY * sum(path.stat().st_size for path in weight_files(weights))
     free = psutil.virtual_memory().available
-    if needed > free and not _exported(weights, config, cache).is_file():
+    if needed > free and not _exported_file(weights, config, cache).is_file():
         sizes = f"{needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free"
         return "transformers", f"exporting for OpenVINO takes {sizes}"
     return "openvino", "there is no GPU"
 
 
 def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
-    """Return the folder the `openvino` engine loads, made from `weights` if need be.
+    """Return the folder that the `openvino` engine loads; make it if it does not exist.
 
     Raises:
-        UserError: the model cannot be exported; names the other engine.
+        UserError: the model cannot be exported; the message names the other engine.
     """
-    folder = _exported(weights, config, cache).parent
+    folder = _exported_file(weights, config, cache).parent
     if not (folder / EXPORTED).is_file():
         with one_at_a_time(cache):
-            if not (folder / EXPORTED).is_file():  # else another program has made it meanwhile
+            if not (folder / EXPORTED).is_file():  # another program may have made it meanwhile
                 _make(folder, weights, config, cache)
     return folder
 
@@ -74,36 +74,38 @@ def _make(folder: Path, weights: Path, config: EngineConfig, cache: Path) -> Non
     traced = _trace(weights, cache)
     print(f"making its weights {config.openvino.precision} ...", flush=True)
     with _unfinished(folder) as unfinished:
-        command = [sys.executable, "-m", "deploy.archive.compress", traced / EXPORTED]
-        _run([*command, unfinished / EXPORTED, *_settings(config)], unfinished, cache)
+        command: list[str | Path] = [sys.executable, "-m", "deploy.archive.compress"]
+        command += [traced / EXPORTED, unfinished / EXPORTED, *_compress_arguments(config)]
+        _run_exporter(command, unfinished, cache)
         for path in exported_files(traced):
             if not (unfinished / path.name).exists():
                 link_or_copy(path, unfinished / path.name)
 
 
-def _exported(weights: Path, config: EngineConfig, cache: Path) -> Path:
-    """The file `export` makes, or has made."""
-    recipe = [version("nncf"), _COMPRESS.read_text(), *_settings(config)]
+def _exported_file(weights: Path, config: EngineConfig, cache: Path) -> Path:
+    """Return the path of the file that `export` makes."""
+    recipe = [version("nncf"), _COMPRESS.read_text(), *_compress_arguments(config)]
     return cache / f"{weights.name}-{config.openvino.precision}-{_key(weights, recipe)}" / EXPORTED
 
 
-def _settings(config: EngineConfig) -> list[str]:
+def _compress_arguments(config: EngineConfig) -> list[str]:
     if config.openvino.precision == "int4":
         return ["int4", "--group-size", str(config.openvino.group_size)]
     return [config.openvino.precision]
 
 
 def _trace(weights: Path, cache: Path) -> Path:
-    """The model as OpenVINO's graph, weights in halves: what `compress` starts from."""
+    """Return a folder with the model as OpenVINO's graph, weights in float16: compress's input."""
     folder = cache / f"{weights.name}-traced-{_key(weights, [])}"
     if (folder / EXPORTED).is_file():
         return folder
     print("exporting for OpenVINO ...", flush=True)
     with _unfinished(folder) as unfinished:
-        command = [Path(sys.executable).with_name("optimum-cli"), "export", "openvino"]
+        command: list[str | Path] = [Path(sys.executable).with_name("optimum-cli")]
+        command += ["export", "openvino"]
         command += ["--model", weights.resolve(), "--task", "text-generation-with-past"]
         command += ["--weight-format", "fp16", "--disable-convert-tokenizer", unfinished]
-        _run(command, unfinished, cache)
+        _run_exporter(command, unfinished, cache)
         for name in choose_files([p.name for p in weights.iterdir() if p.suffix != ".safetensors"]):
             if not (unfinished / name).exists() and not name.endswith((".bin", ".index.json")):
                 link_or_copy((weights / name).resolve(), unfinished / name)
@@ -112,7 +114,7 @@ def _trace(weights: Path, cache: Path) -> Path:
 
 @contextmanager
 def _unfinished(folder: Path) -> Iterator[Path]:
-    """An empty folder that gets its name when the block ends, and goes if the block fails."""
+    """Yield an empty folder; give it its name when the block ends, delete it if the block fails."""
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -123,22 +125,22 @@ def _unfinished(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _run(command: list[str | Path], target: Path, cache: Path) -> None:
+def _run_exporter(command: list[str | Path], target: Path, cache: Path) -> None:
     log = cache / "export.log"
     with log.open("w") as stream:
         run = subprocess.run(command, stderr=stream, cwd=ROOT)
     if run.returncode != 0 or not (target / EXPORTED).is_file():
         last = (log.read_text().strip() or "no message").splitlines()[-1]
         raise UserError(
-            f"OpenVINO cannot export this model ({last}; all of it in {shown(log)}). Serve it with "
-            "the other engine: set app.engine.name: transformers in its YAML"
+            f"OpenVINO cannot export this model ({last}; the full log is {shown(log)}). Serve it "
+            "with the other engine: set app.engine.name: transformers in its YAML"
         )
 
 
 def exported_files(folder: Path) -> list[Path]:
-    """The files of an exported folder that a server needs."""
-    wanted = {".xml", ".bin", ".json", ".jinja"}
-    return sorted(p for p in folder.iterdir() if p.suffix in wanted)
+    """Return the files of an exported folder that a server needs."""
+    suffixes = {".xml", ".bin", ".json", ".jinja"}
+    return sorted(p for p in folder.iterdir() if p.suffix in suffixes)
 
 
 def _key(weights: Path, recipe: list[str]) -> str:

@@ -1,8 +1,8 @@
-"""Put what an archive holds into the form that TorchServe loads.
+"""Pack a prepared folder into an archive that TorchServe loads, with `torch-model-archiver`.
 
-    python -m deploy.archive.pack smollm2-135m PREPARED STORE   # what the image's first stage runs
+    python -m deploy.archive.pack smollm2-135m PREPARED STORE   # the image's first stage runs this
 
-`torch-model-archiver` does the work. This needs no torch and no model: weights are files here.
+Imports nothing outside docker/locks/archive.txt: no torch, no Typer.
 """
 
 import argparse
@@ -39,19 +39,19 @@ def pack(
     archive_format: str = DIRECTORY,
     store: Path = MODEL_STORE,
 ) -> Path:
-    """Run torch-model-archiver and return what it made; one that stood there before is replaced.
+    """Run torch-model-archiver and return the archive; it replaces an existing one.
 
     Args:
         name: the model's name in the URL.
         entry: the handler's file.
-        config: becomes `model-config.yaml`.
-        weights: files that go into the folder `weights`.
-        package: the Python package `entry` belongs to, if any; goes in without `entry`.
+        config: the content of `model-config.yaml`.
+        weights: the files for the folder `weights`.
+        package: the Python package that `entry` belongs to, if any; added without `entry`.
         archive_format: one of `FORMATS`.
         store: TorchServe's model store.
 
     Raises:
-        UserError: torch-model-archiver refuses; says why.
+        UserError: torch-model-archiver failed; the message includes its reason.
     """
     if archive_format not in FORMATS:
         raise UserError(f"format {archive_format!r}: use one of {', '.join(FORMATS)}")
@@ -71,33 +71,30 @@ def pack(
         Path(temporary, CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
         _run_archiver(name, entry, archive_format, stage, out, Path(temporary))
         made = out / target.name
-        if as_directory:  # the archiver would copy gigabytes that hard links give for nothing
+        if as_directory:  # the archiver copies gigabytes; hard links cost no space
             place(weights, made / WEIGHTS)
         _replace(made, target)
     return target
 
 
 def archive_path(name: str, archive_format: str, store: Path = MODEL_STORE) -> Path:
-    """Where an archive is, or will be."""
+    """Return the path of an archive, which need not exist."""
     return store / (name if archive_format == DIRECTORY else f"{name}.mar")
 
 
 def pack_prepared(
     name: str, prepared: Path, *, archive_format: str = DIRECTORY, store: Path = MODEL_STORE
 ) -> Path:
-    """`pack` with our handler, from a folder that `deploy.archive.build.prepare` made."""
+    """Pack our handler with a folder that `deploy.archive.build.prepare` made."""
     config = yaml.safe_load((prepared / CONFIG).read_text())
-    files = sorted((prepared / WEIGHTS).iterdir())
+    weights = sorted((prepared / WEIGHTS).iterdir())
     return pack(
-        *(name, ENTRY, config, files),
-        package=HANDLER,
-        archive_format=archive_format,
-        store=store,
+        name, ENTRY, config, weights, package=HANDLER, archive_format=archive_format, store=store
     )
 
 
 def place(files: list[Path], target: Path) -> None:
-    """Put files into a folder, without copying their bytes where that can be."""
+    """Put files into a folder, as hard links where possible."""
     for path in files:
         link_or_copy(path.resolve(), target / path.name)
 
@@ -105,11 +102,11 @@ def place(files: list[Path], target: Path) -> None:
 def _run_archiver(
     name: str, entry: Path, archive_format: str, stage: Path, out: Path, temporary: Path
 ) -> None:
-    command = [Path(sys.executable).with_name("torch-model-archiver")]
+    command: list[str | Path] = [Path(sys.executable).with_name("torch-model-archiver")]
     command += ["--model-name", name, "--version", "1.0", "--archive-format", archive_format]
     command += ["--handler", entry, "--config-file", temporary / CONFIG]
     command += ["--extra-files", stage, "--export-path", out]
-    # The archiver begins by deleting $TMPDIR/<model name>: give it a folder of its own.
+    # The archiver deletes $TMPDIR/<model name> first.
     environment = os.environ | {"TMPDIR": str(temporary / "tmp")}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode != 0:
@@ -118,14 +115,14 @@ def _run_archiver(
 
 
 def _replace(made: Path, target: Path) -> None:
-    """Put the new archive where the old one was, so that a failed build leaves the old one."""
+    """Replace an archive only when the new one is complete: a failed build keeps the old one."""
     if target.is_dir():
         shutil.rmtree(target)
     made.replace(target)
 
 
 def main() -> None:
-    """The command line; see the module's docstring."""
+    """Run the command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m deploy.archive.pack")
     parser.add_argument("app")
     parser.add_argument("prepared", type=Path, help="what deploy.archive.build.prepare made")

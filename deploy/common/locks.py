@@ -12,7 +12,7 @@ from deploy.common.paths import BUILD
 
 @contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait while another program makes this folder: two would remove each other's files."""
+    """Wait while another program makes this folder: two would delete each other's files."""
     locks = BUILD / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]

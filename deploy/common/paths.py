@@ -1,4 +1,4 @@
-"""Where things that are made, not written, are kept (git ignores them all), and how they move."""
+"""The folders of everything that is made and not written; git ignores them all."""
 
 import os
 import shutil
@@ -11,16 +11,16 @@ BUILD = ROOT / "build"
 
 
 class UserError(Exception):
-    """Something the reader can mend. Shown as one line, without a traceback."""
+    """An error that the user can fix. Command lines print it in one line, without a traceback."""
 
 
 def shown(path: Path) -> str:
-    """The path as the reader would type it: relative to the repository where possible."""
+    """Return the path as a user would type it: relative to the repository where possible."""
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link where both are on one file system, which costs no space; else a copy."""
+    """Make a hard link, which costs no space; copy if the file systems differ."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)

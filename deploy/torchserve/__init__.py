@@ -1,4 +1,4 @@
 """Start, watch, call and stop TorchServe on this machine.
 
-The container shares `launch.py`. Building images belongs in `image`.
+The container uses `launch.py`, too. Building images belongs in `image`.
 """

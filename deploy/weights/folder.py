@@ -1,4 +1,4 @@
-"""What is in a folder of weights: which files count, where they came from, whether they load."""
+"""Read a folder of weights: the files a server needs, their source, and whether they load."""
 
 import json
 from pathlib import Path
@@ -8,18 +8,17 @@ from safetensors import SafetensorError, safe_open
 from deploy.common.paths import UserError, shown
 
 SOURCE_FILE = "SOURCE.json"
-"""Beside the weights: where they came from. Written last, so a folder without it is unfinished."""
-
+"""The file that records the source of the weights. It is written last: a folder without it is
+unfinished."""
 
 RANDOM = "random weights"
 """The `source` of a checkpoint that `--shape-only` made."""
-
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 def source_of(folder: Path) -> dict:
-    """What `SOURCE.json` says; empty for a folder that is not ours or not finished."""
+    """Return the content of `SOURCE.json`; empty for a folder without one."""
     try:
         return json.loads((folder / SOURCE_FILE).read_text())
     except (OSError, ValueError):
@@ -27,16 +26,16 @@ def source_of(folder: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files of a folder that a server needs; see `choose_files`."""
+    """Return the files of a folder that a server needs; see `choose_files`."""
     names = [p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
     return [folder / name for name in choose_files(names)]
 
 
 def choose_files(names: list[str]) -> list[str]:
-    """Of a repository's files those that hold the model and its tokenizer, weights first.
+    """Choose the files with the model and its tokenizer from a repository's files, weights first.
 
-    safetensors where there are any, else `*.bin` (pickles; transformers reads them with
-    `weights_only`, which runs no code). Formats of other frameworks are left out.
+    Prefers safetensors to `*.bin`, which are pickles; transformers reads them with `weights_only`,
+    which runs no code. Leaves out the formats of other frameworks.
     """
     names = sorted(name for name in names if "/" not in name)
     tensors = [n for n in names if n.endswith(".safetensors")]
@@ -50,7 +49,7 @@ def check_folder(folder: Path) -> Path:
     """Make sure the folder holds a model that can be loaded, and return it.
 
     Raises:
-        UserError: it does not; the message says what is missing and how to get it.
+        UserError: it holds none; the message says what is missing and how to get it.
     """
     if folder.is_file():
         raise UserError(f"{shown(folder)}: is a file; name the folder that holds the model")
@@ -72,10 +71,10 @@ def check_folder(folder: Path) -> Path:
                     f"run: git -C {shown(folder)} lfs pull"
                 )
     for index in folder.glob(f"*{tensors[0].suffix}.index.json"):
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(named - {p.name for p in tensors})
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(shards - {p.name for p in tensors})
         if missing:
-            raise UserError(f"{shown(folder)}: {index.name} names {missing[0]}, which is not there")
+            raise UserError(f"{shown(folder)}: {index.name} names {missing[0]}, which is missing")
     _check_architecture(folder / "config.json")
     for path in tensors:
         if path.suffix == ".safetensors":
@@ -84,29 +83,29 @@ def check_folder(folder: Path) -> Path:
 
 
 def _check_architecture(path: Path) -> None:
-    """Refuse a model that does not write text. Without `architectures` nothing is known."""
+    """Reject a model that does not generate text. Without `architectures`, accept any model."""
     try:
         names = json.loads(path.read_text()).get("architectures") or []
     except (ValueError, AttributeError) as error:
         raise UserError(f"{shown(path)}: is not a JSON object: {error}") from error
     if not names or any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names):
         return
-    # Takes seconds, so only for names that do not say it themselves.
+    # The import takes seconds; most names need no look into the table.
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
     if not {*names} & {*KNOWN.values()}:
         raise UserError(
-            f"{shown(path)}: architectures is {', '.join(names)}, which does not continue text; "
+            f"{shown(path)}: architectures is {', '.join(names)}, which does not generate text; "
             "use a model whose architecture ends in ForCausalLM or LMHeadModel"
         )
 
 
 def _check_tensors(path: Path) -> None:
-    """Compare the file's list of tensors with its size, without reading them."""
+    """Compare the file's list of tensors with its size, without reading the tensors."""
     try:
         with safe_open(path, "np"):
             pass
     except SafetensorError as error:
         raise UserError(
-            f"{shown(path)}: is damaged or not downloaded to its end ({error}); get it again"
+            f"{shown(path)}: is damaged or its download is incomplete ({error}); download it again"
         ) from error

@@ -1,8 +1,8 @@
-"""Weights from the Hugging Face Hub, at one commit, every file verified.
+"""Download weights from the Hugging Face Hub, at one commit, and verify every file.
 
-`huggingface_hub` does the transfer: it honours HF_ENDPOINT, HF_TOKEN and HF_HOME, resumes a
-broken download, and keeps what it has in its cache. What it does not do is compare file contents
-with the hashes in the repository's tree; that happens here.
+`huggingface_hub` transfers the files: it reads HF_ENDPOINT, HF_TOKEN and HF_HOME, resumes a broken
+download, and caches files. It does not compare contents with the hashes in the repository's tree;
+this module does.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
     """Download the model and tokenizer files into `folder`.
 
     Raises:
-        UserError: no network, no access, no such revision, or a file with another hash.
+        UserError: no network, no access, no such revision, or a file with a wrong hash.
     """
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:
@@ -45,22 +45,21 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
         )
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise UserError(
-            f"{weights.repo}: {endpoint} says there is no such repository, or it is not open to "
-            "you. Check the name; for a gated one accept its terms and set HF_TOKEN"
+            f"{weights.repo}: {endpoint} has no such repository, or you may not read it. Check "
+            "the name; for a gated repository, accept its terms and set HF_TOKEN"
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{weights.repo}: has no revision {weights.revision}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code
         raise UserError(
-            f"{weights.repo}: {endpoint} answered {status}. Repeat later: what has been "
-            "downloaded is kept"
+            f"{weights.repo}: {endpoint} answered {status}. Try again later; the download resumes"
         ) from error
     except (httpx.HTTPError, LocalEntryNotFoundError, ConnectionError) as error:
         raise UserError(
             f"{weights.repo}: the download from {endpoint} failed ({type(error).__name__}). Check "
-            "the network and repeat: what has been downloaded is kept. Without access to the Hub, "
-            "set HF_ENDPOINT to a mirror, give a clone with MODEL_DIR=path, or rehearse with "
+            "the network and try again; the download resumes. Without access to the Hub, set "
+            "HF_ENDPOINT to a mirror, use a clone with MODEL_DIR=path, or rehearse with "
             "SHAPE_ONLY=1"
         ) from error
     for file in files:
@@ -69,14 +68,14 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
         if git_hash(blob, lfs=file.lfs is not None) != stated:
             blob.unlink()
             raise UserError(
-                f"{weights.repo}: {file.path} does not have the hash the repository states; it was "
-                "deleted. Repeat the download"
+                f"{weights.repo}: {file.path} does not have the hash that the repository states, "
+                "and was deleted. Try again"
             )
         link_or_copy(blob, folder / file.path)
 
 
 def git_hash(path: Path, *, lfs: bool) -> str:
-    """The hash a repository's tree states: SHA-256 for LFS files, git's blob SHA-1 for others."""
+    """Return the hash that a repository's tree states: SHA-256 for LFS files, else git's SHA-1."""
     digest = hashlib.sha256()
     if not lfs:
         digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
@@ -90,6 +89,6 @@ def _check_space(size: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise UserError(
-            f"the download is {size / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB free; "
-            "make room"
+            f"the download is {size / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB free; "
+            "free some space"
         )

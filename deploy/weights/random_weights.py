@@ -1,7 +1,7 @@
-"""Checkpoints of a true architecture and size with random weights.
+"""Write checkpoints of a true architecture and size with random weights.
 
-For machines that cannot reach the Hub: memory, speed and every code path are those of the real
-model; the text is noise, and whatever such a checkpoint produces says "random weights".
+For machines that cannot reach the Hub. Memory, throughput and every code path are those of the real
+model. The text is noise, and all output of such a checkpoint is marked "random weights".
 """
 
 import json
@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 SHARD_BYTES = 500_000_000
-"""Each shard is made, written and forgotten before the next: this is about the memory it takes."""
+"""The size of a shard. One shard at a time is in memory."""
 
 
 def write_random_checkpoint(folder: Path, architecture: dict, special_tokens: list[str]) -> None:
@@ -22,7 +22,7 @@ def write_random_checkpoint(folder: Path, architecture: dict, special_tokens: li
 
     Args:
         folder: an existing folder.
-        architecture: `model_type` and whatever its configuration class takes.
+        architecture: `model_type`, and the arguments of its configuration class.
         special_tokens: texts that must be single tokens, as they are in the real vocabulary.
     """
     values = dict(architecture)
@@ -37,10 +37,10 @@ def write_random_checkpoint(folder: Path, architecture: dict, special_tokens: li
 
 
 def byte_tokenizer(special_tokens: list[str], vocab_size: int = 0) -> PreTrainedTokenizerFast:
-    """A tokenizer without a vocabulary to download: one token a byte, so it reads any text.
+    """Make a tokenizer with one token a byte, which reads any text without a vocabulary.
 
-    Ids up to `vocab_size` that are nobody's bytes are shown as " r1234": a model with random
-    weights answers with those.
+    Ids above the bytes, up to `vocab_size`, decode to " r1234". A model with random weights mostly
+    generates those.
     """
     end = "<|endoftext|>"
     tokens = [end, *sorted(pre_tokenizers.ByteLevel.alphabet()), *special_tokens]
@@ -71,7 +71,7 @@ def _write_shards(model: torch.nn.Module, folder: Path) -> None:
         shards[-1].append(name)
         size += bytes_needed
     generator = torch.Generator().manual_seed(0)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(tqdm(shards, desc="random weights", unit="shard"), start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(
@@ -88,7 +88,7 @@ def _write_shards(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _tensor(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """What initialization would give: norms at one, biases at zero, the rest normal(0, 0.02)."""
+    """Initialize one tensor: norms to one, biases to zero, the others to normal(0, 0.02)."""
     if len(shape) <= 1:
         fill = torch.zeros if name.endswith("bias") else torch.ones
         return fill(shape, dtype=torch.bfloat16)

