@@ -118,7 +118,7 @@ def main() -> None:
         engine = TransformersEngine(
             folder, EngineConfig(transformers=TransformersConfig(dtype=dtype))
         )
-        engine._ends = set()
+        engine.end_tokens = set()
         for sequences, mixed in cases:
             requests = load(sequences, mixed=mixed)
             tokens = sum(length for _, length in requests)

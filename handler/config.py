@@ -19,6 +19,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 APPS = Path(__file__).parent / "apps"
 DEFAULTS = APPS / "defaults.yaml"
@@ -114,11 +115,11 @@ class PromptConfig(_Strict):
     """How a string becomes what the model was trained on. `template` needs `{prompt}`."""
 
     style: Literal["plain", "instruct", "chat"] = "plain"
-    template: str | None = None
+    template: str = ""
 
     @model_validator(mode="after")
-    def _instructions_need_a_template(self) -> "PromptConfig":
-        if self.style == "instruct" and "{prompt}" not in (self.template or ""):
+    def _check_template(self) -> "PromptConfig":
+        if self.style == "instruct" and "{prompt}" not in self.template:
             raise ValueError("style instruct needs a template with {prompt} in it")
         return self
 
@@ -182,8 +183,8 @@ class ModelConfig(_Strict):
 
     @field_validator("minWorkers", "maxWorkers", "continuousBatching", mode="before")
     @classmethod
-    def _no_other_value_works(cls, value: Any, info: ValidationInfo) -> Any:
-        only = cls.model_fields[info.field_name].default
+    def _allow_only_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        only = cls.model_fields[str(info.field_name)].default
         if type(value) is not type(only) or value != only:
             raise ValueError(f"should be {show(only)}")
         return value
@@ -305,7 +306,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def rule(error: dict[str, Any]) -> str:
+def rule(error: ErrorDetails) -> str:
     """What a value should be, out of one of pydantic's error records."""
     text = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return text[0].lower() + text[1:]

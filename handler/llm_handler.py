@@ -1,15 +1,15 @@
-"""TorchServe's entry point: one class, called once a tick with all requests that are in flight.
+"""TorchServe's entry point: one class, called once a tick with all active requests.
 
-With `continuousBatching: true` the frontend calls `handle` again and again. Each call brings every
-live request; each answer may be final, one piece of a stream, or "nothing yet". So a tick takes in
-what is new, lets the engine decode for a moment, and hands out what is ready.
+With `continuousBatching: true` the frontend calls `handle` again and again. Each call passes every
+active request. Each response may be whole, one piece of a stream, or absent for now. So a tick
+admits new requests, lets the engine decode for a moment, and sends what is ready.
 
-Rules of TorchServe 0.12.0 this file lives by (none is documented; tests/served checks them):
+Rules of TorchServe 0.12.0 that this file follows (none is documented; tests/served checks them):
   * the file must define exactly one class;
-  * deleting an index from `context.request_ids` means "no reply for this one in this tick";
-  * `context.stopping_criteria[i]()` returning None sends a whole reply, False a piece of a stream,
-    True its last piece;
-  * an exception out of `handle` fails every request in flight, so nothing may escape;
+  * deleting a position from `context.request_ids` means "no response for this one in this tick";
+  * what `context.stopping_criteria[position]()` returns says how a response is sent, as a whole or
+    as a piece of a stream (`response.Delivery`);
+  * an exception in `handle` fails every active request, so none may escape;
   * lines on stdout that look like metrics or a process id are obeyed, so no client text is logged.
 """
 
@@ -17,137 +17,141 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from handler.config import parse_app
+from handler.context import Context
 from handler.drain import Drain
-from handler.engine import create_engine
+from handler.engine import PromptError, SequenceKey, create_engine
 from handler.metrics import Metrics
-from handler.prompt import render, shows_prompt
-from handler.reply import LiveRequest, Reply, error_reply
+from handler.prompt import render
 from handler.request import RequestError, default_parameters, parse_request
+from handler.response import ActiveRequest, Response, error_response
 
 logger = logging.getLogger(__name__)
 
 TICK_SECONDS = 0.1
-"""How long a tick takes in new requests at most, and then how long it decodes, with one request
-live. The frontend spends about 2.5 ms around each tick with one and 4.5 ms with 32, so a tick is
-twice as long with 32: 2 to 3 % go to the frontend. Much longer ones would delay the first token of
-whoever arrives in between."""
+"""How long a tick admits new requests at most, and how long it then decodes with few requests
+active. The frontend spends about 2.5 ms around each tick with one request and 4.5 ms with 32, so a
+tick is twice as long with 32: 2 to 3 % go to the frontend. Much longer ticks would delay the first
+token of requests that arrive in between."""
+
+TICK_DOUBLES_AT = 32
+"""Active requests with which a tick decodes for twice `TICK_SECONDS`."""
 
 RETRY_AFTER_SECONDS = 2
 
 
 class LLMHandler:
-    """Serves one model. All state is in `live`: request id -> what is known of that request."""
+    """Serves one model. All state is in `active`: request id -> what is known of the request."""
 
-    def initialize(self, context) -> None:
+    def initialize(self, context: Context) -> None:
         """Load the model; TorchServe reports the worker READY when this returns."""
         folder = Path(context.system_properties["model_dir"])
         self.app = parse_app(context.model_yaml_config, "model-config.yaml")
         self.defaults = default_parameters(self.app)
         self.engine = create_engine(folder / "weights", self.app.engine)
         self.metrics = Metrics(context.metrics, context.model_name)
-        self.live: dict[str, LiveRequest] = {}
+        self.active: dict[str, ActiveRequest] = {}
         self.drain = Drain()
         self.initialized = True
         random = " (random weights: the text means nothing)" if self.app.random_weights else ""
         chosen = f" (chosen because {self.app.engine.chosen})" if self.app.engine.chosen else ""
-        held = psutil.Process().memory_info().rss / 1e9
+        memory_gb = psutil.Process().memory_info().rss / 1e9
         logger.info(
             "%s%s: %s%s; %.1f GB of memory in use",
-            *(self.app.title, random, self.engine.description, chosen, held),
+            *(self.app.title, random, self.engine.description, chosen, memory_gb),
         )
 
-    def handle(self, data: list[dict], context) -> list[bytes]:
-        """One tick.
+    def handle(self, data: list[dict[str, Any]], context: Context) -> list[bytes]:
+        """Run one tick.
 
         Args:
-            data: one row a live request; the body is in it only when the request is new.
-            context: TorchServe's; request ids, headers and statuses go through it by index.
+            data: for each active request its parts; the body is there only if the request is new.
+            context: TorchServe's; request ids, headers and statuses go through it by position.
 
         Returns:
-            One body a row; rows whose index was deleted from `context.request_ids` are not sent.
+            One body for each position; those deleted from `context.request_ids` are not sent.
         """
         if not self.engine.alive():
             logger.critical("the engine has failed; leaving, so that the frontend replaces us")
             os._exit(1)
-        ids = dict(context.request_ids)
+        request_ids = dict(context.request_ids)
         try:
-            replies = self._tick(ids, data)
-        except Exception:  # whatever this was, the engine's state is not known any more
+            responses = self._tick(request_ids, data)
+        except Exception:  # the state of the engine is unknown now
             logger.critical("a tick failed; leaving", exc_info=True)
             os._exit(1)
-        self.drain.report(len(self.live))
-        return self._send(ids, replies, context)
+        self.drain.report(len(self.active))
+        return self._send(request_ids, responses, context)
 
-    def _tick(self, ids: dict[int, str], data: list[dict]) -> dict[str, Reply]:
-        """Forget who has gone, take in who is new, decode, and collect what can be sent."""
-        for request_id in set(self.live) - set(ids.values()):
-            self._forget(request_id)
-        replies: dict[str, Reply] = {}
-        enough = time.monotonic() + TICK_SECONDS
-        before = len(self.live)
-        for index, request_id in ids.items():
-            if request_id not in self.live:
-                if time.monotonic() > enough:
-                    break  # the rest is still new in the next tick
-                reply = self._accept(request_id, data[index])
-                if reply:
-                    replies[request_id] = reply
-        # Requests that were sent together arrive one by one: whoever comes first decodes one step,
-        # not a whole tick, before the others are let in.
-        hurry = replies or len(self.live) > before
-        seconds = TICK_SECONDS * (1 + len(self.live) / 32)
-        for progress in self.engine.advance(0 if hurry else seconds):
-            request_id, index = progress.key
-            self.live[request_id].update(index, progress)
-        for request_id, live in list(self.live.items()):
-            reply = live.take_reply()
-            if reply:
-                replies[request_id] = reply
-                if reply.last:
-                    self.metrics.record(live)
-                    self._forget(request_id)
-        return replies
+    def _tick(self, request_ids: dict[int, str], data: list[dict[str, Any]]) -> dict[str, Response]:
+        """Drop requests whose client left, admit new ones, decode, collect the responses."""
+        for request_id in set(self.active) - set(request_ids.values()):
+            self._drop(request_id)
+        responses: dict[str, Response] = {}
+        admit_until = time.monotonic() + TICK_SECONDS
+        active_before = len(self.active)
+        for position, request_id in request_ids.items():
+            if request_id not in self.active:
+                if time.monotonic() > admit_until:
+                    break  # the others are still new in the next tick
+                response = self._admit(request_id, data[position])
+                if response:
+                    responses[request_id] = response
+        decode_seconds = TICK_SECONDS * (1 + len(self.active) / TICK_DOUBLES_AT)
+        if responses or len(self.active) > active_before:
+            # Requests that were sent together arrive one by one. After the first one the engine
+            # decodes a single step, so that the others do not wait for a whole tick.
+            decode_seconds = 0.0
+        for progress in self.engine.advance(decode_seconds):
+            key: SequenceKey = progress.key
+            self.active[key.request_id].update(progress)
+        for request_id, active in list(self.active.items()):
+            response = active.take_response()
+            if response:
+                responses[request_id] = response
+                if response.last:
+                    self.metrics.record(active)
+                    self._drop(request_id)
+        return responses
 
-    def _accept(self, request_id: str, row: dict) -> Reply | None:
-        """Take in a new request, or say what is wrong with it."""
-        submitted = 0
+    def _admit(self, request_id: str, parts: dict[str, Any]) -> Response | None:
+        """Submit the instances of a new request to the engine, or respond with an error."""
         try:
-            request = parse_request(row, self.app.limits, self.defaults)
-            self._check_capacity(len(request.items))
-            live = LiveRequest(request, random_weights=self.app.random_weights)
-            for i, item in enumerate(request.items):
+            request = parse_request(parts, self.app.limits, self.defaults)
+            self._check_capacity(len(request.instances))
+            active = ActiveRequest(request, random_weights=self.app.random_weights)
+            self.active[request_id] = active
+            for i, instance in enumerate(request.instances):
                 field = f"instances[{i}]"
-                prompt = render(item, self.app.prompt, self.engine.chat_prompt, field)
+                prompt = render(instance, self.app.prompt, self.engine.chat_prompt, field)
+                key = SequenceKey(request_id, i)
                 try:
-                    tokens = self.engine.submit(
-                        (request_id, i), prompt, item.sampling, stream=request.stream
+                    prompt_tokens = self.engine.submit(
+                        key, prompt.text, instance.sampling, stream=request.stream
                     )
-                except ValueError as error:
+                except PromptError as error:
                     raise RequestError(400, f"{field}: the prompt {error}", field) from error
-                submitted += 1
-                live.add(tokens, prompt if shows_prompt(item, self.app.prompt) else "")
+                active.add(key, prompt_tokens, prompt.echo)
         except RequestError as error:
-            refused = error
+            rejected = error
         except Exception:
             logger.exception("a new request failed")
-            refused = RequestError(500, "the server failed on this request; its log says why")
+            rejected = RequestError(500, "the server failed on this request; its log says why")
         else:
-            self.live[request_id] = live
             return None
-        for i in range(submitted):
-            self.engine.cancel((request_id, i))
-        self.metrics.refused()
-        return error_reply(refused, retry_after=RETRY_AFTER_SECONDS)
+        self._drop(request_id)
+        self.metrics.count_rejected()
+        return error_response(rejected, retry_after=RETRY_AFTER_SECONDS)
 
     def _check_capacity(self, wanted: int) -> None:
         if self.drain.requested():
-            raise RequestError(503, "the server is shutting down; ask again, another one answers")
+            raise RequestError(503, "the server is shutting down; retry, another server answers")
         config = self.app.engine
-        in_use = sum(live.unfinished for live in self.live.values())
+        in_use = sum(active.unfinished for active in self.active.values())
         if in_use and in_use + wanted > config.max_batch + config.max_queue:
             raise RequestError(
                 429,
@@ -155,23 +159,26 @@ class LLMHandler:
                 f"{config.max_batch + config.max_queue} is the most; retry later",
             )
 
-    def _forget(self, request_id: str) -> None:
-        """Drop a request, and cancel those of its sequences that still run."""
-        for i in range(len(self.live.pop(request_id).completions)):
-            self.engine.cancel((request_id, i))
+    def _drop(self, request_id: str) -> None:
+        """Remove a request, and cancel those of its sequences that still run."""
+        if request_id in self.active:
+            for key in self.active.pop(request_id).completions:
+                self.engine.cancel(key)
 
-    def _send(self, ids: dict[int, str], replies: dict[str, Reply], context) -> list[bytes]:
-        bodies = [b""] * len(ids)
-        criteria = [None] * len(ids)
-        for index, request_id in ids.items():
-            reply = replies.get(request_id)
-            if reply is None:
-                context.request_ids.pop(index)
+    def _send(
+        self, request_ids: dict[int, str], responses: dict[str, Response], context: Context
+    ) -> list[bytes]:
+        """Pass the responses to TorchServe in the order of its batch."""
+        bodies = [b""] * len(request_ids)
+        context.stopping_criteria = [None] * len(request_ids)
+        for position, request_id in request_ids.items():
+            response = responses.get(request_id)
+            if response is None:
+                context.request_ids.pop(position)
                 continue
-            bodies[index] = reply.body
-            criteria[index] = lambda _, last=reply.stream_end: last
-            context.set_response_status(reply.status, "", index)
-            for name, value in reply.headers.items():
-                context.set_response_header(index, name, value)
-        context.stopping_criteria = criteria
+            bodies[position] = response.body
+            context.stopping_criteria[position] = response.stopping_criterion
+            context.set_response_status(response.status, "", position)
+            for name, value in response.headers.items():
+                context.set_response_header(position, name, value)
         return bodies

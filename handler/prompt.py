@@ -1,39 +1,63 @@
-"""From what the client wrote to what the model was trained to read.
+"""Write an instance as the prompt that the model was trained to read.
 
-Three kinds of model, three formats: a plain one continues the text (gpt2); an instruction-tuned
-one wants its template around it (dolly); a chat model has a template of its own in the tokenizer.
+There are three kinds of models. A plain one continues text (gpt2). An instruction-tuned one needs
+a template around the text (dolly). A chat model brings its template in the tokenizer's files.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from handler.config import PromptConfig
-from handler.request import Item, RequestError
+from handler.engine import Messages
+from handler.request import Instance, RequestError
 
-ChatTemplate = Callable[[list[dict[str, str]]], str | None]
+ChatTemplate = Callable[[Messages], str | None]
 
 
-def render(item: Item, config: PromptConfig, chat_template: ChatTemplate, field: str) -> str:
-    """The text the engine tokenizes.
+class Prompt(NamedTuple):
+    """`text` is what the engine tokenizes, `echo` what the prediction shows of it: all or none."""
+
+    text: str
+    echo: str
+
+
+def render(
+    instance: Instance, config: PromptConfig, chat_template: ChatTemplate, field: str
+) -> Prompt:
+    """Write the prompt of one instance.
+
+    The prediction repeats it if it is plain text, unless the client asks for something else with
+    `return_full_text`.
 
     Args:
-        item: one instance of the request.
+        instance: one instance of the request.
         config: the app's prompt style.
         chat_template: messages -> text, or None if the model has no template.
         field: where the instance stands in the body, for error messages.
 
     Raises:
-        RequestError: messages for a model that cannot hold a conversation, or an empty prompt.
+        RequestError: the prompt is empty, or the model cannot read these messages.
     """
-    if item.messages is None and not item.prompt:
+    if instance.prompt == "":
         raise RequestError(400, f"{field}: the prompt is empty; give some text", field)
     if config.style == "instruct":
-        return config.template.replace("{prompt}", _instruction(item, field))
-    if item.messages is None and config.style == "plain":
-        return item.prompt
-    messages = item.messages or [{"role": "user", "content": item.prompt}]
+        text = config.template.replace("{prompt}", _instruction(instance, field))
+        plain = False
+    elif config.style == "plain" and isinstance(instance.prompt, str):
+        text, plain = instance.prompt, True
+    else:
+        text, plain = _chat(instance, chat_template, field), False
+    shown = plain if instance.return_full_text is None else instance.return_full_text
+    return Prompt(text, echo=text if shown else "")
+
+
+def _chat(instance: Instance, chat_template: ChatTemplate, field: str) -> str:
+    messages = instance.prompt
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
     try:
         text = chat_template(messages)
-    except Exception as error:  # templates refuse, for example, two user messages in a row
+    except Exception as error:  # a template may reject, for example, two user messages in a row
         raise RequestError(400, f"{field}: refused by the chat template: {error}", field) from error
     if text is None:
         raise RequestError(
@@ -42,19 +66,12 @@ def render(item: Item, config: PromptConfig, chat_template: ChatTemplate, field:
     return text
 
 
-def _instruction(item: Item, field: str) -> str:
-    if item.messages is None:
-        return item.prompt
-    if len(item.messages) > 1 or item.messages[0]["role"] != "user":
+def _instruction(instance: Instance, field: str) -> str:
+    if isinstance(instance.prompt, str):
+        return instance.prompt
+    if len(instance.prompt) > 1 or instance.prompt[0]["role"] != "user":
         field += ".messages"
         raise RequestError(
             400, f"{field}: this model takes one instruction, a single message by the user", field
         )
-    return item.messages[0]["content"]
-
-
-def shows_prompt(item: Item, config: PromptConfig) -> bool:
-    """Whether the reply begins with the prompt: yes for plain text, unless the client says else."""
-    if item.return_full_text is not None:
-        return item.return_full_text
-    return item.messages is None and config.style == "plain"
+    return instance.prompt[0]["content"]

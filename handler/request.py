@@ -1,27 +1,34 @@
 """The JSON body a client sends, checked and typed; the errors it gets back.
 
 Vertex AI's shape: `{"instances": [...], "parameters": {...}}`. An instance is a string,
-`{"prompt": ...}` or `{"messages": [...]}`, and may carry `parameters` of its own, which win over
-the shared ones. Nothing here knows about models or TorchServe.
+`{"prompt": ...}` or `{"messages": [...]}`, and may have `parameters` of its own, which win over the
+shared ones. Nothing here knows about models or TorchServe.
+
+A field is declared once: its type and bounds, and where these do not say it all, a `Rule`. From
+this declaration come pydantic's checks, the error messages and `parameter_table`.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+import json
+import types
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, from_json
+from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema, from_json
 
-from handler.config import App, Limits, show
-from handler.engine import Sampling
+from handler.config import App, Limits, load_app, show
+from handler.engine import Messages, Sampling
 
 _STATUS = {
     400: "INVALID_ARGUMENT",
@@ -32,34 +39,15 @@ _STATUS = {
 }
 """Google's names for HTTP codes. Source: google/rpc/code.proto; it has none of its own for 413."""
 
-RULES = {
-    "instances": "a list with at least one instance",
-    "instances[]": 'a string, {"prompt": ...} or {"messages": [...]}',
-    "prompt": "a string",
-    "messages": "a list of 1 to 100 messages",
-    "messages[]": 'an object, {"role": ..., "content": ...}',
-    "role": '"system", "user" or "assistant"',
-    "content": "a string",
-    "parameters": "an object",
-    "max_new_tokens": "a whole number from 1 to {limit}",
-    "temperature": "0, or a number from 0.01 to 2",
-    "top_p": "a number over 0, at most 1",
-    "top_k": "a whole number from 0 to 1000000",
-    "repetition_penalty": "a number from 0.1 to 10",
-    "stop": "a string, or a list of up to 8",
-    "stop[]": "a string of 1 to 100 characters",
-    "seed": "a whole number from 0 to 9223372036854775807",
-    "ignore_eos": "true or false",
-    "return_full_text": "true or false",
-    "stream": "true or false",
-}
-"""What each field should be, in the words of the error messages. `[]` is an item of the list."""
-
 Model = TypeVar("Model", bound=BaseModel)
+Location = tuple[int | str, ...]
+"""Where a value stands in the body: names and list indices, as pydantic reports them."""
+Declaration = tuple[Any, list[Any]]
+"""A field's type without `| None`, and the metadata from its `Annotated`."""
 
 
 class RequestError(Exception):
-    """A request that cannot be served, and what to tell its sender.
+    """A request that cannot be served, and what its client is told.
 
     Args:
         code: HTTP status.
@@ -72,19 +60,80 @@ class RequestError(Exception):
         self.code, self.message, self.field = code, message, field
 
     def body(self) -> dict[str, Any]:
-        """The reply in the shape Google's APIs use."""
+        """The response in the shape that Google's APIs use."""
         error = {"code": self.code, "status": _STATUS[self.code], "message": self.message}
         return {"error": error | ({"field": self.field} if self.field else {})}
 
 
+@dataclass(frozen=True)
+class Rule:
+    """What a field should be, where its type and bounds do not say it.
+
+    `{ge}`, `{gt}`, `{le}`, `{min_length}` and `{max_length}` stand for the field's bounds.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Doc:
+    """The effect of a parameter, and what is the default if no value says it."""
+
+    effect: str
+    default: str = ""
+
+
+@dataclass(frozen=True)
+class AppLimit:
+    """An upper bound that each app sets under `limits:`; `name` is the field's name there."""
+
+    name: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        def check(value: int, info: core_schema.ValidationInfo) -> int:
+            if value > getattr(info.context, self.name):
+                raise PydanticCustomError("too_large", "is too large")
+            return value
+
+        return core_schema.with_info_after_validator_function(check, handler(source))
+
+
+@dataclass(frozen=True)
+class ZeroOrAtLeast:
+    """A lower bound, `ge`, that 0 may go below."""
+
+    ge: float
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        def check(value: float) -> float:
+            if value < self.ge and value != 0:
+                raise PydanticCustomError("too_small", "is too small")
+            return value
+
+        return core_schema.no_info_after_validator_function(check, handler(source))
+
+
 class _Input(BaseModel):
-    """No unknown names, no silent conversion ("5" is not 5, true is not 1), no NaN."""
+    """No unknown names, no silent conversion ("5" is not 5, true is not 1), no NaN, no null."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    rule: ClassVar[str] = "an object"
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _reject_null(cls, value: Any) -> Any:
+        """A field that is not given is None afterwards; a client leaves it out."""
+        if value is None:
+            raise PydanticCustomError("null", "is null")
+        return value
 
 
-def _whole(value: Any) -> Any:
-    """Take 50.0 for 50. Every number is a double in `google.protobuf.Value`, so that is what comes
+def _integral(value: Any) -> Any:
+    """Read 50.0 as 50. Every number is a double in `google.protobuf.Value`, so that is what comes
     from Vertex AI for a client that uses gRPC.
     """
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
@@ -92,66 +141,122 @@ def _whole(value: Any) -> Any:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+WholeNumber = Annotated[int, BeforeValidator(_integral)]
+StopString = Annotated[
+    str,
+    Field(min_length=1, max_length=100),
+    Rule("a string of {min_length} to {max_length} characters"),
+]
 
 
 class Parameters(_Input):
     """What shapes one completion. A field that is not given falls back to the app's default."""
 
-    max_new_tokens: Annotated[Whole, Field(ge=1)] = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = None
-    top_p: Annotated[float, Field(gt=0, le=1)] = None
-    top_k: Annotated[Whole, Field(ge=0, le=1_000_000)] = None
-    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] = None
-    stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=100)]],
-        Field(max_length=8, fail_fast=True),
-    ] = None
-    seed: Annotated[Whole, Field(ge=0, lt=2**63)] = None
-    ignore_eos: bool = None
-    return_full_text: bool = None
-
-    @field_validator("max_new_tokens")
-    @classmethod
-    def _within_the_apps_limit(cls, value: int, info: ValidationInfo) -> int:
-        if value > info.context.max_new_tokens:
-            raise PydanticCustomError("too_large", "is too large")
-        return value
-
-    @field_validator("temperature")
-    @classmethod
-    def _greedy_or_well_above(cls, value: float) -> float:
-        # Dividing logits by next to nothing overflows. Whoever wants that wants greedy: 0.
-        if 0 < value < 0.01:
-            raise PydanticCustomError("too_small", "is too small")
-        return value
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_stop_string_is_a_list(cls, value: Any) -> Any:
-        if isinstance(value, dict) and isinstance(value.get("stop"), str):
-            return value | {"stop": [value["stop"]]}
-        return value
+    max_new_tokens: (
+        Annotated[
+            WholeNumber,
+            Field(ge=1),
+            AppLimit("max_new_tokens"),
+            Doc("The most tokens to generate."),
+        ]
+        | None
+    ) = None
+    temperature: (
+        Annotated[
+            float,
+            ZeroOrAtLeast(0.01),  # dividing logits by less overflows
+            Field(le=2),
+            Rule("0, or a number from {ge} to {le}"),
+            Doc("0 takes the likeliest token (greedy). Higher values vary the text more."),
+        ]
+        | None
+    ) = None
+    top_p: (
+        Annotated[
+            float,
+            Field(gt=0, le=1),
+            Rule("a number over {gt}, at most {le}"),
+            Doc("Draw from the likeliest tokens that together have this probability."),
+        ]
+        | None
+    ) = None
+    top_k: (
+        Annotated[
+            WholeNumber,
+            Field(ge=0, le=1_000_000),
+            Doc("Draw from this many of the likeliest tokens; 0 is all."),
+        ]
+        | None
+    ) = None
+    repetition_penalty: (
+        Annotated[
+            float,
+            Field(ge=0.1, le=10),
+            Doc("Values over 1 make tokens that occurred before less likely."),
+        ]
+        | None
+    ) = None
+    stop: (
+        Annotated[
+            list[StopString],
+            Field(max_length=8, fail_fast=True),
+            BeforeValidator(_listed),
+            Rule("a string, or a list of up to {max_length}"),
+            Doc("Ends the completion before the first of these.", default="none"),
+        ]
+        | None
+    ) = None
+    seed: (
+        Annotated[
+            WholeNumber,
+            Field(ge=0, le=2**63 - 1),
+            Doc("The same seed gives the same completion.", default="random"),
+        ]
+        | None
+    ) = None
+    ignore_eos: Annotated[bool, Doc("Continue after the end token; for benchmarks.")] | None = None
+    return_full_text: (
+        Annotated[
+            bool,
+            Doc("Begin the prediction with the prompt.", default="true for plain text, else false"),
+        ]
+        | None
+    ) = None
 
 
 class SharedParameters(Parameters):
-    """Parameters of the whole request. A reply is streamed as one, so `stream` is only here."""
+    """Parameters of the whole request. A response is streamed as one, so `stream` is only here."""
 
-    stream: bool = False
+    stream: Annotated[bool, Doc("Send events as text is generated. Shared only.")] = False
 
 
 class Message(_Input):
     """One turn of a conversation."""
 
+    rule = 'an object, {"role": ..., "content": ...}'
+
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class Instance(_Input):
+class InstanceBody(_Input):
     """One prompt, or one conversation."""
 
-    prompt: str = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=100, fail_fast=True)] = None
+    rule = 'a string, {"prompt": ...} or {"messages": [...]}'
+
+    prompt: str | None = None
+    messages: (
+        Annotated[
+            list[Message],
+            Field(min_length=1, max_length=100, fail_fast=True),
+            Rule("a list of {min_length} to {max_length} messages"),
+        ]
+        | None
+    ) = None
     parameters: Parameters = Parameters()
 
     @model_validator(mode="before")
@@ -167,16 +272,19 @@ class Instance(_Input):
 class Body(_Input):
     """The whole request."""
 
-    instances: Annotated[list[Instance], Field(min_length=1, fail_fast=True)]
+    instances: Annotated[
+        list[InstanceBody],
+        Field(min_length=1, fail_fast=True),
+        Rule("a list with at least one instance"),
+    ]
     parameters: SharedParameters = SharedParameters()
 
 
 @dataclass(frozen=True)
-class Item:
-    """One instance with everything settled. Either `prompt` or `messages` is given."""
+class Instance:
+    """One instance with all defaults filled in. `prompt` is a text, or a conversation."""
 
-    prompt: str | None
-    messages: list[dict[str, str]] | None
+    prompt: str | Messages
     sampling: Sampling
     return_full_text: bool | None
 
@@ -185,57 +293,59 @@ class Item:
 class Request:
     """A body that passed every check that needs no model."""
 
-    items: list[Item]
+    instances: list[Instance]
     stream: bool
 
 
 def default_parameters(app: App) -> dict[str, Any]:
-    """The app's `parameters:`, checked as if a client had sent them.
+    """Return the app's `parameters:`, checked as if a client had sent them.
 
     Raises:
-        RequestError: the app's YAML holds a value no client could send.
+        RequestError: the app's YAML holds a value that no client could send.
     """
-    return _given(_validate(Parameters, app.parameters, app.limits, "app.parameters"))
+    checked = _validate(Parameters, app.parameters, app.limits, "app.parameters")
+    return checked.model_dump(exclude_unset=True)
 
 
-def parse_request(row: dict[str, Any], limits: Limits, defaults: dict[str, Any]) -> Request:
-    """Read what TorchServe hands over for one request.
+def parse_request(parts: dict[str, Any], limits: Limits, defaults: dict[str, Any]) -> Request:
+    """Read what TorchServe passes on of one request.
 
     Args:
-        row: parameter name -> bytes. A plain POST has one, "body"; a form has its fields, if any.
+        parts: name -> bytes. A plain POST has one part, "body"; a form has its fields, if any.
         limits: what one request may ask for.
         defaults: the app's, from `default_parameters`.
 
     Raises:
         RequestError: the body is not what it should be.
     """
-    raw = _json(_payload(row), limits.max_body_bytes)
+    raw = _parse_json(_payload(parts), limits.max_body_bytes)
     if not isinstance(raw, dict):
         raise RequestError(400, f'the body should be {{"instances": [...]}}, not {show(raw)}')
-    instances = raw.get("instances")
-    if isinstance(instances, list) and len(instances) > limits.max_instances:
+    given = raw.get("instances")
+    if isinstance(given, list) and len(given) > limits.max_instances:
         raise RequestError(
             400,
-            f"instances: {len(instances)} were given; one request may hold at most "
+            f"instances: {len(given)} were given; one request may hold at most "
             f"{limits.max_instances}",
             "instances",
         )
     body = _validate(Body, raw, limits)
-    shared = _given(body.parameters)
-    stream = shared.pop("stream", False)
-    items = []
+    shared = body.parameters.model_dump(exclude_unset=True, exclude={"stream"})
+    instances = []
     for instance in body.instances:
-        values = defaults | shared | _given(instance.parameters)
+        values = defaults | shared | instance.parameters.model_dump(exclude_unset=True)
         full_text = values.pop("return_full_text", None)
         values["stop"] = tuple(values.get("stop", ()))
-        messages = [m.model_dump() for m in instance.messages] if instance.messages else None
-        items.append(Item(instance.prompt, messages, Sampling(**values), full_text))
-    return Request(items, stream)
+        prompt: str | Messages = instance.prompt or ""
+        if instance.messages:
+            prompt = [message.model_dump() for message in instance.messages]
+        instances.append(Instance(prompt, Sampling(**values), full_text))
+    return Request(instances, body.parameters.stream)
 
 
-def _payload(row: dict[str, Any]) -> bytes:
-    value = row.get("body") if row.get("body") is not None else row.get("data")
-    if value is None:  # any other request has a "body", be it empty
+def _payload(parts: dict[str, Any]) -> bytes:
+    value = parts.get("body") if parts.get("body") is not None else parts.get("data")
+    if value is None:  # every request but a form has a "body", even if it is empty
         raise RequestError(
             400,
             "the body arrived as a form, whose encoding changes text; send JSON with the header "
@@ -244,7 +354,7 @@ def _payload(row: dict[str, Any]) -> bytes:
     return value.encode() if isinstance(value, str) else bytes(value)
 
 
-def _json(payload: bytes, limit: int) -> Any:
+def _parse_json(payload: bytes, limit: int) -> Any:
     if len(payload) > limit:
         raise RequestError(413, f"the body has {len(payload)} bytes; at most {limit} are allowed")
     if not payload.strip():
@@ -255,10 +365,6 @@ def _json(payload: bytes, limit: int) -> Any:
         raise RequestError(400, f"the body is not valid JSON: {error}") from error
 
 
-def _given(parameters: Parameters) -> dict[str, Any]:
-    return parameters.model_dump(include=parameters.model_fields_set)
-
-
 def _validate(model: type[Model], value: Any, limits: Limits, where: str = "") -> Model:
     try:
         return model.model_validate(value, context=limits)
@@ -267,20 +373,20 @@ def _validate(model: type[Model], value: Any, limits: Limits, where: str = "") -
     location, kind = first["loc"], first["type"]
     field = _path(where, location)
     if kind == "missing":
-        problem = f"is missing{_unknown(first['input'], _siblings(model, location))}"
+        names = _names_at(model, location[:-1])
+        problem = f"is missing{_unknown(first['input'], names)}"
     elif kind == "extra_forbidden":
-        problem = f"is not known here; allowed are {', '.join(_siblings(model, location))}"
+        names = _names_at(model, location[:-1])
+        problem = f"is not known here; allowed are {', '.join(names)}"
     elif kind == "one_of":
-        problem = first["msg"] + _unknown(first["input"], _siblings(model, (*location, "")))
+        problem = first["msg"] + _unknown(first["input"], _names_at(model, location))
     else:
-        name = next((part for part in reversed(location) if isinstance(part, str)), "parameters")
-        rule = RULES[f"{name}[]" if location and isinstance(location[-1], int) else name]
-        rule = rule.format(limit=limits.max_new_tokens) if name == "max_new_tokens" else rule
+        rule = _rule(*_declaration_at(model, location), limits)
         problem = f"should be {rule}, not {show(first['input'])}"
     raise RequestError(400, f"{field}: {problem}", field)
 
 
-def _path(where: str, location: tuple[int | str, ...]) -> str:
+def _path(where: str, location: Location) -> str:
     path = where
     for part in location:
         if isinstance(part, int):
@@ -291,19 +397,84 @@ def _path(where: str, location: tuple[int | str, ...]) -> str:
     return path
 
 
-def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Names allowed beside the one that `location` ends with."""
-    parent = location[:-1]
-    if parent == ("parameters",):
-        model = SharedParameters
-    elif parent and parent[-1] == "parameters":
-        model = Parameters
-    elif len(parent) > 1:
-        model = Message if "messages" in parent else Instance
-    return list(model.model_fields)
+def _names_at(model: type[BaseModel], location: Location) -> list[str]:
+    """The names allowed in the object at `location`."""
+    kind, _ = _declaration_at(model, location)
+    return list(kind.model_fields)
 
 
 def _unknown(given: dict[str, Any], allowed: list[str]) -> str:
-    """The first name given that is not allowed: most often what is missing, misspelt."""
+    """The first name given that is not allowed: most often the missing one, misspelt."""
     name = next((name for name in given if name not in allowed), None)
     return f"; {show(name)} is not known here" if name is not None else ""
+
+
+def _declaration_at(model: type[BaseModel], location: Location) -> Declaration:
+    """How the field at `location` is declared in `model`."""
+    kind: Any = model
+    metadata: list[Any] = []
+    for part in location:
+        if isinstance(part, int):
+            kind, metadata = _declaration(get_args(kind)[0])
+        else:
+            field = kind.model_fields[part]
+            kind, metadata = _declaration(field.annotation, field.metadata)
+    return kind, metadata
+
+
+def _declaration(annotation: Any, metadata: Iterable[Any] = ()) -> Declaration:
+    """Split `Annotated[... | None, ...]` into the type and its metadata."""
+    while get_origin(annotation) in (Annotated, Union, types.UnionType):
+        if get_origin(annotation) is Annotated:
+            annotation, *inner = get_args(annotation)
+            metadata = [*inner, *metadata]
+        else:
+            (annotation,) = (a for a in get_args(annotation) if a is not types.NoneType)
+    flat: list[Any] = []
+    for item in metadata:
+        flat += item.metadata if isinstance(item, FieldInfo) else [item]
+    return annotation, flat
+
+
+def _rule(kind: Any, metadata: list[Any], limits: Limits) -> str:
+    """What a field with this declaration should be."""
+    bounds: dict[str, Any] = {}
+    text = {
+        bool: "true or false",
+        int: "a whole number from {ge} to {le}",
+        float: "a number from {ge} to {le}",
+        str: "a string",
+    }.get(kind, "")
+    for item in metadata:
+        if isinstance(item, Rule):
+            text = item.text
+        elif isinstance(item, AppLimit):
+            bounds["le"] = getattr(limits, item.name)
+        for name in ("ge", "gt", "le", "min_length", "max_length"):
+            if hasattr(item, name):
+                bounds[name] = getattr(item, name)
+    if text:
+        return text.format(**bounds)
+    if get_origin(kind) is Literal:
+        *first, last = (json.dumps(value) for value in get_args(kind))
+        return f"{', '.join(first)} or {last}"
+    return kind.rule
+
+
+def parameter_table(model: type[Parameters] = SharedParameters) -> str:
+    """Write the parameters as a Markdown table: what each may be, its default, its effect.
+
+    Limits and defaults are those of an app that changes none.
+    """
+    app = load_app("an-app-without-a-yaml", local=True)
+    defaults = asdict(Sampling()) | app.parameters
+    lines = ["| parameter | value | default | effect |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        kind, metadata = _declaration(field.annotation, field.metadata)
+        value = _rule(kind, metadata, app.limits)
+        if get_origin(kind) is list:
+            value += f", each {_rule(*_declaration(get_args(kind)[0]), app.limits)}"
+        doc = next(item for item in metadata if isinstance(item, Doc))
+        number = json.dumps(defaults.get(name, field.default)).removesuffix(".0")
+        lines.append(f"| `{name}` | {value} | {doc.default or number} | {doc.effect} |")
+    return "\n".join(lines)

@@ -1,21 +1,31 @@
 """The engine protocol: what the handler needs from anything that generates text.
 
-An engine is driven inline. Nothing runs between two calls of `advance`: the handler lends the
-engine its thread for about 50 ms at a time. A background thread would compete with the handler
-for the interpreter lock, and an engine nobody asks anything of costs no CPU.
+An engine runs in the handler's thread. It works only inside `advance`, which the handler calls
+once a tick, for about `llm_handler.TICK_SECONDS`. A background thread would compete with the
+handler for the interpreter lock. An engine without sequences uses no CPU.
 
-Out of scope here: HTTP, JSON, prompt formats. See `request.py` and `prompt.py`.
+Not here: HTTP, JSON and prompt formats. See `request.py` and `prompt.py`.
 """
 
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from handler.config import EngineConfig
 
 FinishReason = Literal["stop", "length", "error"]
+
+Messages = list[dict[str, str]]
+"""The turns of a conversation, each with `role` and `content`."""
+
+
+class SequenceKey(NamedTuple):
+    """The key of the handler's sequences: TorchServe's request id, and the instance's index."""
+
+    request_id: str
+    instance_index: int
 
 
 @dataclass(frozen=True)
@@ -23,8 +33,9 @@ class Sampling:
     """How one sequence is decoded. Values are validated by `request.Parameters`.
 
     `temperature` 0 is greedy decoding; then `top_p`, `top_k` and `seed` have no effect.
-    `top_k` 0 keeps the whole vocabulary. Without a `seed` every run draws anew. `ignore_eos` goes
-    on after the model's end token, so that every completion has `max_new_tokens`: for benchmarks.
+    `top_k` 0 keeps the whole vocabulary. Without a `seed` every run draws other tokens. With
+    `ignore_eos` the model's end token does not end the completion, so every completion has
+    `max_new_tokens` tokens: for benchmarks.
     """
 
     max_new_tokens: int = 50
@@ -39,16 +50,16 @@ class Sampling:
 
 @dataclass
 class Progress:
-    """What became of one sequence in one call of `advance`.
+    """What happened to one sequence in one call of `advance`.
 
-    `text` is what is new since the last `Progress` of the same key; all texts of a key joined are
-    its completion. `completion_tokens` is the total so far. `queue_seconds` is the time between
-    `submit` and the first forward pass (openvino tells of nothing earlier than the first token).
-    `finish_reason` is None while the sequence runs; "error" means that the engine failed on it and
-    has logged why.
+    `key` is the one that `submit` got. `text` is what is new since the last `Progress` of the same
+    key; all texts of a key joined are its completion. `completion_tokens` is the total so far.
+    `queue_seconds` is the time between `submit` and the first forward pass; the openvino engine
+    reports the time of the first token, the earliest it can see. `finish_reason` is None while the
+    sequence runs; "error" means that the engine failed on it and has logged why.
     """
 
-    key: Hashable
+    key: Any
     text: str
     completion_tokens: int
     finish_reason: FinishReason | None = None
@@ -56,22 +67,22 @@ class Progress:
 
 
 class PromptError(ValueError):
-    """A prompt the engine cannot take: empty after tokenization, or longer than the context."""
+    """A prompt that the engine cannot run: without tokens, or longer than the context."""
 
 
 class Engine(Protocol):
-    """Generates text for many sequences at once. Not thread-safe, and need not be."""
+    """Generates text for many sequences at once. Use it from one thread only."""
 
     description: str
     """One line for the start-up log: engine, precision, device, threads, limits."""
 
     max_context: int
-    """Tokens that prompt and completion of one sequence may take together."""
+    """The most tokens of one sequence, prompt and completion together."""
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         """Queue one sequence and return its prompt length in tokens.
 
-        A streamed sequence makes `advance` return as soon as its first text exists.
+        With `stream`, `advance` returns as soon as the first text of the sequence exists.
 
         Raises:
             PromptError: the prompt is empty or does not fit; nothing is queued.
@@ -83,20 +94,20 @@ class Engine(Protocol):
         ...
 
     def cancel(self, key: Hashable) -> None:
-        """Forget a sequence and free what it holds. Unknown keys are ignored."""
+        """Drop a sequence and free what it holds. Unknown keys are ignored."""
         ...
 
     def alive(self) -> bool:
-        """False once the engine cannot generate any more and its process should be replaced."""
+        """Return False if the engine cannot recover and its process should be replaced."""
         ...
 
-    def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
-        """Render messages with the model's chat template; None if it has none."""
+    def chat_prompt(self, messages: Messages) -> str | None:
+        """Write messages in the model's chat template; None if it has none."""
         ...
 
 
 def create_engine(weights: Path, config: "EngineConfig") -> Engine:
-    """Load the engine that `config.name` asks for. This is the slow part of a worker's start."""
+    """Load the engine that `config.name` asks for: the slow part of a worker's start."""
     if config.name == "openvino":
         from handler.engine.openvino_engine import OpenVINOEngine
 

@@ -1,7 +1,7 @@
-"""What a model's folder says about itself: tokenizer, chat template, end tokens, context length.
+"""A model's folder apart from its weights: tokenizer, chat template, end tokens, context length.
 
-Read with the `tokenizers` library alone, so that every engine sees the same text in the same way,
-and an engine that needs neither torch nor transformers does not wait for their imports.
+It is read with the `tokenizers` library alone. So all engines read text in the same way, and an
+engine that needs neither torch nor transformers does not wait for their imports.
 """
 
 import json
@@ -13,6 +13,8 @@ from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from handler.engine import Messages
+
 
 class ModelFolder:
     """The parts of a folder in Hugging Face layout that are not weights.
@@ -23,21 +25,21 @@ class ModelFolder:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.config = self._json("config.json")
-        self._tokenizer_config = self._json("tokenizer_config.json")
+        self.config = self._read_json("config.json")
+        self._tokenizer_config = self._read_json("tokenizer_config.json")
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         self._template = self._chat_template()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the start token if the tokenizer adds one by itself."""
+        """Return token ids, with the start token if the tokenizer adds one."""
         return self._tokenizer.encode(text).ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Text, special tokens left out."""
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def decode(self, token_ids: list[int]) -> str:
+        """Return text, without special tokens."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
-        """Messages in the model's chat template, ready for its answer; None if it has none."""
+    def chat_prompt(self, messages: Messages) -> str | None:
+        """Write messages in the model's chat template, up to its turn; None if it has none."""
         if self._template is None:
             return None
         special = {
@@ -45,16 +47,16 @@ class ModelFolder:
             for name in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
         text = self._template.render(messages=messages, add_generation_prompt=True, **special)
-        # Some templates write the start token that the tokenizer will add by itself.
+        # Some templates write the start token, which the tokenizer adds anyway.
         start = special["bos_token"]
         adds_start = bool(start) and self.encode("")[:1] == [self._tokenizer.token_to_id(start)]
         return text.removeprefix(start) if adds_start else text
 
     def context_length(self) -> int:
-        """Positions the architecture was made for (`n_positions` in GPT-2's config).
+        """Return the positions the architecture was made for (`n_positions` in GPT-2's config).
 
         Raises:
-            ValueError: the configuration names none, so the app's YAML has to.
+            ValueError: the configuration names none; the app's YAML must.
         """
         for config in (self.config, self.config.get("text_config") or {}):
             for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
@@ -63,7 +65,7 @@ class ModelFolder:
         raise ValueError("config.json names no context length: set app.engine.max_context")
 
     def end_tokens(self, extra: list[str]) -> set[int]:
-        """Token ids that end a completion: the model's own, the tokenizer's, and the app's.
+        """Return the token ids that end a completion: the model's, the tokenizer's, the app's.
 
         `extra` are texts that must be one token of this vocabulary, such as dolly's "### End".
 
@@ -72,7 +74,7 @@ class ModelFolder:
         """
         ends: set[int] = set()
         for file in ("generation_config.json", "config.json"):
-            value = self._json(file).get("eos_token_id")
+            value = self._read_json(file).get("eos_token_id")
             ends.update(value if isinstance(value, list) else [] if value is None else [value])
         if token := _text(self._tokenizer_config.get("eos_token")):
             ends.add(self._tokenizer.token_to_id(token))
@@ -86,7 +88,7 @@ class ModelFolder:
             ends.add(ids[0])
         return ends
 
-    def _json(self, name: str) -> dict[str, Any]:
+    def _read_json(self, name: str) -> dict[str, Any]:
         path = self._path / name
         return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -105,15 +107,15 @@ class ModelFolder:
         environment.filters["tojson"] = lambda value, **options: json.dumps(
             value, ensure_ascii=False, **options
         )
-        environment.globals["raise_exception"] = _refuse
+        environment.globals["raise_exception"] = _raise_template_error
         environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
         return environment.from_string(source)
 
 
-def _refuse(message: str) -> None:
+def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
 
 
 def _text(token: str | dict[str, Any] | None) -> str | None:
-    """A special token as tokenizer_config.json gives it: a string, or an object around one."""
+    """Read a special token of tokenizer_config.json: a string, or an object around one."""
     return token["content"] if isinstance(token, dict) else token

@@ -1,10 +1,11 @@
-"""From a folder of weights to a model in memory: precision, devices, offload."""
+"""Load a folder of weights into memory: precision, devices, offload."""
 
 import logging
 import tempfile
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,16 +19,16 @@ def load_model(weights: Path, config: TransformersConfig) -> PreTrainedModel:
     """Load a causal language model, ready for inference.
 
     With `device_map: auto` accelerate fills GPUs first, then the RAM that is free, each within
-    `max_memory` (for example `{0: 10GiB, cpu: 4GiB}`). Other layers stay on disk and are read again
-    at every step: it runs, at the speed of the disk. What is not in safetensors files is written to
-    `offload_folder` for that.
+    `max_memory` (for example `{0: 10GiB, cpu: 4GiB}`). The other layers stay on disk and are read
+    again at every step, so the disk limits the throughput. Weights that are not in safetensors
+    files are written to `offload_folder` for that.
 
     Source: accelerate's "big model inference", through transformers' `device_map`.
 
     Raises:
         ValueError: `max_memory` leaves room for no module at all.
     """
-    options: dict = {"dtype": getattr(torch, config.dtype), "local_files_only": True}
+    options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "local_files_only": True}
     if config.device_map:
         options["device_map"] = config.device_map
     if config.max_memory:
@@ -50,7 +51,7 @@ def load_model(weights: Path, config: TransformersConfig) -> PreTrainedModel:
 
 
 def device_summary(model: PreTrainedModel) -> str:
-    """Where the weights are: "cpu", or how many modules accelerate put where."""
+    """Say where the weights are: "cpu", or how many modules accelerate put where."""
     device_map = getattr(model, "hf_device_map", None)
     if not device_map or len(set(device_map.values())) == 1:
         return str(model.device)

@@ -1,8 +1,8 @@
 """OpenVINO GenAI's continuous-batching pipeline: the fast engine on a CPU.
 
-Paged attention, so nothing is padded or copied when sequences join; weights in 8 or 4 bits, which
-were quantized when the archive was made (`deploy.archive.export`). It is stepped from the handler's
-own thread: `step()` holds the interpreter lock, so a thread beside it would starve.
+It has paged attention, so nothing is padded or copied when sequences join. The weights have 8 or 4
+bits; they were quantized when the archive was made (`deploy.archive.export`). The pipeline runs in
+the handler's thread: `step()` holds the interpreter lock, so any other thread would starve.
 
 It needs neither torch nor transformers. Not here: draft models, several devices.
 """
@@ -19,7 +19,7 @@ import openvino_genai as genai
 import psutil
 
 from handler.config import EngineConfig, OpenVINOConfig
-from handler.engine import Progress, Sampling
+from handler.engine import Messages, Progress, Sampling
 from handler.engine.folder import ModelFolder
 from handler.engine.sequence import Sequence, new_sequence
 
@@ -37,7 +37,7 @@ class OpenVINOEngine:
         self.folder = ModelFolder(weights)
         limit = self.folder.context_length()
         self.max_context = min(config.max_context or limit, limit)
-        self._ends = self.folder.end_tokens(config.stop_tokens)
+        self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         self._pipeline = genai.ContinuousBatchingPipeline(
             weights, _scheduler(config), "CPU", properties(config) | _speculation(settings)
         )
@@ -61,12 +61,12 @@ class OpenVINOEngine:
             stream=stream,
             folder=self.folder,
             max_context=self.max_context,
-            ends=self._ends,
+            end_tokens=self.end_tokens,
         )
         handle = self._pipeline.add_request(
             self._submitted,
-            openvino.Tensor(np.array([sequence.ids], dtype=np.int64)),
-            _generation(sampling, sequence.max_new_tokens, sequence.ends, self._lookup),
+            openvino.Tensor(np.array([sequence.token_ids], dtype=np.int64)),
+            _generation(sampling, sequence.max_new_tokens, sequence.end_tokens, self._lookup),
         )
         self._submitted += 1
         self._sequences[key] = sequence, handle
@@ -77,7 +77,7 @@ class OpenVINOEngine:
         while self._sequences:
             try:
                 self._pipeline.step()
-            except Exception:  # the pipeline's state is unknown after that
+            except Exception:  # the state of the pipeline is unknown now
                 logger.exception("the pipeline failed with %d sequences", len(self._sequences))
                 self._alive = False
                 for sequence, _ in self._sequences.values():
@@ -96,19 +96,19 @@ class OpenVINOEngine:
     def alive(self) -> bool:
         return self._alive
 
-    def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
+    def chat_prompt(self, messages: Messages) -> str | None:
         return self.folder.chat_prompt(messages)
 
     @property
     def running(self) -> int:
-        """Sequences that hold a place, or wait for one."""
+        """The number of sequences that run or wait."""
         return len(self._sequences)
 
     def _read(self) -> None:
-        """Take the new tokens of every sequence out of the pipeline."""
+        """Read the new tokens of every sequence from the pipeline."""
         for sequence, handle in self._sequences.values():
             while handle.can_read():
-                if not sequence.started:
+                if not sequence.started_at:
                     sequence.start()
                 for token in next(iter(handle.read().values())).generated_ids:
                     if not sequence.finish_reason:
@@ -116,7 +116,7 @@ class OpenVINOEngine:
             status = handle.get_status()
             if status == genai.GenerationStatus.RUNNING:
                 if sequence.finish_reason:
-                    handle.cancel()  # a stop string, of which the pipeline knows nothing
+                    handle.cancel()  # a stop string ended it; the pipeline does not know them
             elif not sequence.finish_reason:
                 sequence.end("stop" if status == genai.GenerationStatus.FINISHED else "error")
 
@@ -128,22 +128,24 @@ class OpenVINOEngine:
         return out
 
     def _warm_up(self) -> None:
-        """One short request: the first forward pass compiles and allocates."""
-        token = next(iter(self._ends), 0)
+        """Run one short request, since the first forward pass compiles and allocates."""
+        token = next(iter(self.end_tokens), 0)
         request = openvino.Tensor(np.array([[token] * 8], dtype=np.int64))
-        self._pipeline.add_request(0, request, _generation(Sampling(), 2, self._ends, self._lookup))
+        self._pipeline.add_request(
+            0, request, _generation(Sampling(), 2, self.end_tokens, self._lookup)
+        )
         self._submitted = 1
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
 
 
 def _generation(
-    sampling: Sampling, max_new_tokens: int, ends: Set[int], lookup: int = 0
+    sampling: Sampling, max_new_tokens: int, end_tokens: Set[int], lookup: int = 0
 ) -> genai.GenerationConfig:
     config = genai.GenerationConfig()
     config.max_new_tokens = max_new_tokens
-    config.stop_token_ids = set(ends)
-    config.ignore_eos = not ends  # else it takes the end token of the model's own files
+    config.stop_token_ids = set(end_tokens)
+    config.ignore_eos = not end_tokens  # else the end token of the model's files counts
     if lookup:
         config.num_assistant_tokens, config.max_ngram_size = lookup, _NGRAM
     config.repetition_penalty = sampling.repetition_penalty
@@ -159,10 +161,10 @@ def _generation(
 
 
 def properties(config: EngineConfig) -> dict[str, str | int]:
-    """OpenVINO's settings for the model."""
+    """Return OpenVINO's settings for the model."""
     chosen: dict[str, str | int] = {
-        # On processors with bfloat16 OpenVINO computes in it by default. That is no faster here,
-        # and SmolLM2 then does not know the capital of France any more; see LOG.md.
+        # On processors with bfloat16 OpenVINO computes in it by default. That is not faster here,
+        # and SmolLM2 then answers wrongly what the capital of France is; see LOG.md.
         "INFERENCE_PRECISION_HINT": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": config.openvino.dynamic_quantization,
     }
@@ -172,7 +174,7 @@ def properties(config: EngineConfig) -> dict[str, str | int]:
 
 
 def _speculation(config: OpenVINOConfig) -> dict[str, bool]:
-    """A pipeline that looks up cannot take requests that do not, so this is one choice for all."""
+    """Return the setting for prompt lookup, which holds for all requests of a pipeline."""
     return {"prompt_lookup": True} if config.prompt_lookup else {}
 
 

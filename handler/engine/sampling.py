@@ -1,4 +1,4 @@
-"""Choosing the next token of one sequence. The filters are transformers' own."""
+"""Choose the next token of one sequence. The filters are those of transformers."""
 
 import torch
 from transformers import (
@@ -13,7 +13,7 @@ from handler.engine import Sampling
 
 
 def logits_processors(sampling: Sampling) -> LogitsProcessorList:
-    """The chain `generate` would build for these settings, in its order."""
+    """Return the chain that `generate` would build for these settings, in its order."""
     chain = LogitsProcessorList()
     if sampling.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
@@ -30,14 +30,14 @@ def logits_processors(sampling: Sampling) -> LogitsProcessorList:
 class Sampler:
     """Draws tokens for one sequence from its own random state.
 
-    The state belongs to the sequence, not to the batch: the same seed gives the same completion
-    whatever else runs beside it.
+    The state belongs to the sequence, not to the batch. So the same seed gives the same completion,
+    no matter what else runs in the batch.
     """
 
     def __init__(self, sampling: Sampling) -> None:
         self.greedy = sampling.temperature == 0
         self.plain = self.greedy and sampling.repetition_penalty == 1.0
-        """True if the choice is the largest logit and nothing else."""
+        """Whether the choice is always the largest logit."""
         self._chain = logits_processors(sampling)
         self._generator = torch.Generator()
         if sampling.seed is not None:
@@ -45,9 +45,11 @@ class Sampler:
         else:
             self._generator.seed()
 
-    def choose(self, ids: list[int], logits: torch.Tensor) -> int:
+    def choose(self, token_ids: list[int], logits: torch.Tensor) -> int:
         """Return the next token id, given all ids so far and the logits [vocabulary]."""
-        scores = self._chain(torch.tensor([ids]), logits.float().cpu()[None])
+        # transformers annotates these with torch's legacy types, which no tensor has.
+        ids, scores = torch.tensor([token_ids]), logits.float().cpu()[None]
+        scores = self._chain(ids, scores)  # type: ignore[arg-type]
         if self.greedy:
             return int(scores.argmax())
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))

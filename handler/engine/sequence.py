@@ -1,4 +1,4 @@
-"""One sequence on its way through an engine: what it has produced, and when it ends."""
+"""One sequence in an engine: what it has generated so far, and when it ends."""
 
 import time
 from collections.abc import Hashable, Set
@@ -11,56 +11,57 @@ from handler.engine.text import TextStream
 
 @dataclass
 class Sequence:
-    """`ids` holds prompt and completion; `pending` is text that was not handed out yet."""
+    """`token_ids` are of prompt and completion; `pending` is text that was not reported yet."""
 
     key: Hashable
-    ids: list[int]
+    token_ids: list[int]
     prompt_tokens: int
     max_new_tokens: int
-    text: TextStream
+    text_stream: TextStream
     stream: bool
-    ends: Set[int] = frozenset()
+    end_tokens: Set[int] = frozenset()
     pending: str = ""
     finish_reason: FinishReason | None = None
-    shown: bool = False
-    submitted: float = field(default_factory=time.monotonic)
-    started: float = 0.0
+    reported: bool = False
+    submitted_at: float = field(default_factory=time.monotonic)
+    started_at: float = 0.0
 
     @property
     def completion_tokens(self) -> int:
-        return len(self.ids) - self.prompt_tokens
+        """The number of tokens generated so far."""
+        return len(self.token_ids) - self.prompt_tokens
 
     @property
     def urgent(self) -> bool:
-        """Whether somebody has been waiting for what there is now."""
-        return bool(self.finish_reason or (self.stream and self.pending and not self.shown))
+        """Whether it has ended, or has the first text of a stream: `advance` should return."""
+        return bool(self.finish_reason or (self.stream and self.pending and not self.reported))
 
     def start(self) -> None:
-        """The first forward pass begins: waiting is over."""
-        self.started = time.monotonic()
+        """Note that the first forward pass begins."""
+        self.started_at = time.monotonic()
 
     def append(self, token: int) -> None:
-        """Take in the next token; it may be the last one, by itself or by a stop string."""
-        self.ids.append(token)
-        if token in self.ends:
+        """Add the next token, which may end the sequence."""
+        self.token_ids.append(token)
+        if token in self.end_tokens:
             self.end("stop")
             return
-        self.pending += self.text.push(token)
-        if self.text.stopped:
+        self.pending += self.text_stream.push(token)
+        if self.text_stream.stopped:
             self.end("stop")
         elif self.completion_tokens >= self.max_new_tokens:
             self.end("length")
 
     def end(self, reason: FinishReason) -> None:
-        """No more tokens will come."""
+        """End the sequence; no more tokens follow."""
         self.finish_reason = reason
-        self.pending += self.text.finish()
+        self.pending += self.text_stream.finish()
 
     def progress(self) -> Progress:
-        """Hand out what is new."""
+        """Report what is new."""
         text, self.pending = self.pending, ""
-        self.shown = self.shown or bool(text)
-        waited = (self.started or time.monotonic()) - self.submitted
+        self.reported = self.reported or bool(text)
+        waited = (self.started_at or time.monotonic()) - self.submitted_at
         return Progress(self.key, text, self.completion_tokens, self.finish_reason, waited)
 
 
@@ -72,28 +73,28 @@ def new_sequence(
     stream: bool,
     folder: ModelFolder,
     max_context: int,
-    ends: Set[int] = frozenset(),
+    end_tokens: Set[int] = frozenset(),
 ) -> Sequence:
-    """Tokenize a prompt and see that it fits. `ends` are the token ids that end a completion.
+    """Tokenize a prompt and check that it fits. `end_tokens` are the ids that end a completion.
 
     Raises:
         PromptError: it is empty, or leaves no room in the context.
     """
-    ids = folder.encode(prompt)
-    if not ids:
+    token_ids = folder.encode(prompt)
+    if not token_ids:
         raise PromptError("is empty: give at least one token of text")
-    if len(ids) >= max_context:
+    if len(token_ids) >= max_context:
         raise PromptError(
-            f"has {len(ids)} tokens; at most {max_context - 1} fit into the context of "
+            f"has {len(token_ids)} tokens; at most {max_context - 1} fit into the context of "
             f"{max_context} with room for one new token"
         )
     return Sequence(
         key=key,
-        ids=ids,
-        prompt_tokens=len(ids),
-        max_new_tokens=min(sampling.max_new_tokens, max_context - len(ids)),
-        # Text nobody sees before the end is decoded at the end, in one go.
-        text=TextStream(folder.decode, ids, sampling.stop, at_once=not stream),
+        token_ids=token_ids,
+        prompt_tokens=len(token_ids),
+        max_new_tokens=min(sampling.max_new_tokens, max_context - len(token_ids)),
+        # Text that is not streamed is decoded once, at the end.
+        text_stream=TextStream(folder.decode, token_ids, sampling.stop, at_once=not stream),
         stream=stream,
-        ends=frozenset() if sampling.ignore_eos else ends,
+        end_tokens=frozenset() if sampling.ignore_eos else end_tokens,
     )

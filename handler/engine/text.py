@@ -1,4 +1,4 @@
-"""From token ids to text, a token at a time: what a stream may show, and where it must end."""
+"""Turn token ids into text, token by token: what a stream may show, and where it must end."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,8 +18,8 @@ class TextStream:
         decode: token ids -> text, special tokens left out.
         prompt_ids: the prompt's token ids.
         stop: strings that end the completion; they are not part of it.
-        at_once: nobody reads along, so return nothing before `finish`, if there is no stop string
-            to look out for. Saves two short decodings a token.
+        at_once: return text only at `finish`, if there are no stop strings. Saves two short
+            decodings a token.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int) -> str:
-        """Add one token; return the text that is now certain (often empty)."""
+        """Add one token; return the text that is now certain, which is often empty."""
         self._ids.append(token_id)
         if self._at_once:
             return ""
@@ -52,7 +52,7 @@ class TextStream:
         return self._release(after[len(before) :])
 
     def finish(self) -> str:
-        """Return what was still held back. Call once, after the last token."""
+        """Return the text that is still held back. Call once, after the last token."""
         if self.stopped:
             return ""
         before = self._decode(self._ids[self._prefix : self._read])
@@ -72,7 +72,7 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-n:]):
             return n

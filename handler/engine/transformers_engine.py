@@ -1,9 +1,9 @@
 """Any causal language model of the transformers library, on CPU, GPUs or with offload.
 
-Continuous batching in the open: one `forward` a step for all running sequences, new ones are
-prefilled and join between steps (`batch.py`). It needs nothing of a model but `forward` with a
-key-value cache, so it also runs models that accelerate has spread over RAM and disk, which
-transformers' own continuous batching does not; LOG.md has both measured against each other.
+Continuous batching, written out: one `forward` a step for all running sequences; new ones are
+prefilled and join between steps (`batch.py`). Of a model it needs only `forward` with a key-value
+cache. So it also runs models that accelerate has spread over RAM and disk, which transformers' own
+continuous batching does not; LOG.md compares the two.
 
 Not here: paged attention, chunked prefill, speculative decoding.
 """
@@ -14,14 +14,13 @@ import time
 from collections import deque
 from collections.abc import Hashable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from handler.config import EngineConfig
-from handler.engine import Progress, Sampling
+from handler.engine import Messages, Progress, Sampling
 from handler.engine.batch import Batch, can_batch
 from handler.engine.folder import ModelFolder
 from handler.engine.loading import device_summary, load_model
@@ -32,11 +31,6 @@ logger = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3
 """Forward passes that may fail in a row before the engine counts as dead."""
-
-
-class _Row(NamedTuple):
-    sequence: Sequence
-    sampler: Sampler
 
 
 class TransformersEngine:
@@ -50,11 +44,12 @@ class TransformersEngine:
         self.model = load_model(weights, config.transformers)
         limit = self.folder.context_length()
         self.max_context = min(config.max_context or limit, limit)
-        self._ends = self.folder.end_tokens(config.stop_tokens)
+        self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        self._waiting: deque[_Row] = deque()
+        self._waiting: deque[Sequence] = deque()
         self._batch = Batch()
-        self._done: list[_Row] = []
+        self._done: list[Sequence] = []
+        self._samplers: dict[Hashable, Sampler] = {}
         self._failures = 0
         self._max_batch = config.max_batch if self._warm_up() else 1
         self.description = (
@@ -71,62 +66,64 @@ class TransformersEngine:
             stream=stream,
             folder=self.folder,
             max_context=self.max_context,
-            ends=self._ends,
+            end_tokens=self.end_tokens,
         )
-        self._waiting.append(_Row(sequence, Sampler(sampling)))
+        self._waiting.append(sequence)
+        self._samplers[key] = Sampler(sampling)
         return sequence.prompt_tokens
 
     def advance(self, seconds: float) -> list[Progress]:
         deadline = time.monotonic() + seconds
         while self._waiting or self._batch:
-            self._prefill()  # one group, then a step for all: neither can starve the other
+            self._prefill()  # one group, then a step for all, so that neither starves
             self._decode_step()
             if self._ready() or time.monotonic() >= deadline:
                 break
         return self._collect()
 
     def cancel(self, key: Hashable) -> None:
-        self._waiting = deque(row for row in self._waiting if row.sequence.key != key)
-        self._done = [row for row in self._done if row.sequence.key != key]
-        self._batch.keep([i for i, r in enumerate(self._batch.rows) if r.sequence.key != key])
+        self._waiting = deque(s for s in self._waiting if s.key != key)
+        self._done = [s for s in self._done if s.key != key]
+        self._batch.keep([i for i, s in enumerate(self._batch.sequences) if s.key != key])
+        self._samplers.pop(key, None)
 
     def alive(self) -> bool:
         return self._failures < _MAX_FAILURES
 
-    def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
+    def chat_prompt(self, messages: Messages) -> str | None:
         return self.folder.chat_prompt(messages)
 
     @property
     def running(self) -> int:
-        """Sequences that hold a place in the batch."""
+        """The number of sequences in the batch."""
         return len(self._batch)
 
     def _ready(self) -> bool:
-        return bool(self._done) or any(row.sequence.urgent for row in self._batch.rows)
+        return bool(self._done) or any(s.urgent for s in self._batch.sequences)
 
     def _prefill(self) -> None:
         """Run waiting prompts through the model, as many as fit, and let them join the batch."""
-        group: list[_Row] = []
+        group: list[Sequence] = []
         longest = 0
         while self._waiting and len(self._batch) + len(group) < self._max_batch:
-            longest = max(longest, self._waiting[0].sequence.prompt_tokens)
+            longest = max(longest, self._waiting[0].prompt_tokens)
             if group and longest * (len(group) + 1) > self.config.transformers.max_prefill_tokens:
                 break
             group.append(self._waiting.popleft())
         if not group:
             return
-        longest = max(row.sequence.prompt_tokens for row in group)
+        longest = max(sequence.prompt_tokens for sequence in group)
         try:
             ids = torch.zeros(len(group), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
-            for i, row in enumerate(group):
-                row.sequence.start()
-                start = longest - row.sequence.prompt_tokens
-                ids[i, start:] = torch.tensor(row.sequence.ids)
+            for i, sequence in enumerate(group):
+                sequence.start()
+                start = longest - sequence.prompt_tokens
+                ids[i, start:] = torch.tensor(sequence.token_ids)
                 mask[i, start:] = 1
             cache = DynamicCache(config=self.model.config)
             last = self._append(group, self._forward(ids, mask, cache))
-        except Exception as error:  # nothing but these prompts is lost
+        except Exception as error:  # only these prompts are lost
             self._fail(group, error)
         else:
             self._batch.join(Batch(group, last, mask, cache))
@@ -140,18 +137,18 @@ class TransformersEngine:
         try:
             batch.mask = pad(batch.mask, (0, 1), value=1)
             logits = self._forward(batch.last[:, None], batch.mask, batch.cache)
-            batch.last = self._append(batch.rows, logits)
-        except Exception as error:  # must not take the server down
-            self._fail(batch.rows, error)
+            batch.last = self._append(batch.sequences, logits)
+        except Exception as error:  # only this batch is lost, not the server
+            self._fail(batch.sequences, error)
             self._batch = Batch()
         else:
             self._retire()
 
     def _retire(self) -> None:
-        """Take finished rows out of the batch."""
-        rows = self._batch.rows
-        self._done += [row for row in rows if row.sequence.finish_reason]
-        self._batch.keep([i for i, row in enumerate(rows) if not row.sequence.finish_reason])
+        """Remove finished sequences from the batch."""
+        sequences = self._batch.sequences
+        self._done += [s for s in sequences if s.finish_reason]
+        self._batch.keep([i for i, s in enumerate(sequences) if not s.finish_reason])
 
     @torch.inference_mode()
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
@@ -166,36 +163,41 @@ class TransformersEngine:
         self._failures = 0
         return out.logits[:, -1]
 
-    def _append(self, rows: list[_Row], logits: torch.Tensor) -> torch.Tensor:
-        """Choose a token for each row, record it, and return them all [B]."""
+    def _append(self, sequences: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
+        """Choose a token for each sequence, record it, and return them all [B]."""
         largest = logits.argmax(-1).tolist()
-        for i, (sequence, sampler) in enumerate(rows):
+        for i, sequence in enumerate(sequences):
+            sampler = self._samplers[sequence.key]
             try:
-                token = largest[i] if sampler.plain else sampler.choose(sequence.ids, logits[i])
-            except RuntimeError as error:  # logits that are not numbers: this row's trouble alone
+                token = largest[i]
+                if not sampler.plain:
+                    token = sampler.choose(sequence.token_ids, logits[i])
+            except RuntimeError as error:  # logits that are not numbers: only this sequence fails
                 logger.error("sampling failed", exc_info=error)
                 sequence.end("error")
             else:
                 sequence.append(token)
-        return torch.tensor([row.sequence.ids[-1] for row in rows])
+        return torch.tensor([sequence.token_ids[-1] for sequence in sequences])
 
     def _collect(self) -> list[Progress]:
-        """Hand out finished sequences and new text."""
-        rows = self._done + [row for row in self._batch.rows if row.sequence.pending]
+        """Report finished sequences and new text."""
+        progress = [s.progress() for s in self._done]
+        for sequence in self._done:
+            self._samplers.pop(sequence.key, None)
         self._done = []
-        return [row.sequence.progress() for row in rows]
+        return progress + [s.progress() for s in self._batch.sequences if s.pending]
 
-    def _fail(self, rows: list[_Row], error: Exception) -> None:
+    def _fail(self, sequences: list[Sequence], error: Exception) -> None:
         self._failures += 1
-        logger.error("forward pass failed for %d sequences", len(rows), exc_info=error)
-        for row in rows:
-            row.sequence.end("error")
-        self._done += rows
+        logger.error("forward pass failed for %d sequences", len(sequences), exc_info=error)
+        for sequence in sequences:
+            sequence.end("error")
+        self._done += sequences
 
     def _warm_up(self) -> bool:
         """Run two tokens through the model; return whether its cache can be batched."""
         cache = DynamicCache(config=self.model.config)
-        token = torch.tensor([[next(iter(self._ends), 0)]])
+        token = torch.tensor([[next(iter(self.end_tokens), 0)]])
         self._forward(token, torch.ones(1, 1, dtype=torch.long), cache)
         self._forward(token, torch.ones(1, 2, dtype=torch.long), cache)
         return can_batch(cache)

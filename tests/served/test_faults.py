@@ -124,7 +124,7 @@ def test_an_engine_that_fails_is_replaced(tiny_llama: Path, tmp_path: Path):
     engine = archive / "handler" / "engine" / "transformers_engine.py"
     text = engine.read_text()
     assert text.count("    def _prefill(self)") == 1
-    sabotage = "        if self._waiting and len(self._waiting[0].sequence.ids) == 3: 1 / 0\n"
+    sabotage = "        if self._waiting and len(self._waiting[0].token_ids) == 3: 1 / 0\n"
     at = text.index('"""Run waiting prompts')
     end = text.index("\n", at) + 1
     engine.write_text(text[:end] + sabotage + text[end:])

@@ -52,7 +52,7 @@ def make_engine(tmp_path_factory):
         engine = create_engine(
             export(folder, config, cache) if kind == "openvino" else folder, config
         )
-        engine._ends = set()  # random weights must not end a text by chance
+        engine.end_tokens = set()  # random weights must not end a text by chance
         return engine
 
     return make
@@ -181,13 +181,13 @@ def test_stop_string(engine):
 
 def test_end_token(engine):
     text = run(engine, [PROMPTS[0]], Sampling(max_new_tokens=8))[0][0]
-    engine._ends = {engine.folder.encode(text)[-1]}
+    engine.end_tokens = {engine.folder.encode(text)[-1]}
     try:
         shorter, reasons = run(engine, [PROMPTS[0]], Sampling(max_new_tokens=8))
         ignoring = Sampling(max_new_tokens=8, ignore_eos=True)
         same, ignored = run(engine, [PROMPTS[0]], ignoring)
     finally:
-        engine._ends = set()
+        engine.end_tokens = set()
     assert reasons == ["stop"] and len(shorter[0]) < len(text)
     assert ignored == ["length"] and same == [text]
 
@@ -288,7 +288,7 @@ def test_more_sequences_than_places(tiny_llama):
     engine = create_engine(
         tiny_llama, EngineConfig(**TORCH, max_batch=3, transformers={"max_prefill_tokens": 64})
     )
-    engine._ends = set()
+    engine.end_tokens = set()
     prompts = [f"{i} " * (i + 1) for i in range(10)]
     together, reasons = run(engine, prompts, Sampling(max_new_tokens=12))
     assert reasons == ["length"] * 10

@@ -226,8 +226,8 @@ def test_the_drain_keeps_busy_in_step(monkeypatch, tmp_path):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     drain = Drain()
     assert not (tmp_path / BUSY).exists() and not drain.requested()
-    for live, there in ((2, True), (1, True), (0, False), (0, False), (3, True)):
-        drain.report(live)
+    for active, there in ((2, True), (1, True), (0, False), (0, False), (3, True)):
+        drain.report(active)
         assert (tmp_path / BUSY).exists() == there
     (tmp_path / DRAINING).touch()
     assert drain.requested()

@@ -1,71 +1,72 @@
-"""Three kinds of model, three formats of the same question."""
+"""Three kinds of models, three formats of the same prompt."""
 
 import pytest
 
 from handler.config import PromptConfig, load_app
-from handler.engine import Sampling
-from handler.prompt import render, shows_prompt
-from handler.request import Item, RequestError
+from handler.engine import Messages, Sampling
+from handler.prompt import render
+from handler.request import Instance, RequestError
 
 PLAIN = PromptConfig()
 CHAT = PromptConfig(style="chat")
 DOLLY = load_app("dolly-v2-3b").prompt
 
 
-def item(prompt=None, messages=None, full_text=None) -> Item:
-    return Item(prompt, messages, Sampling(), full_text)
+def instance(prompt: str | Messages, full_text: bool | None = None) -> Instance:
+    return Instance(prompt, Sampling(), full_text)
 
 
-def user(text: str) -> list[dict[str, str]]:
+def user(text: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
-def template(messages):
+def template(messages: Messages) -> str:
     return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
 
 
-def no_template(_):
+def no_template(_: Messages) -> None:
     return None
 
 
-def test_plain_continues():
-    assert render(item("Hi {prompt}"), PLAIN, no_template, "") == "Hi {prompt}"
-    assert shows_prompt(item("Hi"), PLAIN)
-    assert not shows_prompt(item("Hi", full_text=False), PLAIN)
+def test_plain_text_is_unchanged_and_echoed():
+    assert render(instance("Hi {prompt}"), PLAIN, no_template, "") == ("Hi {prompt}", "Hi {prompt}")
+    assert render(instance("Hi", full_text=False), PLAIN, no_template, "") == ("Hi", "")
 
 
-def test_dollys_instruction_format():
+def test_instruction_format_of_dolly():
     expected = (
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nWhy?\n\n### Response:\n"
     )
-    assert render(item("Why?"), DOLLY, no_template, "") == expected
-    assert render(item(messages=user("Why?")), DOLLY, no_template, "") == expected
-    assert not shows_prompt(item("Why?"), DOLLY)
-    assert shows_prompt(item("Why?", full_text=True), DOLLY)
+    assert render(instance("Why?"), DOLLY, no_template, "") == (expected, "")
+    assert render(instance(user("Why?")), DOLLY, no_template, "") == (expected, "")
+    with_echo = render(instance("Why?", full_text=True), DOLLY, no_template, "")
+    assert with_echo == (expected, expected)
 
 
-def test_an_instruction_is_not_formatted_twice():
-    assert render(item("{prompt} %s {0}"), DOLLY, no_template, "").count("{prompt} %s {0}") == 1
+def test_instruction_is_not_formatted_twice():
+    prompt = render(instance("{prompt} %s {0}"), DOLLY, no_template, "")
+    assert prompt.text.count("{prompt} %s {0}") == 1
 
 
-def test_chat():
-    assert render(item("Hi"), CHAT, template, "") == "<user>Hi<assistant>"
-    assert render(item(messages=user("Hi")), PLAIN, template, "") == "<user>Hi<assistant>"
-    assert not shows_prompt(item(messages=user("Hi")), PLAIN)
+def test_chat_template():
+    expected = "<user>Hi<assistant>"
+    assert render(instance("Hi"), CHAT, template, "") == (expected, "")
+    assert render(instance(user("Hi")), PLAIN, template, "") == (expected, "")
+    assert render(instance(user("Hi"), full_text=True), PLAIN, template, "").echo == expected
 
 
 @pytest.mark.parametrize(
     ("given", "config", "chat", "message"),
     [
-        (item(""), PLAIN, template, "instances[3]: the prompt is empty"),
-        (item(messages=user("a")), PLAIN, no_template, "has no chat template"),
-        (item(messages=user("a") * 2), DOLLY, no_template, "a single message by the user"),
-        (item(messages=user("a")), PLAIN, lambda _: 1 / 0, "refused by the chat template"),
+        (instance(""), PLAIN, template, "instances[3]: the prompt is empty"),
+        (instance(user("a")), PLAIN, no_template, "has no chat template"),
+        (instance(user("a") * 2), DOLLY, no_template, "a single message by the user"),
+        (instance(user("a")), PLAIN, lambda _: 1 / 0, "refused by the chat template"),
     ],
 )
-def test_refusals(given, config, chat, message):
-    with pytest.raises(RequestError) as refused:
+def test_rejects_prompt_the_model_cannot_read(given, config, chat, message):
+    with pytest.raises(RequestError) as rejected:
         render(given, config, chat, "instances[3]")
-    assert message in refused.value.message
-    assert refused.value.field.startswith("instances[3]")
+    assert message in rejected.value.message
+    assert rejected.value.field.startswith("instances[3]")

@@ -1,12 +1,24 @@
-"""Parsing and refusing, without a server."""
+"""Which bodies are accepted and which rejected, without a server."""
 
 import json
+import re
+from typing import Annotated
 
 import pytest
+from pydantic import Field
 
 from handler.config import App, load_app
 from handler.engine import Sampling
-from handler.request import RequestError, default_parameters, parse_request
+from handler.request import (
+    Doc,
+    Parameters,
+    RequestError,
+    SharedParameters,
+    _validate,
+    default_parameters,
+    parameter_table,
+    parse_request,
+)
 from tests.bad_input import BAD, GOOD
 
 APP = load_app("my-own-model", local=True)
@@ -18,7 +30,7 @@ def parse(body, app: App = APP):
     return parse_request({"body": payload}, app.limits, default_parameters(app))
 
 
-def test_at_least_60_bad_cases_with_distinct_names():
+def test_bad_cases_are_60_and_have_distinct_names():
     assert len({name for name, *_ in BAD}) == len(BAD) >= 60
 
 
@@ -27,10 +39,10 @@ def test_at_least_60_bad_cases_with_distinct_names():
     [case[1:] for case in BAD if case[0] not in NEEDS_MODEL],
     ids=[case[0] for case in BAD if case[0] not in NEEDS_MODEL],
 )
-def test_bad(body, status, part, field):
-    with pytest.raises(RequestError) as refused:
+def test_rejects(body, status, part, field):
+    with pytest.raises(RequestError) as rejected:
         parse(body)
-    error = refused.value.body()["error"]
+    error = rejected.value.body()["error"]
     assert error["code"] == status and error["status"] == "INVALID_ARGUMENT"
     assert part in error["message"]
     assert field is None or error["field"] == field
@@ -38,11 +50,11 @@ def test_bad(body, status, part, field):
 
 
 @pytest.mark.parametrize("body", [b for _, b in GOOD], ids=[name for name, _ in GOOD])
-def test_good(body):
-    assert parse(body).items
+def test_accepts(body):
+    assert parse(body).instances
 
 
-def test_instance_wins_over_shared_wins_over_app():
+def test_parameters_of_instance_win_over_shared_win_over_app():
     app = APP.model_copy(update={"parameters": {"top_k": 5, "top_p": 0.5, "seed": 1}})
     body = {
         "instances": ["a", {"prompt": "b", "parameters": {"top_k": 7, "stop": "x"}}],
@@ -50,15 +62,15 @@ def test_instance_wins_over_shared_wins_over_app():
     }
     request = parse(body, app)
     assert request.stream
-    first, second = (item.sampling for item in request.items)
+    first, second = (instance.sampling for instance in request.instances)
     assert first == Sampling(temperature=0.5, top_k=6, top_p=0.5, seed=1)
     assert second == Sampling(temperature=0.5, top_k=7, top_p=0.5, seed=1, stop=("x",))
 
 
-def test_the_error_names_value_and_rule():
-    with pytest.raises(RequestError) as refused:
+def test_error_names_value_and_rule():
+    with pytest.raises(RequestError) as rejected:
         parse({"instances": ["a"], "parameters": {"top_p": 1.5}})
-    assert refused.value.body() == {
+    assert rejected.value.body() == {
         "error": {
             "code": 400,
             "status": "INVALID_ARGUMENT",
@@ -68,7 +80,7 @@ def test_the_error_names_value_and_rule():
     }
 
 
-def test_a_form_is_refused_with_the_remedy():
+def test_form_is_rejected_with_the_header_to_send():
     """`curl -d` without a header sends a form, which decodes "+" and "%" inside the text."""
     with pytest.raises(RequestError, match="Content-Type: application/json"):
         parse_request({'{"instances": ["1 1"]}': b""}, APP.limits, {})
@@ -76,27 +88,77 @@ def test_a_form_is_refused_with_the_remedy():
         parse_request({}, APP.limits, {})
 
 
-def test_a_file_in_a_multipart_form_works():
-    assert parse_request({"data": b'{"instances": ["a"]}'}, APP.limits, {}).items
+def test_accepts_file_in_a_multipart_form():
+    assert parse_request({"data": b'{"instances": ["a"]}'}, APP.limits, {}).instances
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "gpt2", "dolly-v2-3b"])
-def test_the_apps_defaults_are_valid(name):
+def test_defaults_of_the_apps_are_valid(name):
     assert default_parameters(load_app(name))["max_new_tokens"] >= 1
 
 
-def test_a_wrong_default_is_named():
+def test_wrong_default_is_named():
     app = APP.model_copy(update={"parameters": {"temperature": 5}})
     with pytest.raises(RequestError, match=r"app\.parameters\.temperature: .* not 5"):
         default_parameters(app)
 
 
-def test_whole_doubles_are_whole_numbers():
+def test_accepts_whole_doubles_as_whole_numbers():
     """gRPC's Struct has doubles only: 50 arrives as 50.0."""
     body = b'{"instances": ["a"], "parameters": {"max_new_tokens": 5.0, "top_k": 6.0, "seed": 7e0}}'
-    sampling = parse(body).items[0].sampling
+    sampling = parse(body).instances[0].sampling
     assert (sampling.max_new_tokens, sampling.top_k, sampling.seed) == (5, 6, 7)
     assert isinstance(sampling.top_k, int)
     for wrong in ("5.5", "true", '"5"', "1e300", "-1.0"):
         with pytest.raises(RequestError, match="should be a whole number"):
             parse(f'{{"instances": ["a"], "parameters": {{"top_k": {wrong}}}}}'.encode())
+
+
+class NarrowParameters(Parameters):
+    """One range is declared anew."""
+
+    top_p: Annotated[float, Field(ge=0.25, le=0.5), Doc("As before.")] | None = None
+
+
+def test_check_message_and_table_follow_the_declaration():
+    assert _validate(NarrowParameters, {"top_p": 0.5}, APP.limits).top_p == 0.5
+    for value in (0.2, 0.51):
+        with pytest.raises(RequestError) as rejected:
+            _validate(NarrowParameters, {"top_p": value}, APP.limits)
+        assert rejected.value.message == f"top_p: should be a number from 0.25 to 0.5, not {value}"
+    assert "| `top_p` | a number from 0.25 to 0.5 | 1 | As before. |" in parameter_table(
+        NarrowParameters
+    )
+
+
+def test_limit_of_the_app_is_in_the_message():
+    limits = APP.limits.model_copy(update={"max_new_tokens": 7})
+    with pytest.raises(RequestError, match="should be a whole number from 1 to 7, not 8"):
+        _validate(Parameters, {"max_new_tokens": 8}, limits)
+    assert _validate(Parameters, {"max_new_tokens": 7}, limits).max_new_tokens == 7
+
+
+def test_table_has_every_parameter_and_its_default():
+    rows = re.findall(
+        r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| [A-Z0-9][^|]+\. \|$", parameter_table(), re.M
+    )
+    assert [name for name, *_ in rows] == list(SharedParameters.model_fields)
+    assert {name: default for name, _, default in rows} == {
+        "max_new_tokens": "50",
+        "temperature": "0",
+        "top_p": "1",
+        "top_k": "0",
+        "repetition_penalty": "1",
+        "stop": "none",
+        "seed": "random",
+        "ignore_eos": "false",
+        "return_full_text": "true for plain text, else false",
+        "stream": "false",
+    }
+
+
+@pytest.mark.parametrize("name", SharedParameters.model_fields)
+def test_rejects_null(name):
+    """A parameter that should have its default is left out."""
+    with pytest.raises(RequestError, match=rf"^parameters\.{name}: should be .*, not null$"):
+        parse({"instances": ["a"], "parameters": {name: None}})

@@ -1,0 +1,167 @@
+"""An active request, from its arrival to its last byte, and the responses it turns into."""
+
+import json
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from handler.engine import FinishReason, Progress, SequenceKey
+from handler.request import Request, RequestError
+
+JSON = "application/json"
+EVENTS = "text/event-stream"
+RANDOM_WEIGHTS = "random weights: the text means nothing"
+
+
+class Delivery(Enum):
+    """How TorchServe sends a response. The values are its codes for a stopping criterion."""
+
+    WHOLE = None
+    STREAM_PIECE = False
+    STREAM_END = True
+
+
+@dataclass(frozen=True)
+class Response:
+    """What goes to one client in one tick."""
+
+    body: bytes
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    delivery: Delivery = Delivery.WHOLE
+
+    @property
+    def last(self) -> bool:
+        """Whether the request is answered with this."""
+        return self.delivery is not Delivery.STREAM_PIECE
+
+    def stopping_criterion(self, _: object) -> bool | None:
+        """Return TorchServe's code for the delivery; TorchServe calls this with the output."""
+        return self.delivery.value
+
+
+def error_response(error: RequestError, retry_after: int) -> Response:
+    """Respond to a rejected request. 429 and 503 say to retry after `retry_after` seconds."""
+    headers = {"content-type": JSON}
+    if error.code in (429, 503):
+        headers["retry-after"] = str(retry_after)
+    return Response(_encode(error.body()), error.code, headers)
+
+
+@dataclass
+class Completion:
+    """What is known of one instance's completion. `text` is all of it, `unsent` its last part."""
+
+    prompt_tokens: int
+    text: str
+    unsent: str
+    completion_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    queue_seconds: float = 0.0
+    first_token_at: float | None = None
+    finished_at: float | None = None
+    end_sent: bool = False
+
+
+class ActiveRequest:
+    """Collects the engine's progress on the instances of one request."""
+
+    def __init__(self, request: Request, *, random_weights: bool) -> None:
+        self.request = request
+        self.random_weights = random_weights
+        self.arrived_at = time.monotonic()
+        self.completions: dict[SequenceKey, Completion] = {}
+        """One for each instance, in the order of the request."""
+        self._stream_started = False
+
+    def add(self, key: SequenceKey, prompt_tokens: int, echo: str) -> None:
+        """Expect the completion of the next instance; its text begins with `echo`."""
+        self.completions[key] = Completion(prompt_tokens, text=echo, unsent=echo)
+
+    def update(self, progress: Progress) -> None:
+        """Record what the engine reports on one of the completions."""
+        completion = self.completions[progress.key]
+        now = time.monotonic()
+        if completion.first_token_at is None:
+            completion.first_token_at = now
+            completion.queue_seconds = progress.queue_seconds
+        completion.completion_tokens = progress.completion_tokens
+        completion.text += progress.text
+        completion.unsent += progress.text
+        if progress.finish_reason:
+            completion.finish_reason, completion.finished_at = progress.finish_reason, now
+
+    @property
+    def unfinished(self) -> int:
+        """The number of instances that the engine still has to complete."""
+        return sum(c.finish_reason is None for c in self.completions.values())
+
+    def take_response(self) -> Response | None:
+        """Return what can be sent now, if anything. Call once a tick."""
+        if any(c.finish_reason == "error" for c in self.completions.values()):
+            return self._failure()
+        if self.request.stream:
+            return self._events()
+        return self._whole() if not self.unfinished else None
+
+    def _whole(self) -> Response:
+        completions = self.completions.values()
+        body: dict[str, Any] = {"predictions": [c.text for c in completions]}
+        headers = {
+            "content-type": JSON,
+            "x-prompt-tokens": ",".join(str(c.prompt_tokens) for c in completions),
+            "x-completion-tokens": ",".join(str(c.completion_tokens) for c in completions),
+            "x-finish-reason": ",".join(str(c.finish_reason) for c in completions),
+        }
+        if self.random_weights:
+            body["warning"] = RANDOM_WEIGHTS
+        return Response(_encode(body), headers=headers)
+
+    def _events(self) -> Response | None:
+        events = []
+        for key, c in self.completions.items():
+            if c.first_token_at is None or c.end_sent or not (c.unsent or c.finish_reason):
+                continue
+            event: dict[str, Any] = {"index": key.instance_index, "text": c.unsent}
+            c.unsent = ""
+            if c.finish_reason:
+                c.end_sent = True
+                event |= {
+                    "finish_reason": c.finish_reason,
+                    "prompt_tokens": c.prompt_tokens,
+                    "completion_tokens": c.completion_tokens,
+                }
+                if self.random_weights:
+                    event["warning"] = RANDOM_WEIGHTS
+            events.append(event)
+        if not events:
+            return None
+        if not all(c.end_sent for c in self.completions.values()):
+            delivery = Delivery.STREAM_PIECE
+        elif self._stream_started:
+            delivery = Delivery.STREAM_END
+        else:
+            # TorchServe sends the status and the headers of a stream only with a piece that is
+            # not the last one, so a stream of a single piece is sent as a whole.
+            delivery = Delivery.WHOLE
+        self._stream_started = True
+        body = b"".join(_event(event) for event in events)
+        return Response(body, headers={"content-type": EVENTS}, delivery=delivery)
+
+    def _failure(self) -> Response:
+        # The log has the exception. Its text may describe the machine, so clients do not get it.
+        error = RequestError(500, "generation failed; the server's log says why")
+        if not self._stream_started:
+            return error_response(error, retry_after=0)
+        headers = {"content-type": EVENTS}
+        return Response(_event(error.body()), headers=headers, delivery=Delivery.STREAM_END)
+
+
+def _encode(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    """One server-sent event."""
+    return b"data: " + _encode(value) + b"\n\n"

@@ -1,0 +1,126 @@
+"""What the completions of a request turn into: headers, and metrics for Prometheus."""
+
+import json
+
+import pytest
+
+import handler.response
+from handler.config import load_app
+from handler.engine import Progress, SequenceKey
+from handler.metrics import COUNTERS, HISTOGRAMS, Metrics
+from handler.request import default_parameters, parse_request
+from handler.response import ActiveRequest, Delivery, Response
+
+APP = load_app("my-own-model", local=True)
+
+
+class Recorder(dict):
+    """Takes the place of TorchServe's metric cache; keeps the values of each metric."""
+
+    def add_metric_to_cache(self, name, unit, dimensions, kind):
+        values = self[name] = []
+
+        class Metric:
+            def add_or_update(self, value, labels):
+                assert labels == ["model"]
+                values.append(value)
+
+        return Metric()
+
+
+@pytest.fixture
+def active(request, monkeypatch):
+    """Two instances: 5 and 7 prompt tokens, 11 and 3 completion tokens, at known times."""
+    clock = iter([100.0, 100.5, 100.75, 102.75, 103.0])
+    monkeypatch.setattr(handler.response.time, "monotonic", lambda: next(clock))
+    body = {"instances": ["a", "b"], "parameters": {"stream": request.param}}
+    active = ActiveRequest(
+        parse_request({"body": json.dumps(body)}, APP.limits, default_parameters(APP)),
+        random_weights=False,
+    )
+    a, b = SequenceKey("request", 0), SequenceKey("request", 1)
+    active.add(a, 5, "")
+    active.add(b, 7, "")
+    active.update(Progress(b, "x", 1, queue_seconds=0.25))
+    active.update(Progress(a, "x", 1, queue_seconds=0.5))
+    active.update(Progress(a, "y", 11, "length", queue_seconds=0.5))
+    active.update(Progress(b, "y", 3, "stop", queue_seconds=0.25))
+    return active
+
+
+@pytest.mark.parametrize("active", [False], indirect=True)
+def test_headers_are_in_the_order_of_the_instances(active):
+    headers = active.take_response().headers
+    assert headers["x-prompt-tokens"] == "5,7"
+    assert headers["x-completion-tokens"] == "11,3"
+    assert headers["x-finish-reason"] == "length,stop"
+
+
+@pytest.mark.parametrize("active", [False, True], indirect=True, ids=["whole", "stream"])
+def test_counts_requests_tokens_and_times(active):
+    metrics = Metrics(recorder := Recorder(), "model")
+    metrics.record(active)
+    assert recorder.keys() == COUNTERS.keys() | HISTOGRAMS.keys()
+    assert recorder["llm_requests_total"] == [1]
+    assert recorder["llm_refused_requests_total"] == []
+    assert recorder["llm_prompt_tokens_total"] == [5, 7]
+    assert recorder["llm_completion_tokens_total"] == [11, 3]
+    assert recorder["llm_queue_time_seconds"] == [0.5, 0.25]
+    streamed = active.request.stream
+    assert recorder["llm_time_to_first_token_seconds"] == ([0.75, 0.5] if streamed else [])
+    # 10 tokens in 2 s, 2 tokens in 2.5 s: the first of each is not counted
+    assert recorder["llm_time_per_output_token_seconds"] == ([0.2, 1.25] if streamed else [])
+    metrics.count_rejected()
+    assert recorder["llm_refused_requests_total"] == [1] and recorder["llm_requests_total"] == [1]
+
+
+def start(stream: bool) -> ActiveRequest:
+    """An active request with one instance."""
+    body = {"instances": ["a"], "parameters": {"stream": stream}}
+    active = ActiveRequest(
+        parse_request({"body": json.dumps(body)}, APP.limits, {}), random_weights=False
+    )
+    active.add(KEY, 5, "")
+    return active
+
+
+KEY = SequenceKey("request", 0)
+FIRST, LAST = Progress(KEY, "x", 1), Progress(KEY, "y", 2, "stop")
+FAILED = Progress(KEY, "", 1, "error")
+
+
+def deliveries(active: ActiveRequest, ticks: list[list[Progress]]) -> list[Delivery | None]:
+    """How the response of each tick is delivered; None without one."""
+    found = []
+    for progresses in ticks:
+        for progress in progresses:
+            active.update(progress)
+        response = active.take_response()
+        found.append(response and response.delivery)
+    return found
+
+
+def test_delivery_of_a_whole_response():
+    assert deliveries(start(stream=False), [[], [FIRST], [LAST]]) == [None, None, Delivery.WHOLE]
+
+
+@pytest.mark.parametrize("end", [LAST, FAILED], ids=["stop", "error"])
+def test_delivery_of_a_stream(end):
+    pieces = [Delivery.STREAM_PIECE, None, Delivery.STREAM_END]
+    assert deliveries(start(stream=True), [[FIRST], [], [end]]) == pieces
+
+
+@pytest.mark.parametrize("end", [LAST, FAILED], ids=["stop", "error"])
+def test_stream_that_ends_in_its_first_tick_is_delivered_whole(end):
+    """TorchServe sends status and headers of a stream only with a piece that is not the last."""
+    assert deliveries(start(stream=True), [[FIRST, end]]) == [Delivery.WHOLE]
+
+
+def test_codes_that_torchserve_reads():
+    codes = {d: Response(b"", delivery=d).stopping_criterion(None) for d in Delivery}
+    assert codes == {
+        Delivery.WHOLE: None,
+        Delivery.STREAM_PIECE: False,
+        Delivery.STREAM_END: True,
+    }
+    assert [Response(b"", delivery=d).last for d in Delivery] == [True, False, True]
