@@ -1,22 +1,23 @@
-"""The original project's way, as a peer to measure: a BaseHandler around `generate`.
+"""The baseline handler: a synchronous BaseHandler around `generate`.
 
-Written from the original's description: loads with accelerate, answers `instances`, synchronously.
-The model-config says the rest: one request at a time in float32 as the original had it (`seed`), or
-TorchServe's dynamic batching in bfloat16 (`batched`). For the benchmark alone, a completion has
-exactly the length that was asked for, and a header counts its tokens, as ours does.
+It follows the description of the 2023 project's handler. The archive's configuration chooses one
+request at a time in float32, as in that project (`baseline`), or TorchServe's dynamic batching in
+bfloat16 (`batched`). For the benchmark only, a completion has exactly the requested length, and a
+header reports its tokens, as our handler's responses do.
 """
 
 import json
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from ts.torch_handler.base_handler import BaseHandler
 
 
-class SeedHandler(BaseHandler):
+class BaselineHandler(BaseHandler):
     """Preprocess, inference, postprocess: TorchServe calls them in this order."""
 
-    def initialize(self, context) -> None:
+    def initialize(self, context: Any) -> None:
         folder = context.system_properties["model_dir"] + "/weights"
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.model = AutoModelForCausalLM.from_pretrained(
@@ -25,9 +26,9 @@ class SeedHandler(BaseHandler):
         self.context = context
         self.initialized = True
 
-    def preprocess(self, data: list[dict]) -> tuple[list[str], int]:
-        """The bodies of a batch -> one prompt each, and the longest completion asked for."""
-        bodies = [row.get("body") or row.get("data") for row in data]
+    def preprocess(self, data: list[dict[str, Any]]) -> tuple[list[str], int]:
+        """Take one prompt from each request body, and the longest completion requested."""
+        bodies: list[Any] = [row.get("body") or row.get("data") for row in data]
         bodies = [b if isinstance(b, dict) else json.loads(b) for b in bodies]
         lengths = [body.get("parameters", {}).get("max_new_tokens", 50) for body in bodies]
         return [body["instances"][0] for body in bodies], max(lengths)
@@ -36,7 +37,8 @@ class SeedHandler(BaseHandler):
     def inference(self, data: tuple[list[str], int]) -> list[str]:
         prompts, length = data
         inputs = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.model.device)
-        ids = self.model.generate(
+        model: Any = self.model  # the library's annotation of `generate` rejects its own classes
+        ids = model.generate(
             **inputs, max_new_tokens=length, min_new_tokens=length, do_sample=False
         )
         for index in range(len(prompts)):

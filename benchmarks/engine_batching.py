@@ -1,22 +1,25 @@
-"""Three ways of batching compared: ours, `generate`, transformers' continuous batching.
+"""Three ways of batching: ours, a static batch of `generate`, transformers' continuous batching.
 
     python -m benchmarks.engine_batching
 
-In-process, SmolLM2-135M, greedy, no end token: every completion has the length asked for. The
-systems take turns within a round. Two kinds of load: all alike, and lengths mixed 8 to 128, where
-a static batch lets the short ones wait for the longest.
+In-process, SmolLM2-135M, greedy, no end token: every completion has the requested length. The
+systems take turns within a round. Two kinds of load: equal lengths, and lengths from 8 to 128,
+where short sequences of a static batch wait for the longest.
 """
 
 import random
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 from benchmarks.record import summary, write
+from deploy.common import cli
 from deploy.weights.fetch import get_weights
 from handler.config import EngineConfig, TransformersConfig
 from handler.engine import Engine, Sampling
@@ -43,7 +46,7 @@ Load = list[tuple[str, int]]
 
 
 def load(sequences: int, *, mixed: bool) -> Load:
-    """Distinct prompts of about 30 to 60 tokens."""
+    """Make distinct prompts of about 30 to 60 tokens."""
     draw = random.Random(sequences)
     texts = [
         f"Number {i}. Write a story with these words: "
@@ -54,38 +57,39 @@ def load(sequences: int, *, mixed: bool) -> Load:
 
 
 def ours(engine: Engine, requests: Load) -> list[float]:
-    """Seconds until each sequence was finished."""
+    """Measure the seconds until each sequence finishes."""
     began = time.monotonic()
     for i, (text, length) in enumerate(requests):
         engine.submit(i, text, Sampling(max_new_tokens=length), stream=False)
-    done: dict[int, float] = {}
+    lengths: dict[Hashable, int] = {i: length for i, (_, length) in enumerate(requests)}
+    done: dict[Hashable, float] = {}
     while len(done) < len(requests):
         for progress in engine.advance(0.05):
             if progress.finish_reason:
-                assert progress.completion_tokens == requests[progress.key][1]
+                assert progress.completion_tokens == lengths[progress.key]
                 done[progress.key] = time.monotonic() - began
     return list(done.values())
 
 
 def static_generate(engine: TransformersEngine, requests: Load) -> list[float]:
-    """One padded batch, as long as its longest; everybody is answered at its end."""
+    """Generate one padded batch; every sequence ends with the longest."""
     longest = max(length for _, length in requests)
     tokenizer = AutoTokenizer.from_pretrained(get_weights("smollm2-135m"))
     texts = [text for text, _ in requests]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     began = time.monotonic()
     with torch.inference_mode():
-        engine.model.generate(
-            **inputs, max_new_tokens=longest, min_new_tokens=longest, do_sample=False
-        )
+        model: Any = engine.model
+        model.generate(**inputs, max_new_tokens=longest, min_new_tokens=longest, do_sample=False)
     return [time.monotonic() - began] * len(requests)
 
 
 def continuous(engine: TransformersEngine, requests: Load) -> list[float]:
-    """Transformers' ContinuousBatchingManager; one generation config for all, in a thread."""
+    """Use transformers' ContinuousBatchingManager: one generation config, in a thread."""
     settings = GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0)
     sizes = ContinuousBatchingConfig(block_size=32, num_blocks=1024, max_batch_tokens=2048)
-    with engine.model.continuous_batching_context_manager(
+    model: Any = engine.model
+    with model.continuous_batching_context_manager(
         generation_config=settings, continuous_batching_config=sizes
     ) as manager:
         began = time.monotonic()
@@ -108,11 +112,15 @@ SYSTEMS: dict[str, Callable[[TransformersEngine, Load], list[float]]] = {
 }
 
 
+app = cli.app(__doc__)
+
+
+@app.command()
 def main() -> None:
     """Measure and write results/engine_batching.json."""
     folder: Path = get_weights("smollm2-135m")
     cases = [(1, False), (8, False), (32, False), (16, True)]
-    figures = {}
+    measured = {}
     progress = tqdm(total=2 * len(cases) * ROUNDS * len(SYSTEMS), unit="run")
     for dtype in ("float32", "bfloat16"):
         engine = TransformersEngine(
@@ -131,15 +139,15 @@ def main() -> None:
                     waits[name].append(sum(seconds) / len(seconds))
                     progress.update()
             case = f"{dtype}, {sequences} sequences" + (", mixed lengths" if mixed else "")
-            figures[case] = {
+            measured[case] = {
                 name: {
                     "tokens_per_second": summary(rates[name]),
                     "mean_latency_seconds": summary(waits[name]),
                 }
                 for name in SYSTEMS
             }
-    print(write("engine_batching", figures, ["torch", "transformers"]).name)
+    print(write("engine_batching", measured, ["torch", "transformers"]).name)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(app, "benchmarks.engine_batching"))

@@ -2,13 +2,12 @@
 
     python -m benchmarks.large        # 15 minutes, 14 GB of disk
 
-How long the export takes and how much memory; then decoding at 1 and 8 sequences in int8, int4 and
-bfloat16, each in a process of its own, in alternated rounds. One token of one sequence needs every
-weight once, so memory bandwidth divided by the weights' bytes is the most tokens a second there can
-be (the roofline); the bandwidth is measured in the same rounds.
+Measures time and memory of the export, then decoding at 1 and 8 sequences in int8, int4 and
+bfloat16, each in its own process, in alternated rounds. One token of one sequence needs every
+weight once, so memory bandwidth divided by the weights' bytes limits the tokens per second (the
+roofline); the bandwidth is measured in the same rounds.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -17,15 +16,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any
 
 import psutil
 import torch
+import typer
 
 from benchmarks.load import prompts
 from benchmarks.record import in_rounds, peak_memory_gb, write
 from deploy.archive.build import model_config
 from deploy.archive.export import export, exported_files
-from deploy.common.cli import command
+from deploy.common import cli
 from deploy.common.paths import BUILD
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import weight_files
@@ -37,7 +38,7 @@ NEW_TOKENS = 24
 SEQUENCES = (1, 8)
 CACHE = BUILD / "bench" / "export"
 
-SYSTEMS = {
+SYSTEMS: dict[str, dict[str, Any]] = {
     "transformers bfloat16": {"name": "transformers", "transformers": {"dtype": "bfloat16"}},
     "openvino int8": {"name": "openvino", "openvino": {"precision": "int8"}},
     "openvino int4": {"name": "openvino", "openvino": {"precision": "int4"}},
@@ -45,7 +46,7 @@ SYSTEMS = {
 
 
 def seconds_of(engine: Engine, sequences: int, new_tokens: int) -> float:
-    """Time for a batch of prompts to get so many tokens each."""
+    """Measure the seconds in which a batch of prompts gets `new_tokens` tokens each."""
     next_prompt = prompts(sequences)
     sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True)
     began = time.perf_counter()
@@ -58,13 +59,13 @@ def seconds_of(engine: Engine, sequences: int, new_tokens: int) -> float:
 
 
 def decode_rate(engine: Engine, sequences: int, new_tokens: int = NEW_TOKENS) -> float:
-    """Tokens per second without the prefill: what the tokens after the first one take."""
+    """Measure tokens per second without the prefill: the time of the tokens after the first."""
     first = seconds_of(engine, sequences, 1)
     return sequences * new_tokens / (seconds_of(engine, sequences, 1 + new_tokens) - first)
 
 
 def bandwidth() -> float:
-    """Bytes a second that all cores together read from RAM: the best of five sums over 2 GB."""
+    """Measure the bytes a second that all cores read from RAM: the best of five sums over 2 GB."""
     values = torch.ones(2**29, dtype=torch.float32)
     seconds = []
     for _ in range(5):
@@ -76,8 +77,8 @@ def bandwidth() -> float:
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """Seconds the block takes, and the peak memory of this process and its children."""
-    figures = {"seconds": 0.0, "peak_memory_gb": 0.0}
+    """Measure the block's seconds, and the peak memory of this process and its children."""
+    measured = {"seconds": 0.0, "peak_memory_gb": 0.0}
     done = threading.Event()
 
     def look() -> None:
@@ -88,21 +89,21 @@ def watched() -> Iterator[dict[str, float]]:
                     held += process.memory_info().rss
                 except psutil.NoSuchProcess:
                     continue
-            figures["peak_memory_gb"] = max(figures["peak_memory_gb"], held / 1e9)
+            measured["peak_memory_gb"] = max(measured["peak_memory_gb"], held / 1e9)
 
     watcher = threading.Thread(target=look)
     watcher.start()
     began = time.perf_counter()
     try:
-        yield figures
+        yield measured
     finally:
-        figures["seconds"] = time.perf_counter() - began
+        measured["seconds"] = time.perf_counter() - began
         done.set()
         watcher.join()
 
 
 def files_of(settings: dict) -> list[Path]:
-    """What an engine with these settings loads; exported if it has not been."""
+    """List the files that an engine with these settings loads; export them if necessary."""
     weights = get_weights(APP, shape_only=True)
     _, config = model_config(APP, weights, settings)
     if config.name == "openvino":
@@ -110,43 +111,45 @@ def files_of(settings: dict) -> list[Path]:
     return weight_files(weights)
 
 
-def child(settings: dict) -> None:
-    """Load one engine, measure it, print the figures as JSON."""
+def measure(settings: dict) -> None:
+    """Load one engine, measure it, and print the measurements as JSON."""
     speed = bandwidth()
     files = files_of(settings)
     _, config = model_config(APP, get_weights(APP, shape_only=True), settings)
     began = time.perf_counter()
     engine = create_engine(files[0].parent, config)
-    figures = {"bandwidth": speed, "load_seconds": time.perf_counter() - began}
-    figures["bytes"] = sum(f.stat().st_size for f in files if f.suffix in {".bin", ".safetensors"})
+    measured = {"bandwidth": speed, "load_seconds": time.perf_counter() - began}
+    measured["bytes"] = sum(f.stat().st_size for f in files if f.suffix in {".bin", ".safetensors"})
     decode_rate(engine, 8, 4)
     for sequences in SEQUENCES:
-        figures[f"tokens_per_second {sequences}"] = decode_rate(engine, sequences)
-    share = figures["tokens_per_second 1"] * figures["bytes"] / speed
-    figures |= {"share_of_roofline": share, "peak_memory_gb": peak_memory_gb()}
-    print(json.dumps(figures))
+        measured[f"tokens_per_second {sequences}"] = decode_rate(engine, sequences)
+    share = measured["tokens_per_second 1"] * measured["bytes"] / speed
+    measured |= {"share_of_roofline": share, "peak_memory_gb": peak_memory_gb()}
+    print(json.dumps(measured))
 
 
-@command
-def main(arguments: list[str] | None) -> None:
+app = cli.app(__doc__)
+
+
+@app.command()
+def main(
+    child: Annotated[str | None, typer.Option(hidden=True, help="A case, as JSON.")] = None,
+) -> None:
     """Measure, and write results/large.json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.large")
-    parser.add_argument("--child", type=json.loads, help="used by the program itself")
-    options = parser.parse_args(arguments)
-    if options.child:
-        child(options.child)
+    if child:
+        measure(json.loads(child))
         return
     get_weights(APP, shape_only=True)
     shutil.rmtree(CACHE, ignore_errors=True)
     exports = {}
-    for name in ("openvino int8", "openvino int4"):  # the second finds the model traced already
-        with watched() as figures:
+    for name in ("openvino int8", "openvino int4"):  # the second finds the model already traced
+        with watched() as measured:
             files_of(SYSTEMS[name])
-        exports[name] = figures
+        exports[name] = measured
     rows = in_rounds("benchmarks.large", SYSTEMS, ROUNDS)
     packages = ["torch", "transformers", "openvino", "openvino-genai", "optimum-intel", "nncf"]
     print(write("large", {"exports": exports, "engines": rows}, packages).name)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(app, "benchmarks.large"))

@@ -3,28 +3,31 @@
     python -m benchmarks.load http://127.0.0.1:7080/predictions/smollm2-135m --clients 8
     python -m benchmarks.load http://127.0.0.1:8000/v1/completions --model m --rate 2 --stream
 
-Closed loop (`--clients`): each client sends its next request when it has the last reply. Open loop
-(`--rate`): requests arrive at random moments, whether the server keeps up or not. Prompts are
+Closed loop (`--clients`): each client sends its next request when it has the last response. Open
+loop (`--rate`): requests arrive at random moments, whether the server keeps up or not. Prompts are
 distinct and the same in every run of a seed; completions have a fixed length.
 
-Looked at first: guidellm speaks only OpenAI's API and brings `datasets` and a web server; locust
-counts requests, where we need tokens and the first of them. aiohttp does the HTTP, whose parser is
-compiled: here the clients share two cores with the server.
+Alternatives: guidellm speaks only OpenAI's API and depends on `datasets` and a web server; locust
+counts requests, but we need tokens and the time to the first. aiohttp has a compiled HTTP parser,
+which matters because the clients share two cores with the server.
 """
 
-import argparse
 import asyncio
 import json
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
+from typing import Annotated, Any
 
 import aiohttp
 import numpy as np
+import typer
 
+from deploy.common import cli
 from deploy.torchserve.client import parse_event
 
 NEW_TOKENS = 128
@@ -37,9 +40,9 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Target:
-    """Where to ask. With a `model` the API is OpenAI's /v1/completions, else Vertex AI's.
+    """Where to send requests. With a `model` the API is OpenAI's, else Vertex AI's.
 
-    `extra` goes into every request; `keep_alive` is off for servers that lose a connection's second
+    `extra` goes into every body; `keep_alive` is off for servers that lose a connection's second
     stream.
     """
 
@@ -61,7 +64,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """What all clients saw together. Latencies in seconds, None where there was nothing."""
+    """Measurements of all clients together. Latencies in seconds; None without a measurement."""
 
     requests: int
     errors: dict[str, int]
@@ -75,7 +78,7 @@ class Report:
 
 
 def prompts(seed: int) -> Callable[[], str]:
-    """A source of distinct prompts of 30 to 60 tokens; each call of what it returns gives one."""
+    """Make a source of distinct prompts of 30 to 60 tokens; each call of it returns one."""
     draw, words = random.Random(seed), _WORDS.split()
     number = 0
 
@@ -90,7 +93,7 @@ def prompts(seed: int) -> Callable[[], str]:
 
 
 def report(outcomes: list[Outcome], seconds: float) -> Report:
-    """Sum up. Errors count as requests, but not in the latencies."""
+    """Sum up outcomes. Errors count as requests, but not in the latencies."""
     good = [o for o in outcomes if not o.error]
     latency = [o.seconds for o in good]
     first = [o.first_token for o in good if o.first_token is not None]
@@ -108,7 +111,7 @@ def report(outcomes: list[Outcome], seconds: float) -> Report:
 
 
 def percentile(values: list[float], percent: int) -> float | None:
-    """As numpy's, by linear interpolation; None of nothing."""
+    """Interpolate linearly, as numpy does; None without values."""
     return float(np.percentile(values, percent)) if values else None
 
 
@@ -122,7 +125,7 @@ def closed_loop(
     stream: bool = False,
     warm_up: int = 1,
 ) -> Report:
-    """`clients` clients send `requests_each` requests each, one after another.
+    """Let `clients` clients send `requests_each` requests each, one after another.
 
     Args:
         target: the server.
@@ -130,17 +133,17 @@ def closed_loop(
         requests_each: how many each client sends and measures.
         seed: another seed gives other prompts.
         new_tokens: length of every completion.
-        stream: ask for a stream and time its first text.
+        stream: stream each completion and time its first text.
         warm_up: requests each client sends before, unmeasured; errors in them are not counted.
     """
 
     async def run() -> Report:
         async with _session(target) as session:
-            ask = _asker(session, target, new_tokens, stream)
+            send = _sender(session, target, new_tokens, stream)
 
             async def client(number: int, requests: int, phase: int) -> list[Outcome]:
                 next_prompt = prompts((seed * 2 + phase) * 1000 + number)
-                return [await ask(next_prompt()) for _ in range(requests)]
+                return [await send(next_prompt()) for _ in range(requests)]
 
             await asyncio.gather(*(client(i, warm_up, 0) for i in range(clients)))
             began = time.perf_counter()
@@ -159,19 +162,19 @@ def open_loop(
     new_tokens: int = NEW_TOKENS,
     stream: bool = False,
 ) -> Report:
-    """`requests` requests arrive at random, `rate` a second on average (a Poisson process)."""
+    """Send `requests` requests at random moments, `rate` a second on average (Poisson process)."""
 
     async def run() -> Report:
         draw, next_prompt = random.Random(seed), prompts(seed)
         async with _session(target) as session:
-            ask = _asker(session, target, new_tokens, stream)
-            await ask(prompts(seed + 1)())
+            send = _sender(session, target, new_tokens, stream)
+            await send(prompts(seed + 1)())
             began = due = time.perf_counter()
-            tasks = []
+            tasks: list[asyncio.Task[Outcome]] = []
             for _ in range(requests):
                 due += draw.expovariate(rate)
                 await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                tasks.append(asyncio.create_task(ask(next_prompt())))
+                tasks.append(asyncio.create_task(send(next_prompt())))
             outcomes = await asyncio.gather(*tasks)
             return report(outcomes, time.perf_counter() - began)
 
@@ -185,10 +188,12 @@ def _session(target: Target) -> aiohttp.ClientSession:
     )
 
 
-def _asker(session: aiohttp.ClientSession, target: Target, new_tokens: int, stream: bool):  # noqa: ANN202
-    """`await ask(prompt)` -> Outcome, never an exception."""
+def _sender(
+    session: aiohttp.ClientSession, target: Target, new_tokens: int, stream: bool
+) -> Callable[[str], Coroutine[None, None, Outcome]]:
+    """Make a function that sends a prompt and returns the outcome, without raising."""
 
-    async def ask(prompt: str) -> Outcome:
+    async def send(prompt: str) -> Outcome:
         outcome = Outcome()
         began = time.perf_counter()
         try:
@@ -209,7 +214,7 @@ def _asker(session: aiohttp.ClientSession, target: Target, new_tokens: int, stre
             outcome.error = f"{outcome.tokens} tokens instead of {new_tokens}"
         return outcome
 
-    return ask
+    return send
 
 
 def _body(target: Target, prompt: str, new_tokens: int, stream: bool) -> dict:
@@ -222,15 +227,15 @@ def _body(target: Target, prompt: str, new_tokens: int, stream: bool) -> dict:
     return body | options | dict(target.extra)
 
 
-def _count(body: dict, headers: dict) -> int:
+def _count(body: dict[str, Any], headers: Mapping[str, str]) -> int:
     if "usage" in body:
-        return body["usage"]["completion_tokens"]
+        return int(body["usage"]["completion_tokens"])
     return sum(int(n) for n in headers["x-completion-tokens"].split(","))
 
 
-async def _read_stream(reply: aiohttp.ClientResponse, outcome: Outcome, began: float) -> None:
-    """Server-sent events, ours or OpenAI's: when the first text came, and the token count."""
-    async for line in reply.content:
+async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, began: float) -> None:
+    """Note when the first text came, and the token count; from our events or OpenAI's."""
+    async for line in response.content:
         event = parse_event(line)
         if event is None:
             continue
@@ -243,32 +248,37 @@ async def _read_stream(reply: aiohttp.ClientResponse, outcome: Outcome, began: f
             outcome.tokens += event["completion_tokens"]
 
 
-def main() -> None:
-    """The command line; prints the report as JSON."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description="load a server")
-    parser.add_argument("url")
-    parser.add_argument("--model", default="", help="speak OpenAI's API, and ask for this model")
-    parser.add_argument("--clients", type=int, default=1, help="closed loop")
-    parser.add_argument("--requests", type=int, default=4, help="of each client; of all at a rate")
-    parser.add_argument("--rate", type=float, help="open loop: requests a second")
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS)
-    parser.add_argument("--stream", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    target = Target(options.url, options.model)
-    common = {
-        "seed": options.seed,
-        "new_tokens": options.new_tokens,
-        "stream": options.stream,
-    }
-    if options.rate:
-        result = open_loop(target, rate=options.rate, requests=options.requests, **common)
+app = cli.app(__doc__)
+
+
+@app.command()
+def main(
+    url: str,
+    model: Annotated[str, typer.Option(help="Use OpenAI's API with this model.")] = "",
+    clients: Annotated[int, typer.Option(help="Closed loop: clients.")] = 1,
+    requests: Annotated[int, typer.Option(help="Of each client; of all with --rate.")] = 4,
+    rate: Annotated[float | None, typer.Option(help="Open loop: requests a second.")] = None,
+    new_tokens: Annotated[int, typer.Option(help="Length of every completion.")] = NEW_TOKENS,
+    stream: Annotated[bool, typer.Option("--stream", help="Stream the completions.")] = False,
+    seed: Annotated[int, typer.Option(help="Another seed gives other prompts.")] = 0,
+) -> None:
+    """Load a server and print the report as JSON."""
+    target = Target(url, model)
+    if rate:
+        result = open_loop(
+            target, rate=rate, requests=requests, seed=seed, new_tokens=new_tokens, stream=stream
+        )
     else:
         result = closed_loop(
-            target, clients=options.clients, requests_each=options.requests, **common
+            target,
+            clients=clients,
+            requests_each=requests,
+            seed=seed,
+            new_tokens=new_tokens,
+            stream=stream,
         )
     print(json.dumps(asdict(result), indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(app, "benchmarks.load"))

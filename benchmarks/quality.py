@@ -12,12 +12,13 @@ Every OpenVINO row is computed with the settings it is served with, dynamic quan
 """
 
 import hashlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import openvino
-import sklearn.datasets
+import sklearn.datasets  # type: ignore[import-untyped]  # scikit-learn has no types
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
@@ -26,9 +27,10 @@ from benchmarks.load import prompts
 from benchmarks.record import write
 from deploy.archive.build import model_config
 from deploy.archive.export import EXPORTED, export
+from deploy.common import cli
 from deploy.weights.fetch import get_weights
 from handler.config import EngineConfig
-from handler.engine import Engine, Sampling, create_engine
+from handler.engine import Engine, Progress, Sampling, create_engine
 from handler.engine.folder import ModelFolder
 from handler.engine.openvino_engine import properties
 
@@ -102,22 +104,22 @@ def openvino_logits(weights: Path, config: EngineConfig) -> Logits:
     return logits
 
 
-def greedy(engine: Engine) -> list[list[int]]:
-    """Token ids of the completions of COMPLETIONS prompts, one at a time."""
+def greedy(engine: Engine, tokenizer: ModelFolder) -> list[list[int]]:
+    """Complete COMPLETIONS prompts, one at a time, and return the token ids."""
     next_prompt = prompts(seed=1)
     completions = []
     for _ in range(COMPLETIONS):
         sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
         engine.submit(0, next_prompt(), sampling, stream=False)
-        done = []
+        done: list[Progress] = []
         while not (done and done[-1].finish_reason):
             done += engine.advance(1)
-        completions.append(engine.folder.encode("".join(p.text for p in done)))
+        completions.append(tokenizer.encode("".join(p.text for p in done)))
     return completions
 
 
 def measure(logits: Logits, pieces: list[np.ndarray]) -> tuple[float, np.ndarray]:
-    """Perplexity, and the most likely next token at every position."""
+    """Compute the perplexity, and the most likely next token at every position."""
     losses, choices = [], []
     for ids in pieces:
         scores = torch.from_numpy(logits(ids))[:-1]
@@ -129,18 +131,23 @@ def measure(logits: Logits, pieces: list[np.ndarray]) -> tuple[float, np.ndarray
 
 
 def shared(a: list[int], b: list[int]) -> int:
-    """How many tokens two completions begin with in common."""
+    """Count the tokens that two completions begin with in common."""
     for index, (x, y) in enumerate(zip(a, b, strict=False)):
         if x != y:
             return index
     return min(len(a), len(b))
 
 
+app = cli.app(__doc__)
+
+
+@app.command()
 def main() -> None:
     """Measure and write results/quality.json."""
     weights = get_weights(APP)
-    pieces = windows(ModelFolder(weights))
-    figures: dict[str, dict[str, float]] = {}
+    folder = ModelFolder(weights)
+    pieces = windows(folder)
+    measured: dict[str, dict[str, float]] = {}
     reference: tuple[np.ndarray, list[list[int]]] | None = None
     for name, settings in tqdm(ROWS.items(), unit="model"):
         _, config = model_config(APP, weights, settings)
@@ -148,10 +155,10 @@ def main() -> None:
         logits = (openvino_logits if on_openvino else torch_logits)(weights, config)
         perplexity, choices = measure(logits, pieces)
         engine = create_engine(export(weights, config) if on_openvino else weights, config)
-        completions = greedy(engine)
+        completions = greedy(engine, folder)
         reference = reference or (choices, completions)
         lengths = [shared(a, b) for a, b in zip(completions, reference[1], strict=True)]
-        figures[name] = {
+        measured[name] = {
             "perplexity": perplexity,
             "same_choice": float((choices == reference[0]).mean()),
             "same_words": float(np.median(lengths)),
@@ -160,11 +167,11 @@ def main() -> None:
     about = {
         "text": f"scikit-learn's data set descriptions, {len(pieces) * WINDOW} tokens",
         "text_sha256": hashlib.sha256(text().encode()).hexdigest(),
-        "rows": figures,
+        "rows": measured,
     }
     packages = ["torch", "transformers", "openvino", "openvino-genai", "nncf", "scikit-learn"]
     print(write("quality", about, packages).name)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(cli.run(app, "benchmarks.quality"))

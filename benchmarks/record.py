@@ -10,15 +10,25 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def summary(values: list[float]) -> dict[str, float | int | list[float]]:
-    """Median and spread of repeated measurements; `values` in the order of the rounds."""
+class Summary(TypedDict):
+    """Repeated measurements; `values` in the order of the rounds."""
+
+    median: float
+    min: float
+    max: float
+    rounds: int
+    values: list[float]
+
+
+def summary(values: list[float]) -> Summary:
+    """Sum up repeated measurements by median and spread."""
     return {
         "median": statistics.median(values),
         "min": min(values),
@@ -72,47 +82,48 @@ def _version(package: str) -> str:
 
 
 def in_rounds(
-    module: str, questions: dict[str, dict], rounds: int, report: Callable[[str], None] = print
-) -> dict[str, dict[str, dict]]:
-    """Put every question to `python -m module --child QUESTION`, in turn, `rounds` times.
+    module: str, cases: dict[str, dict], rounds: int, report: Callable[[str], None] = print
+) -> dict[str, dict[str, Summary]]:
+    """Measure each case in turn with `python -m module --child CASE`, `rounds` times.
 
-    The answer is the last line printed, measurements as JSON. A process of its own gives its memory
-    back, and its peak is its own.
+    The last line that the child prints is its measurements, as JSON. Each case gets a new process,
+    so that its peak memory is its own and all of it is freed.
 
     Returns:
-        Name of the question -> quantity -> `summary` over the rounds.
+        Name of the case -> quantity -> `summary` over the rounds.
     """
-    values: dict[str, dict[str, list[float]]] = {name: {} for name in questions}
+    values: dict[str, dict[str, list[float]]] = {name: {} for name in cases}
     for _ in range(rounds):
-        for name, question in questions.items():
-            command = [sys.executable, "-m", module, "--child", json.dumps(question)]
+        for name, case in cases.items():
+            command = [sys.executable, "-m", module, "--child", json.dumps(case)]
             run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            answer = json.loads(run.stdout.splitlines()[-1])
-            shown = {quantity: round(v, 2) for quantity, v in answer.items()}
+            measured = json.loads(run.stdout.splitlines()[-1])
+            shown = {quantity: round(v, 2) for quantity, v in measured.items()}
             report(f"{name} {shown}")
-            for quantity, value in answer.items():
+            for quantity, value in measured.items():
                 values[name].setdefault(quantity, []).append(value)
     return {name: {q: summary(v) for q, v in found.items()} for name, found in values.items()}
 
 
 def peak_memory_gb() -> float:
-    """The most this process has held in RAM so far, mapped files included. Linux."""
+    """Peak memory of this process so far in GB, mapped files included. Linux only."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
 
 
-def machine() -> dict[str, str | int | float]:
-    """Processor, cores, memory and system: no names, no paths."""
-    return {
+def machine() -> dict[str, str | int | float | None]:
+    """Describe processor, cores, memory and system: no names, no paths."""
+    found: dict[str, str | int | float | None] = {
         "processor": _processor(),
         "bits8_and_bfloat16": _instructions(),
         "cores": psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
-    } | _gpu()
+    }
+    return found | _gpu()
 
 
-def _gpu() -> dict[str, str]:
+def _gpu() -> dict[str, str | int | float | None]:
     if shutil.which("nvidia-smi") is None:
         return {}
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
@@ -121,7 +132,7 @@ def _gpu() -> dict[str, str]:
 
 
 def _instructions() -> str:
-    """Which instructions for small numbers there are: `processor` often does not tell."""
+    """Name the instructions for small numbers: `processor` often does not reveal them."""
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split())

@@ -2,13 +2,13 @@
 
     python -m benchmarks.roofline      # two minutes; writes results/roofline.json
 
-A step of the engine has to read every weight once, whatever it does with it, and to compute two
-operations for each weight and each token. So speed has two ceilings, memory bandwidth times
-operations per byte, and what the cores compute; the lower one is the roof. Chapter 07 calls the
-same functions and draws the figure.
+A step of the engine reads every weight once, and computes two operations for each weight and each
+token. Throughput therefore has two ceilings: memory bandwidth times operations per byte, and what
+the cores compute. The lower one is the roof. Chapter 07 calls the same functions and draws the
+figure.
 
-Source of the idea: Williams, Waterman, Patterson, "Roofline", CACM 52 (4), 2009. Not counted are
-activations, norms and softmax, which is little here.
+Source of the idea: Williams, Waterman, Patterson, "Roofline", CACM 52 (4), 2009. Activations,
+norms and softmax are not counted; they are small here.
 """
 
 import math
@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
@@ -28,7 +29,7 @@ from benchmarks.large import bandwidth, seconds_of
 from benchmarks.record import summary, write
 from deploy.archive.build import model_config
 from deploy.archive.export import EXPORTED, export
-from deploy.common.cli import command
+from deploy.common import cli
 from deploy.vertex.capacity import kv_bytes_per_token
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import weight_files
@@ -45,24 +46,24 @@ CONTEXTS, BESIDE = (100, 700), 16
 """Prompts of two lengths, and how many at once, for what a longer context costs."""
 
 SIDE = 2048
-"""Of the square matrix whose product is timed: 4 MB in 8 bits, so that memory is not in the way."""
+"""Side of the square matrix that is multiplied: 4 MB in 8 bits, so that memory is no limit."""
 
 
 def machine(config: EngineConfig) -> dict[str, float]:
-    """The ceilings: bytes a second from RAM; operations a second of a large matrix product.
+    """Measure the ceilings: bytes a second from RAM; operations a second of a large multiplication.
 
-    The products run in the engine's own library with its own settings, once with the weights in 8
-    bits, as they are served, and once in float32.
+    The matrix multiplications run in the engine's own library with its settings, once with the
+    weights in 8 bits, as they are served, and once in float32.
     """
     return {
         "bytes_per_second": bandwidth(),
-        "int8_flops": _product(config, small=True),
-        "float32_flops": _product(config, small=False),
+        "int8_flops": _multiplication(config, small=True),
+        "float32_flops": _multiplication(config, small=False),
     }
 
 
-def _product(config: EngineConfig, *, small: bool) -> float:
-    """Operations per second, the best of 20 products [512, SIDE] x [SIDE, SIDE]."""
+def _multiplication(config: EngineConfig, *, small: bool) -> float:
+    """Measure operations per second: the best of 20 multiplications [512, SIDE] x [SIDE, SIDE]."""
     draw = np.random.default_rng(0)
     inputs = opset13.parameter([-1, SIDE], np.float32)
     values = draw.integers(-127, 127, (SIDE, SIDE)).astype(np.int8 if small else np.float32)
@@ -83,19 +84,22 @@ def _product(config: EngineConfig, *, small: bool) -> float:
 
 
 def speeds(engine: Engine) -> dict[str, float]:
-    """Tokens per second: decoding so many sequences at once, and reading a prompt."""
+    """Measure tokens per second of decoding SEQUENCES at once, and of a prefill."""
     found = {f"decode {n}": _decode_rate(engine, n) for n in SEQUENCES}
     return found | {f"prefill {PROMPT}": prefill_rate(engine, PROMPT)}
 
 
 def _decode_rate(engine: Engine, sequences: int) -> float:
-    """As `benchmarks.large` does it, but a slow prefill must not make decoding look fast."""
+    """Measure like `benchmarks.large`, but subtract the fastest of three prefills.
+
+    A slow prefill would make decoding look fast.
+    """
     first = min(seconds_of(engine, sequences, 1) for _ in range(3))
     return sequences * NEW_TOKENS / (seconds_of(engine, sequences, 1 + NEW_TOKENS) - first)
 
 
 def prefill_rate(engine: Engine, tokens: int) -> float:
-    """Tokens per second of a prompt of about so many, up to its first token."""
+    """Measure tokens per second of the prefill of a prompt of about `tokens` tokens."""
     sampling = Sampling(max_new_tokens=1, ignore_eos=True)
     began = time.perf_counter()
     read = engine.submit("prefill", "river " * (tokens - 1), sampling, stream=False)
@@ -105,36 +109,36 @@ def prefill_rate(engine: Engine, tokens: int) -> float:
 
 
 def context_seconds(engine: Engine) -> float:
-    """Seconds that one more token of context adds to each token that is written.
+    """Measure the seconds that one more token of context adds to each generated token.
 
-    The slope between prompts of two lengths, BESIDE sequences at once. It is the engine's, not the
-    memory's: reading the keys and values alone would take a small part of it.
+    It is the slope between prompts of two lengths, with BESIDE sequences at once. Reading the keys
+    and values from memory is a small part of it.
     """
     short, long = (_step_seconds(engine, tokens) for tokens in CONTEXTS)
     return (long - short) / BESIDE / (CONTEXTS[1] - CONTEXTS[0])
 
 
 def _step_seconds(engine: Engine, tokens: int) -> float:
-    """Of a step that writes a token for each of BESIDE sequences, once all prompts are read."""
+    """Measure a step that decodes BESIDE sequences, after all prefills."""
     sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     for key in range(BESIDE):  # each begins with another word: nothing is shared
         engine.submit(key, f"{key} " + "river " * (tokens - 2), sampling, stream=True)
-    written, left, began, before = {}, BESIDE, 0.0, 0
+    generated, left, began, before = {}, BESIDE, 0.0, 0
     while left:
         for progress in engine.advance(0):
-            written[progress.key] = progress.completion_tokens
+            generated[progress.key] = progress.completion_tokens
             left -= progress.finish_reason is not None
-        if not began and len(written) == BESIDE:
-            began, before = time.perf_counter(), sum(written.values())
-    return (time.perf_counter() - began) / (sum(written.values()) - before) * BESIDE
+        if not began and len(generated) == BESIDE:
+            began, before = time.perf_counter(), sum(generated.values())
+    return (time.perf_counter() - began) / (sum(generated.values()) - before) * BESIDE
 
 
 def work(weights: Path, exported: Path, config: EngineConfig) -> dict[str, dict[str, float]]:
-    """Operations and bytes from RAM per token of each of `speeds`.
+    """Count operations and bytes from RAM per token of each of `speeds`.
 
-    A step reads the exported weights once, and the keys and values of everything before. A prompt
-    is read in pieces of `max_num_batched_tokens`, and the last layer, which is as large as the
-    vocabulary, computes for its last token alone.
+    A step reads the exported weights once, and the keys and values of all earlier tokens. A prefill
+    runs in pieces of `max_num_batched_tokens`, and the last layer, which is as large as the
+    vocabulary, computes only for the prompt's last token.
     """
     layers, head = matrices(weights)
     shape = AutoConfig.from_pretrained(weights)
@@ -155,7 +159,7 @@ def work(weights: Path, exported: Path, config: EngineConfig) -> dict[str, dict[
 
 
 def matrices(weights: Path) -> tuple[int, int]:
-    """Numbers in the layers' matrices, and in the embeddings, which are the last layer as well."""
+    """Count the numbers in the layers' matrices, and in the embeddings (also the last layer)."""
     layers = head = 0
     for path in weight_files(weights):
         if path.suffix == ".safetensors":
@@ -170,7 +174,7 @@ def matrices(weights: Path) -> tuple[int, int]:
 
 
 def roof(ceilings: dict[str, float], flop_per_byte: float, peak: str = "int8_flops") -> float:
-    """Operations per second that the machine allows at so many operations per byte."""
+    """Compute the operations per second that the machine allows at `flop_per_byte`."""
     return min(ceilings["bytes_per_second"] * flop_per_byte, ceilings[peak])
 
 
@@ -178,10 +182,10 @@ def summed_up(
     ceilings: Sequence[dict[str, float]],
     found: Sequence[dict[str, float]],
     done: dict[str, dict[str, float]],
-) -> dict[str, dict]:
-    """What `plots.roofline` draws.
+) -> dict[str, Any]:
+    """Sum up rounds for `plots.roofline`.
 
-    The best round counts, of the machine and of the engine: what else runs only makes them slower.
+    The best round of the machine and of the engine counts, because other programs only slow them.
 
     Args:
         ceilings: `machine`, of some rounds.
@@ -205,8 +209,11 @@ def summed_up(
     return {"machine": best, "points": points}
 
 
-@command
-def main(arguments: list[str] | None) -> None:
+app = cli.app(__doc__)
+
+
+@app.command()
+def main() -> None:
     """Measure, and write results/roofline.json."""
     weights = get_weights(APP)
     _, config = model_config(APP, weights, {"name": "openvino"})
@@ -219,16 +226,16 @@ def main(arguments: list[str] | None) -> None:
         ceilings.append(machine(config))
         found.append(speeds(engine))
         slopes.append(context_seconds(engine))
-    figures = summed_up(ceilings, found, work(weights, exported, config))
-    figures["ceilings"] = {name: summary([c[name] for c in ceilings]) for name in ceilings[0]}
-    figures["context_seconds"] = summary(slopes)
-    for name, row in figures["points"].items():
+    measured = summed_up(ceilings, found, work(weights, exported, config))
+    measured["ceilings"] = {name: summary([c[name] for c in ceilings]) for name in ceilings[0]}
+    measured["context_seconds"] = summary(slopes)
+    for name, row in measured["points"].items():
         print(
             f"{name}: {row['flop_per_byte']:.3g} flop/byte, {row['share_of_roof']:.2f} of the roof"
         )
-    print(f"a token of context costs {1e6 * figures['context_seconds']['median']:.1f} us a token")
-    print(write("roofline", figures, ["openvino", "openvino-genai"]).name)
+    print(f"a token of context costs {1e6 * measured['context_seconds']['median']:.1f} us a token")
+    print(write("roofline", measured, ["openvino", "openvino-genai"]).name)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(app, "benchmarks.roofline"))

@@ -1,25 +1,28 @@
 """The comparison: every system alone on the machine, through HTTP, in alternated rounds.
 
     python -m benchmarks.serving                          # all, three rounds, 40 minutes
-    python -m benchmarks.serving --systems "ours int8" "direct int8" --rounds 1
+    python -m benchmarks.serving "ours int8" "direct int8" --rounds 1
 
 SmolLM2-135M-Instruct, greedy, 128 new tokens, distinct prompts of 30 to 60 tokens; closed loop at
 1, 8 and 32 clients, then streams at 1 and 8. A round starts each system, warms it up, measures and
-stops it. A system that is not installed is listed with the reason instead of figures.
+stops it. A system that is not installed is listed with the reason instead of measurements.
 """
 
-import argparse
 import sys
 import time
+from collections.abc import Hashable
+from typing import Annotated, Any
 
+import click
 import psutil
+import typer
 from tqdm import tqdm
 
 from benchmarks import peers
 from benchmarks.load import NEW_TOKENS, Report, Target, closed_loop, prompts
 from benchmarks.record import summary, write
 from benchmarks.systems import SYSTEMS, System
-from deploy.common.cli import command
+from deploy.common import cli
 from deploy.common.paths import UserError
 from handler.engine import Engine, Sampling
 
@@ -30,14 +33,17 @@ STREAMS = (1, 8)
 
 
 def engine_loop(engine: Engine, *, clients: int, requests_each: int, seed: int) -> float:
-    """The same closed loop without any server: tokens per second."""
+    """Measure tokens per second of the same closed loop without a server."""
     sources = [prompts((seed * 2 + 1) * 1000 + i) for i in range(clients)]
     left = [requests_each] * clients
+    client_of: dict[Hashable, int] = {}
 
     def send(client: int) -> None:
         left[client] -= 1
+        key = client, left[client]
+        client_of[key] = client
         sampling = Sampling(max_new_tokens=NEW_TOKENS, ignore_eos=True)
-        engine.submit((client, left[client]), sources[client](), sampling, stream=False)
+        engine.submit(key, sources[client](), sampling, stream=False)
 
     began, tokens, running = time.perf_counter(), 0, clients
     for client in range(clients):
@@ -46,7 +52,7 @@ def engine_loop(engine: Engine, *, clients: int, requests_each: int, seed: int) 
         for progress in engine.advance(1):
             if progress.finish_reason:
                 tokens += progress.completion_tokens
-                client = progress.key[0]
+                client = client_of[progress.key]
                 if left[client]:
                     send(client)
                 else:
@@ -55,16 +61,16 @@ def engine_loop(engine: Engine, *, clients: int, requests_each: int, seed: int) 
 
 
 def measure(system: System, seed: int) -> dict[str, float]:
-    """Start a system, ask it everything once, stop it. Returns one number a quantity."""
+    """Start a system, measure each quantity once, stop it."""
     began = time.perf_counter()
     with system.start() as (target, pid):
-        figures = {"start_seconds": time.perf_counter() - began}
+        measured = {"start_seconds": time.perf_counter() - began}
         if not isinstance(target, Target):
             engine_loop(target, clients=8, requests_each=1, seed=seed + 500)
             for clients, each in REQUESTS_EACH.items():
                 rate = engine_loop(target, clients=clients, requests_each=each, seed=seed)
-                figures[f"tokens_per_second {clients}"] = rate
-            return figures
+                measured[f"tokens_per_second {clients}"] = rate
+            return measured
         warm_up = 128 if system.streams else 16
         _checked(closed_loop(target, clients=8, requests_each=1, new_tokens=warm_up, warm_up=0))
         for clients, each in REQUESTS_EACH.items():
@@ -73,63 +79,70 @@ def measure(system: System, seed: int) -> dict[str, float]:
                 report = closed_loop(
                     target, clients=clients, requests_each=each, seed=seed, warm_up=0
                 )
-                figures[f"tokens_per_second {clients}"] = _checked(report).tokens_per_second
+                measured[f"tokens_per_second {clients}"] = _checked(report).tokens_per_second
         for clients in STREAMS if system.streams else ():
             report = closed_loop(
-                *(target,),
-                **{"clients": clients, "requests_each": 3, "seed": seed + 300, "warm_up": 0},
-                stream=True,
+                target, clients=clients, requests_each=3, seed=seed + 300, warm_up=0, stream=True
             )
-            figures[f"first_token_seconds {clients}"] = _checked(report).first_token_p50
-            figures[f"streamed_tokens_per_second {clients}"] = report.tokens_per_second
-        figures["memory_mb"] = memory(pid) / 1e6
-    return figures
+            if (first := _checked(report).first_token_p50) is not None:
+                measured[f"first_token_seconds {clients}"] = first
+            measured[f"streamed_tokens_per_second {clients}"] = report.tokens_per_second
+        measured["memory_mb"] = memory(pid) / 1e6
+    return measured
 
 
 def memory(pid: int) -> int:
-    """Bytes that a process and its descendants hold in RAM, shared pages counted once (PSS)."""
+    """Count the bytes of a process and its descendants in RAM, shared pages once (PSS)."""
     root = psutil.Process(pid)
     return sum(p.memory_full_info().pss for p in [root, *root.children(recursive=True)])
 
 
 def _checked(report: Report) -> Report:
     if report.errors:
-        raise UserError(f"requests failed: {report.errors}; figures with errors are not kept")
+        raise UserError(f"requests failed: {report.errors}; measurements with errors are not kept")
     return report
 
 
-@command
-def main(arguments: list[str] | None) -> None:
+app = cli.app(__doc__)
+
+
+@app.command()
+def main(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SYSTEM", click_type=click.Choice(list(SYSTEMS)), help="All by default."
+        ),
+    ] = None,
+    rounds: int = 3,
+    output: Annotated[str, typer.Option(help="Name of the result file.")] = "serving",
+) -> None:
     """Measure, and write results/serving.json."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--output", default="serving", help="name of the result file")
-    options = parser.parse_args(arguments)
-    missing = {name: SYSTEMS[name].missing() for name in options.systems}
-    present = [name for name in options.systems if not missing[name]]
+    names = names or list(SYSTEMS)
+    missing = {name: SYSTEMS[name].missing() for name in names}
+    present = [name for name in names if not missing[name]]
     for name, reason in missing.items():
         if reason:
             print(f"{name}: not measured: {reason}")
     values: dict[str, dict[str, list[float]]] = {name: {} for name in present}
-    progress = tqdm(total=options.rounds * len(present), unit="system")
-    for number in range(options.rounds):
+    progress = tqdm(total=rounds * len(present), unit="system")
+    for number in range(rounds):
         for name in present:
             progress.set_description(name)
             for quantity, value in measure(SYSTEMS[name], seed=number).items():
                 values[name].setdefault(quantity, []).append(value)
             progress.update()
     progress.close()
-    figures = {
-        name: {"what": SYSTEMS[name].what}
-        | ({"not measured": missing[name]} if missing[name] else {})
-        | {quantity: summary(v) for quantity, v in values.get(name, {}).items()}
-        for name in options.systems
-    }
+    measured: dict[str, dict[str, Any]] = {}
+    for name in names:
+        measured[name] = {"what": SYSTEMS[name].what}
+        if reason := missing[name]:
+            measured[name]["not measured"] = reason
+        measured[name] |= {quantity: summary(v) for quantity, v in values.get(name, {}).items()}
     versions = ["torch", "transformers", "torchserve", "openvino", "openvino-genai", "nncf"]
     others = {peer: peers.version_of(peer) for peer in peers.REQUIREMENTS}
-    print(write(options.output, figures, versions, others).name)
+    print(write(output, measured, versions, others).name)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(app, "benchmarks.serving"))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.startup        # six minutes
 
-The engine alone is a fresh process that imports it, loads the archive's model and warms up. The
-server is everything: Java, the worker, TorchServe's imports, the same load, and the management API
-saying READY. Then the memory of all its processes, before and after 32 clients have been served.
+"Engine alone" is a new process that imports the engine, loads the archive's model and warms up.
+The server is everything until the management API reports READY: Java, the worker, TorchServe's
+imports, the same load. Memory is that of all its processes, before and after serving 32 clients.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ from benchmarks.record import summary, write
 from benchmarks.serving import memory
 from benchmarks.systems import APP, PORT, STORE
 from deploy.archive.build import build_archive
-from deploy.common.cli import command
+from deploy.common import cli
 from deploy.common.paths import UserError
 from deploy.torchserve.server import Server
 from deploy.weights.fetch import get_weights
@@ -40,14 +40,14 @@ create_engine(folder / "weights", parse_app(config, "model-config.yaml").engine)
 
 
 def engine_seconds(archive: Path) -> float:
-    """From nothing to a loaded engine, in a process of its own."""
+    """Time a new process from its start to a loaded engine."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", LOAD, archive], check=True, capture_output=True)
     return time.perf_counter() - began
 
 
 def measure(name: str) -> dict[str, float]:
-    """One start of each kind, and the server's memory in MB."""
+    """Measure one start of each kind, and the server's memory in MB."""
     archive = build_archive(APP, get_weights(APP), engine={"name": name}, store=STORE)
     alone = engine_seconds(archive)
     began = time.perf_counter()
@@ -67,8 +67,11 @@ def measure(name: str) -> dict[str, float]:
     }
 
 
-@command
-def main(arguments: list[str] | None) -> None:
+app = cli.app(__doc__)
+
+
+@app.command()
+def main() -> None:
     """Measure, and write results/startup.json."""
     values: dict[str, dict[str, list[float]]] = {name: {} for name in ENGINES}
     for number in tqdm(range(ROUNDS + 1), unit="round"):
@@ -76,9 +79,9 @@ def main(arguments: list[str] | None) -> None:
             for quantity, value in measure(name).items():
                 if number:  # the first round is the warm-up: files come from the disk
                     values[name].setdefault(quantity, []).append(value)
-    figures = {name: {q: summary(v) for q, v in found.items()} for name, found in values.items()}
-    print(write("startup", figures, ["torch", "torchserve", "openvino", "openvino-genai"]).name)
+    measured = {name: {q: summary(v) for q, v in found.items()} for name, found in values.items()}
+    print(write("startup", measured, ["torch", "torchserve", "openvino", "openvino-genai"]).name)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.run(app, "benchmarks.startup"))

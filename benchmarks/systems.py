@@ -1,12 +1,11 @@
-"""The systems that are measured: how to start each, alone on the machine, and how to ask it.
+"""The systems that are compared, and how to start each, alone on the machine.
 
-All serve the same SmolLM2-135M-Instruct; what they hold it in is part of what is compared.
+All serve SmolLM2-135M-Instruct; the precision in which they hold it is part of the comparison.
 """
 
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from deploy.archive.build import build_archive, model_config
 from deploy.archive.export import export
 from deploy.archive.pack import pack
 from deploy.common.paths import BUILD, UserError
+from deploy.common.waiting import wait_until
 from deploy.torchserve.server import Server
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import weight_files
@@ -29,33 +29,36 @@ APP = "smollm2-135m"
 PORT = 7300
 STORE = BUILD / "bench"
 
-Start = Callable[[], AbstractContextManager[tuple[Target | Engine, int]]]
-"""Starts a system; gives what to ask, and the id of the process group's first process."""
+Command = list[str | Path]
+StartServer = Callable[[], AbstractContextManager[tuple[Target, int]]]
+StartEngine = Callable[[], AbstractContextManager[tuple[Engine, int]]]
+"""Start a system; provide where to send requests, and the id of its first process."""
 
 
 @dataclass(frozen=True)
 class System:
     """One row of the comparison.
 
-    `peer` names the environment of `benchmarks.peers` it needs. `most_clients` spares systems that
-    take requests one by one an hour of waiting. `streams`: whether it has a first token to time.
+    `peer` names the environment of `benchmarks.peers` it needs. `most_clients` is low for systems
+    that take requests one by one, where more clients would take an hour. `streams`: whether it has
+    a first token to time.
     """
 
     what: str
-    start: Start
+    start: StartServer | StartEngine
     peer: str = ""
     most_clients: int = 32
     streams: bool = True
 
     def missing(self) -> str | None:
-        """Why it cannot be measured here, if so."""
+        """Say why it cannot be measured here, if so."""
         if self.peer and not peers.installed(self.peer):
             return f"{peers.version_of(self.peer)} is not installed (python -m benchmarks.peers)"
         return None
 
 
-def _direct(precision: str) -> Start:
-    """The engine in this process: no TorchServe, no HTTP, no JSON."""
+def _direct(precision: str) -> StartEngine:
+    """Run the engine in this process: no TorchServe, no HTTP, no JSON."""
 
     @contextmanager
     def start() -> Iterator[tuple[Engine, int]]:
@@ -69,8 +72,8 @@ def _direct(precision: str) -> Start:
     return start
 
 
-def _ours(**engine: str | dict[str, str]) -> Start:
-    """Our handler in TorchServe."""
+def _ours(**engine: str | dict[str, str]) -> StartServer:
+    """Serve our handler with TorchServe."""
 
     @contextmanager
     def start() -> Iterator[tuple[Target, int]]:
@@ -81,8 +84,8 @@ def _ours(**engine: str | dict[str, str]) -> Start:
     return start
 
 
-def _baseline(name: str, **config: str | int) -> Start:
-    """The baseline handler in TorchServe."""
+def _baseline(name: str, **config: str | int) -> StartServer:
+    """Serve the baseline handler with TorchServe."""
 
     @contextmanager
     def start() -> Iterator[tuple[Target, int]]:
@@ -96,11 +99,11 @@ def _baseline(name: str, **config: str | int) -> Start:
     return start
 
 
-def _vllm() -> Start:
+def _vllm() -> StartServer:
     @contextmanager
     def start() -> Iterator[tuple[Target, int]]:
         module = "vllm.entrypoints.openai.api_server"
-        command = [peers.python_of("vllm"), "-m", module, "--model", get_weights(APP)]
+        command: Command = [peers.python_of("vllm"), "-m", module, "--model", get_weights(APP)]
         command += ["--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "2048"]
         command += ["--host", "127.0.0.1", "--port", str(PORT)]
         settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": _cores()}
@@ -111,10 +114,11 @@ def _vllm() -> Start:
     return start
 
 
-def _llama(quantization: str) -> Start:
+def _llama(quantization: str) -> StartServer:
     @contextmanager
     def start() -> Iterator[tuple[Target, int]]:
-        command = [peers.llama_binary("llama-server"), "-m", peers.gguf(quantization)]
+        command: Command = [peers.llama_binary("llama-server")]
+        command += ["-m", peers.gguf(quantization)]
         command += ["--host", "127.0.0.1", "--port", str(PORT), "--no-ui"]
         command += ["--threads", str(os.cpu_count()), "--parallel", "32"]
         command += ["--ctx-size", str(32 * 512), "--no-cache-prompt", "--cache-ram", "0"]
@@ -126,12 +130,12 @@ def _llama(quantization: str) -> Start:
 
 
 def _cores() -> str:
-    return f"0-{os.cpu_count() - 1}"
+    return f"0-{(os.cpu_count() or 1) - 1}"
 
 
 @contextmanager
-def _process(name: str, command: list, environment: dict[str, str]) -> Iterator[int]:
-    """A server of another project, up to its first healthy answer, and its end."""
+def _process(name: str, command: Command, environment: dict[str, str]) -> Iterator[int]:
+    """Run a server of another project from its first healthy response to the end of the block."""
     STORE.mkdir(parents=True, exist_ok=True)
     log = STORE / f"{name}.log"
     with log.open("wb") as stream:
@@ -144,11 +148,10 @@ def _process(name: str, command: list, environment: dict[str, str]) -> Iterator[
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 300
-        while not _healthy():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise UserError(f"{name} did not start:\n{log.read_text(errors='replace')[-2000:]}")
-            time.sleep(0.2)
+        with suppress(TimeoutError):
+            wait_until(lambda: _healthy() or process.poll() is not None, timeout=300, interval=0.2)
+        if not _healthy():
+            raise UserError(f"{name} did not start:\n{log.read_text(errors='replace')[-2000:]}")
         yield process.pid
     finally:
         process.terminate()
@@ -166,6 +169,9 @@ def _healthy() -> bool:
         return False
 
 
+OURS_INT8 = _ours(name="openvino")
+DIRECT_INT8 = _direct("int8")
+
 SYSTEMS = {
     "baseline": System(
         "baseline handler: TorchServe + generate, float32, one request at a time",
@@ -182,11 +188,11 @@ SYSTEMS = {
         "our handler, engine transformers, bfloat16",
         _ours(name="transformers", transformers={"dtype": "bfloat16"}),
     ),
-    "ours int8": System("our handler, engine openvino, int8", _ours(name="openvino")),
+    "ours int8": System("our handler, engine openvino, int8", OURS_INT8),
     "ours int4": System(
         "our handler, engine openvino, int4", _ours(name="openvino", openvino={"precision": "int4"})
     ),
-    "direct int8": System("the engine of `ours int8`, in-process", _direct("int8"), streams=False),
+    "direct int8": System("the engine of `ours int8`, in-process", DIRECT_INT8, streams=False),
     "direct int4": System("the engine of `ours int4`, in-process", _direct("int4"), streams=False),
     "vllm": System("vLLM on the CPU, bfloat16", _vllm(), peer="vllm"),
     "llama.cpp Q8_0": System("llama-server, Q8_0", _llama("Q8_0"), peer="llama.cpp"),
