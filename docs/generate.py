@@ -28,6 +28,7 @@ from benchmarks.report.tables import TABLES, table
 from benchmarks.report.values import value
 from deploy.common import cli
 from deploy.common.paths import ROOT, UserError, shown
+from handler.request import parameter_table
 
 
 def make_help() -> str:
@@ -40,6 +41,7 @@ def make_help() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(table, name) for name in TABLES},
     "make-help": make_help,
+    "parameters": parameter_table,
 }
 """Name of a block -> the function that writes it."""
 

@@ -1,5 +1,5 @@
-"""What runs inside the model server: the archive contains this package unchanged.
+"""The code that runs inside the model server. The archive contains this package unchanged.
 
-It imports nothing else of this repository. Code that takes the handler somewhere belongs in
+It imports no other package of this repository. Code that takes the handler somewhere belongs in
 `deploy`.
 """

@@ -1,8 +1,8 @@
-"""One YAML per APP: read, completed with the defaults, checked.
+"""Read the YAML of an app, complete it with the defaults, check it.
 
 TorchServe reads the top level of the file (workers, batch size, timeouts); everything under
-`app:` is ours. `apps/defaults.yaml` holds what most apps share, so that adding a model can be as
-short as naming its weights.
+`app:` is ours. `apps/defaults.yaml` has the settings that most apps share, so a new app can be as
+short as the name of its weights.
 """
 
 import json
@@ -50,7 +50,7 @@ class HubWeights(_Strict):
 
 
 class LocalWeights(_Strict):
-    """A folder in Hugging Face layout that the reader has. Without `path`, MODEL_DIR names it."""
+    """A folder in Hugging Face layout on this machine. Without `path`, MODEL_DIR names it."""
 
     source: Literal["local"] = "local"
     path: str | None = None
@@ -112,7 +112,7 @@ _SECTIONS = {
 
 
 class PromptConfig(_Strict):
-    """How a string becomes what the model was trained on. `template` needs `{prompt}`."""
+    """How a prompt is written for the model. `style: instruct` needs a `template`."""
 
     style: Literal["plain", "instruct", "chat"] = "plain"
     template: str = ""
@@ -148,9 +148,9 @@ class App(_Strict):
 
 
 class ModelConfig(_Strict):
-    """The whole file: what TorchServe 0.12.0 reads of it, and `app`.
+    """The whole file: the fields that TorchServe 0.12.0 reads, and `app`.
 
-    TorchServe skips what it does not know or cannot read without failing, so it is refused here.
+    TorchServe silently skips fields that it does not know or cannot read, so they are errors here.
     Source: org.pytorch.serve.archive.model.ModelConfig. Why one worker: apps/defaults.yaml.
     """
 
@@ -195,20 +195,20 @@ class ConfigError(ValueError):
 
 
 def app_names() -> list[str]:
-    """The apps that have a YAML, sorted."""
+    """Return the apps that have a YAML, sorted."""
     return sorted(p.stem for p in APPS.glob("*.yaml") if p != DEFAULTS)
 
 
 def app_yaml(name: str, *, local: bool = False) -> dict[str, Any]:
-    """The complete model-config of an app: its YAML laid over the defaults.
+    """Return the complete model-config of an app: its YAML merged into the defaults.
 
     Args:
         name: the APP.
-        local: take just the defaults if there is no such YAML, for a folder of the reader's own.
+        local: return the defaults alone if there is no such YAML, for a local model folder.
 
     Raises:
-        ConfigError: no such app, a file that is not YAML or holds no mapping, or settings of an
-            engine that it does not use.
+        ConfigError: no such app, a file that is not YAML or is not a mapping, or the section of an
+            engine that the app does not use.
     """
     path = APPS / f"{name}.yaml"
     if not path.is_file() and not local:
@@ -233,7 +233,7 @@ def parse_app(config: dict[str, Any], where: str) -> App:
         return ModelConfig.model_validate({str(key): config[key] for key in config}).app
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        # A misspelt field is also a missing one: name what was written, not what was not.
+        # A misspelt field is often a missing one too: the message names the one that is written.
         first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
         field = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
@@ -276,7 +276,7 @@ def check_engine(settings: dict[str, Any], where: str) -> None:
 
 
 def load_app(name: str, *, local: bool = False) -> App:
-    """`app_yaml` and `parse_app` in one."""
+    """Read and check the `app:` part of an app's configuration."""
     return parse_app(app_yaml(name, local=local), f"handler/apps/{name}.yaml")
 
 
@@ -307,12 +307,12 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def rule(error: ErrorDetails) -> str:
-    """What a value should be, out of one of pydantic's error records."""
+    """Return what a value should be, from one of pydantic's error records."""
     text = error["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return text[0].lower() + text[1:]
 
 
 def show(value: Any) -> str:
-    """A value as JSON, cut to what fits into a message."""
+    """Return a value as JSON, cut to a length that fits into a message."""
     text = json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

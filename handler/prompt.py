@@ -58,7 +58,8 @@ def _chat(instance: Instance, chat_template: ChatTemplate, field: str) -> str:
     try:
         text = chat_template(messages)
     except Exception as error:  # a template may reject, for example, two user messages in a row
-        raise RequestError(400, f"{field}: refused by the chat template: {error}", field) from error
+        message = f"{field}: rejected by the chat template: {error}"
+        raise RequestError(400, message, field) from error
     if text is None:
         raise RequestError(
             400, f"{field}: this model has no chat template; it reads plain prompts", field

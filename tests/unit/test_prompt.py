@@ -62,7 +62,7 @@ def test_chat_template():
         (instance(""), PLAIN, template, "instances[3]: the prompt is empty"),
         (instance(user("a")), PLAIN, no_template, "has no chat template"),
         (instance(user("a") * 2), DOLLY, no_template, "a single message by the user"),
-        (instance(user("a")), PLAIN, lambda _: 1 / 0, "refused by the chat template"),
+        (instance(user("a")), PLAIN, lambda _: 1 / 0, "rejected by the chat template"),
     ],
 )
 def test_rejects_prompt_the_model_cannot_read(given, config, chat, message):
