@@ -1,4 +1,4 @@
-"""Requests a server must refuse, and the odd ones it must not. Used in-process and over HTTP.
+"""Requests a server must reject, and unusual ones it must accept, in-process and over HTTP.
 
 Each case: name, body, status, a part of the message, the field named. Bodies that are not bytes
 are sent as JSON. Limits are those of handler/apps/defaults.yaml; contexts are the tiny model's.

@@ -1,4 +1,4 @@
-"""Tiny models of real architectures, made in seconds, for everything that needs no real text."""
+"""Tiny models of real architectures, made in seconds, for tests that need no real text."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ DOLLY_SPECIAL = ["### End", "### Instruction:", "### Response:\n"]
 
 
 def random_model(folder: Path, architecture: dict) -> Path:
-    """A checkpoint with random weights: it answers noise, in the right shape and in ASCII."""
+    """Write a checkpoint with random weights; its completions are random ASCII characters."""
     folder.mkdir(parents=True)
     tokenizer = ascii_tokenizer()
     write_random_checkpoint(folder, architecture | {"vocab_size": len(tokenizer)}, [])
@@ -48,7 +48,7 @@ def random_model(folder: Path, architecture: dict) -> Path:
 
 
 def ascii_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a printable ASCII character, so that random ids are readable text."""
+    """Make a tokenizer with one token for each ASCII character, so that random ids are readable."""
     characters = [chr(code) for code in range(33, 127)] + ["Ġ"]
     vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *characters])}
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token="?"))
@@ -63,7 +63,7 @@ def ascii_tokenizer() -> PreTrainedTokenizerFast:
 def taught_model(
     folder: Path, architecture: dict, special: list[str], pairs: dict[str, str], end: str
 ) -> Path:
-    """A checkpoint that has learnt to continue each prompt with its answer and then `end`."""
+    """Write a checkpoint that has learned to continue each prompt with its answer and `end`."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     tokenizer = byte_tokenizer(special)

@@ -1,4 +1,4 @@
-"""What a client can ask for, over real HTTP, of SmolLM2 behind a real TorchServe."""
+"""The API over HTTP: SmolLM2 in a real TorchServe."""
 
 import time
 
@@ -13,7 +13,7 @@ PROMPT = "Write the names of three colours:"
 
 @pytest.fixture(scope="module", params=["smollm2_server", "smollm2_transformers_server"])
 def server(request):
-    """Both engines: whatever a client may ask for, it gets from either."""
+    """Both engines, since the API is the same."""
     return request.getfixturevalue(request.param)
 
 
@@ -25,15 +25,15 @@ def ask(server, *instances, **parameters):
 
 def test_request_of_the_2023_project(server):
     prompt = "How to prepare a spanish omelette:"
-    reply = httpx.post(server.url, json={"instances": [prompt]}, timeout=60)
-    assert reply.status_code == 200
-    assert reply.headers["content-type"] == "application/json"
-    assert list(reply.json()) == ["predictions"]
-    (prediction,) = reply.json()["predictions"]
+    response = httpx.post(server.url, json={"instances": [prompt]}, timeout=60)
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    assert list(response.json()) == ["predictions"]
+    (prediction,) = response.json()["predictions"]
     assert prediction.startswith(prompt) and len(prediction) > len(prompt) + 20
-    assert reply.headers["x-prompt-tokens"] == "10"
-    assert reply.headers["x-completion-tokens"] == "50"
-    assert reply.headers["x-finish-reason"] == "length"
+    assert response.headers["x-prompt-tokens"] == "10"
+    assert response.headers["x-completion-tokens"] == "50"
+    assert response.headers["x-finish-reason"] == "length"
 
 
 GREEDY = {"max_new_tokens": 8, "temperature": 0}
@@ -64,7 +64,7 @@ def test_every_parameter_changes_the_output(answers):
     assert len(set(answers.values())) == len(CHANGES) + 1, answers
 
 
-def test_what_the_parameters_mean(answers):
+def test_effect_of_max_new_tokens_stop_and_return_full_text(answers):
     greedy = answers["greedy"]
     assert greedy.startswith(answers["max_new_tokens"])
     completion = greedy.removeprefix(PROMPT)
@@ -74,13 +74,13 @@ def test_what_the_parameters_mean(answers):
 
 
 @pytest.mark.parametrize("narrow", [{"temperature": 0.01}, {"temperature": 2.0, "top_p": 1e-6}])
-def test_what_leaves_only_the_likeliest_token_is_greedy(server, answers, narrow):
-    """Each of the two alone: the same request without it, "hotter", says something else."""
+def test_low_temperature_and_low_top_p_are_greedy(server, answers, narrow):
+    """Each of the two alone; without it ("hotter") the same request has another text."""
     assert ask(server, PROMPT, **GREEDY | narrow | {"seed": 7})[0] == answers["greedy"]
     assert answers["hotter"] != answers["greedy"]
 
 
-def test_a_seed_repeats_and_greedy_repeats(server, answers):
+def test_seeded_and_greedy_completions_repeat(server, answers):
     sampled = GREEDY | {"temperature": 1.0, "seed": 7}
     assert ask(server, PROMPT, **sampled)[0] == answers["temperature and seed"]
     assert ask(server, PROMPT, **GREEDY)[0] == answers["greedy"]
@@ -91,20 +91,20 @@ def test_token_counts_are_in_the_order_of_the_instances(server):
     long = {"prompt": "Once upon a time", "parameters": {"max_new_tokens": 9}}
     alone = {}
     for name, instance in (("short", short), ("long", long)):
-        reply = httpx.post(server.url, json={"instances": [instance]}, timeout=60)
-        alone[name] = reply.headers["x-prompt-tokens"]
+        response = httpx.post(server.url, json={"instances": [instance]}, timeout=60)
+        alone[name] = response.headers["x-prompt-tokens"]
     assert alone["short"] != alone["long"]
-    reply = httpx.post(server.url, json={"instances": [short, long]}, timeout=60)
-    assert reply.headers["x-completion-tokens"] == "3,9"
-    assert reply.headers["x-prompt-tokens"] == f"{alone['short']},{alone['long']}"
+    response = httpx.post(server.url, json={"instances": [short, long]}, timeout=60)
+    assert response.headers["x-completion-tokens"] == "3,9"
+    assert response.headers["x-prompt-tokens"] == f"{alone['short']},{alone['long']}"
 
 
-def test_without_a_seed_samples_differ(server):
+def test_samples_without_a_seed_differ(server):
     texts = ask(server, *[PROMPT] * 4, max_new_tokens=16, temperature=1.0)
     assert len(set(texts)) > 1
 
 
-def test_an_instances_own_parameters_win(server, answers):
+def test_parameters_of_an_instance_win(server, answers):
     own = {"prompt": PROMPT, "parameters": {"max_new_tokens": 3}}
     sampled = {"prompt": PROMPT, "parameters": {"temperature": 1.0, "seed": 7}}
     assert ask(server, PROMPT, own, sampled, **GREEDY) == [
@@ -114,27 +114,27 @@ def test_an_instances_own_parameters_win(server, answers):
     ]
 
 
-def test_three_of_unequal_length_equal_three_alone(server):
+def test_prompts_of_unequal_length_have_the_text_alone(server):
     prompts = ["Paris", "How to prepare a spanish omelette:", "One, two, three, four, five, six,"]
     together = ask(server, *prompts, max_new_tokens=8)
     assert together == [ask(server, p, max_new_tokens=8)[0] for p in prompts]
 
 
-def test_chat(server):
+def test_chat_answers_the_question(server):
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     (text,) = ask(server, {"messages": messages}, max_new_tokens=20)
     assert "Paris" in text
     assert "<|im_" not in text and "What is" not in text
 
 
-def test_chat_ends_by_itself(server):
+def test_chat_ends_with_the_end_token(server):
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     body = {"instances": [{"messages": messages}], "parameters": {"max_new_tokens": 200}}
-    reply = httpx.post(server.url, json=body, timeout=60)
-    assert reply.headers["x-finish-reason"] == "stop"
+    response = httpx.post(server.url, json=body, timeout=60)
+    assert response.headers["x-finish-reason"] == "stop"
 
 
-def test_stream_equals_the_whole_and_begins_early(server, request):
+def test_stream_has_the_whole_text_and_begins_early(server, request):
     # Long, since an event holds what came in a tick of a tenth of a second.
     length = 100 if "transformers" in request.node.name else 400
     parameters = {"max_new_tokens": length, "ignore_eos": True}
@@ -170,16 +170,16 @@ def test_stream_of_one_token(server):
     assert event["finish_reason"] == "length" and event["text"]
 
 
-def test_stream_speaks_server_sent_events(server):
+def test_stream_is_server_sent_events(server):
     body = {"instances": [PROMPT], "parameters": {"max_new_tokens": 8, "stream": True}}
-    reply = httpx.post(server.url, json=body, timeout=60)
-    assert reply.headers["content-type"] == "text/event-stream"
-    assert reply.headers["transfer-encoding"] == "chunked"
-    assert reply.text.startswith("data: {") and reply.text.endswith("}\n\n")
+    response = httpx.post(server.url, json=body, timeout=60)
+    assert response.headers["content-type"] == "text/event-stream"
+    assert response.headers["transfer-encoding"] == "chunked"
+    assert response.text.startswith("data: {") and response.text.endswith("}\n\n")
 
 
-def test_a_client_that_leaves_frees_its_slot(server):
-    """The long stream is left after its first event; afterwards the worker must be idle again."""
+def test_worker_is_idle_after_the_client_left(server):
+    """The client leaves a long stream after its first event; the worker must stop decoding."""
     body = {"instances": ["Once upon a time"], "parameters": {"max_new_tokens": 1000}}
     events = stream(server.url, body)
     next(events)
@@ -195,16 +195,16 @@ def test_a_client_that_leaves_frees_its_slot(server):
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/octet-stream", "nonsense", ""])
-def test_the_content_type_does_not_matter(server, content_type):
+def test_accepts_json_with_any_content_type(server, content_type):
     body = b'{"instances": ["caf\xc3\xa9 1+1=2 & 100% "], "parameters": {"max_new_tokens": 1}}'
     headers = {"content-type": content_type}
-    reply = httpx.post(server.url, content=body, headers=headers, timeout=60)
-    assert reply.status_code == 200, reply.text
-    assert reply.json()["predictions"][0].startswith("café 1+1=2 & 100% ")
+    response = httpx.post(server.url, content=body, headers=headers, timeout=60)
+    assert response.status_code == 200, response.text
+    assert response.json()["predictions"][0].startswith("café 1+1=2 & 100% ")
 
 
 def test_other_routes_of_the_frontend(server):
-    """Vertex AI and KServe post to such paths; the same handler answers."""
+    """Vertex AI and KServe use such paths; the same handler responds."""
     base = server.url.split("/predictions")[0]
     body = {"instances": ["Paris"], "parameters": {"max_new_tokens": 2}}
     expected = predict(server.url, body)
@@ -212,7 +212,7 @@ def test_other_routes_of_the_frontend(server):
         assert predict(base + path, body) == expected
 
 
-def test_metrics(server):
+def test_metrics_are_on_the_metrics_port(server):
     list(stream(server.url, {"instances": ["Paris"]}))
     text = httpx.get(server.metrics).text
     for name in (
@@ -239,7 +239,7 @@ COUNTED = {
 
 
 def counted(server):
-    """The values of `COUNTED` for the model; 0 for what was not counted yet."""
+    """The values of `COUNTED` for the model; 0 for metrics that were not counted yet."""
     values = dict.fromkeys(COUNTED, 0.0)
     for line in httpx.get(server.metrics).text.splitlines():
         name, _, rest = line.partition("{")
@@ -248,13 +248,13 @@ def counted(server):
     return values
 
 
-def test_metrics_move_by_what_a_request_did(server):
-    """The worker reports through its log, so a little later than the reply is here."""
+def test_metrics_count_one_request(server):
+    """The worker reports through its log, so the metrics change shortly after the response."""
     time.sleep(1)  # what came before
     before = counted(server)
     short = {"prompt": PROMPT, "parameters": {"max_new_tokens": 3}}
     began = time.monotonic()
-    reply = httpx.post(server.url, json={"instances": [short, "Paris"]}, timeout=60)
+    response = httpx.post(server.url, json={"instances": [short, "Paris"]}, timeout=60)
     took = time.monotonic() - began
     time.sleep(1)
     after = counted(server)
@@ -262,8 +262,8 @@ def test_metrics_move_by_what_a_request_did(server):
     queued = moved.pop("llm_queue_time_seconds_sum")
     assert moved == {
         "llm_requests_total": 1,
-        "llm_prompt_tokens_total": total(reply.headers["x-prompt-tokens"]),
-        "llm_completion_tokens_total": total(reply.headers["x-completion-tokens"]),
+        "llm_prompt_tokens_total": total(response.headers["x-prompt-tokens"]),
+        "llm_completion_tokens_total": total(response.headers["x-completion-tokens"]),
         "llm_refused_requests_total": 0,
         "llm_queue_time_seconds_count": 2,
     }
@@ -275,6 +275,6 @@ def total(header):
     return sum(int(count) for count in header.split(","))
 
 
-def test_ports_beside_inference_are_on_loopback_and_register_is_off(server):
-    reply = httpx.post(f"{server.management}/models?url=other.mar")
-    assert reply.status_code in (403, 405), reply.text
+def test_management_port_registers_no_models(server):
+    response = httpx.post(f"{server.management}/models?url=other.mar")
+    assert response.status_code in (403, 405), response.text

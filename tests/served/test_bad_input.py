@@ -1,4 +1,4 @@
-"""Bad requests among good ones: each gets its error, and nobody else notices.
+"""Bad requests among good ones: each gets its error, and the good ones succeed.
 
 On a tiny model, so that thousands of requests take seconds.
 """
@@ -50,81 +50,81 @@ def mixed(any_server):
     """Every bad body between two good ones, all in flight at once."""
     good = httpx.post(any_server.url, json=OK).json()
     bodies = [item for _, body, *_ in BAD for item in (OK, body)] + [OK]
-    replies = asyncio.run(together(any_server.url, bodies))
-    return good, replies[0::2], replies[1::2]
+    responses = asyncio.run(together(any_server.url, bodies))
+    return good, responses[0::2], responses[1::2]
 
 
-def test_no_good_request_suffers(mixed, any_server, worker_pid):
-    good, good_replies, _ = mixed
-    assert len(good_replies) == len(BAD) + 1
-    assert [reply.status_code for reply in good_replies] == [200] * len(good_replies)
-    assert all(reply.json() == good for reply in good_replies)
+def test_good_requests_among_bad_ones_succeed(mixed, any_server, worker_pid):
+    good, good_responses, _ = mixed
+    assert len(good_responses) == len(BAD) + 1
+    assert [response.status_code for response in good_responses] == [200] * len(good_responses)
+    assert all(response.json() == good for response in good_responses)
     assert any_server.workers()[0]["pid"] == worker_pid, "the worker was replaced"
 
 
 @pytest.mark.parametrize("index", range(len(BAD)), ids=[case[0] for case in BAD])
-def test_bad(mixed, index):
+def test_rejects(mixed, index):
     _, _, status, part, field = BAD[index]
-    reply = mixed[2][index]
-    assert reply.status_code == status, reply.text
-    assert reply.headers["content-type"] == "application/json"
-    error = reply.json()["error"]
+    response = mixed[2][index]
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
     assert error["code"] == status and error["status"] == "INVALID_ARGUMENT"
     assert part in error["message"]
     assert field is None or error["field"] == field
 
 
 @pytest.mark.parametrize("body", [body for _, body in GOOD], ids=[name for name, _ in GOOD])
-def test_odd_but_right(any_server, worker_pid, body):
-    reply = httpx.post(
+def test_accepts(any_server, worker_pid, body):
+    response = httpx.post(
         any_server.url, content=payload(body), headers={"content-type": "application/json"}
     )
-    assert reply.status_code == 200, reply.text
-    assert reply.json()["predictions"]
+    assert response.status_code == 200, response.text
+    assert response.json()["predictions"]
     assert any_server.workers()[0]["pid"] == worker_pid
 
 
-def test_control_characters_and_emoji_come_back_unchanged(smollm2_server):
+def test_returns_control_characters_and_emoji_unchanged(smollm2_server):
     prompt = "a\u0000\u0007\u001b[31m\r\n🍳 👩‍🍳 日本語 𝕬"
     body = {"instances": [prompt], "parameters": {"max_new_tokens": 1}}
-    reply = httpx.post(smollm2_server.url, json=body, timeout=60)
-    assert reply.json()["predictions"][0].startswith(prompt)
+    response = httpx.post(smollm2_server.url, json=body, timeout=60)
+    assert response.json()["predictions"][0].startswith(prompt)
 
 
-def test_a_form_names_the_header_to_send(any_server):
-    """What curl -d sends when one forgets -H."""
+def test_form_is_rejected_with_the_header_to_send(any_server):
+    """What `curl -d` sends without -H."""
     command = ["curl", "-s", any_server.url, "-d", '{"instances": ["1 + 1 = 2"]}']
     error = json.loads(subprocess.run(command, capture_output=True).stdout)["error"]
     assert "Content-Type: application/json" in error["message"]
-    reply = httpx.post(any_server.url, data={'{"instances": ["a"]}': ""})
-    assert reply.status_code == 400
-    assert "Content-Type: application/json" in reply.json()["error"]["message"]
+    response = httpx.post(any_server.url, data={'{"instances": ["a"]}': ""})
+    assert response.status_code == 400
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD"])
-def test_other_methods(any_server, worker_pid, method):
-    """TorchServe passes every method to the handler and does not tell it which."""
-    reply = httpx.request(method, any_server.url)
-    assert reply.status_code in (400, 405), reply.text
+def test_rejects_other_http_methods(any_server, worker_pid, method):
+    """TorchServe passes every method to the handler and does not say which it is."""
+    response = httpx.request(method, any_server.url)
+    assert response.status_code in (400, 405), response.text
     assert any_server.workers()[0]["pid"] == worker_pid
 
 
-def test_unknown_model_and_route(any_server):
+def test_unknown_model_and_route_are_404(any_server):
     base = any_server.url.rsplit("/", 1)[0]
     assert httpx.post(f"{base}/other", json=OK).status_code == 404
     assert httpx.post(f"{base}/tiny/9.9", json=OK).status_code == 404
     assert httpx.get(f"{base}/../nothing").status_code in (404, 405)
 
 
-def test_a_body_over_the_frontends_limit(any_server, worker_pid):
-    """10 MiB is where the frontend itself refuses, before the handler sees the request."""
+def test_rejects_body_over_the_limit_of_the_frontend(any_server, worker_pid):
+    """The frontend itself rejects bodies over 10 MiB; the handler does not see them."""
     body = {"instances": ["x" * (11 * 2**20)]}
-    reply = httpx.post(any_server.url, json=body, timeout=60)
-    assert reply.status_code == 413
+    response = httpx.post(any_server.url, json=body, timeout=60)
+    assert response.status_code == 413
     assert httpx.post(any_server.url, json=OK).status_code == 200
 
 
-def test_odd_headers(any_server, worker_pid):
+def test_accepts_unusual_headers(any_server, worker_pid):
     headers = {"x-odd": "caf\xe9".encode("latin-1"), "x-empty": "", "cookie": "a=b" * 500}
     assert httpx.post(any_server.url, json=OK, headers=headers).status_code == 200
     assert any_server.workers()[0]["pid"] == worker_pid
@@ -168,16 +168,16 @@ bodies = (
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(body=bodies)
-def test_any_500_requests(any_server, worker_pid, body):
-    """Whatever is sent: an answer within 20 s, never a 5xx, and the worker lives."""
+def test_500_random_requests_get_a_200_or_400(any_server, worker_pid, body):
+    """Each gets its response within 20 s, never a 5xx, and the worker survives."""
     headers = {"content-type": "application/json"}
-    reply = httpx.post(any_server.url, content=body, headers=headers, timeout=20)
-    assert reply.status_code in (200, 400), reply.text
-    if reply.status_code == 400:
-        assert reply.json()["error"]["message"]
+    response = httpx.post(any_server.url, content=body, headers=headers, timeout=20)
+    assert response.status_code in (200, 400), response.text
+    if response.status_code == 400:
+        assert response.json()["error"]["message"]
 
 
-def test_the_worker_survived_all_of_it(any_server, worker_pid):
+def test_worker_survived_all_tests(any_server, worker_pid):
     (worker,) = any_server.workers()
     assert worker["pid"] == worker_pid and worker["status"] == "READY"
     assert "Traceback" not in any_server.log.read_text()

@@ -1,7 +1,7 @@
-"""dolly's instruction format, end marker and response, on a small GPT-NeoX that has learnt them.
+"""dolly's instruction format and end marker, on a small GPT-NeoX that has learned them.
 
-The checkpoint has dolly's architecture and special tokens in miniature and was taught three
-answers, each followed by "### End": what it says is checked to the letter.
+The checkpoint has dolly's architecture and special tokens in miniature. It has learned three
+answers, each followed by "### End", so that responses can be compared exactly.
 """
 
 import os
@@ -54,31 +54,31 @@ def ask(server, *questions, **parameters):
 
 
 @pytest.mark.parametrize("question", ANSWERS)
-def test_one_instance(dolly_server, question):
-    """The response alone: no prompt, no keys, no end marker. It ended by the marker."""
-    reply = ask(dolly_server, question)
-    assert reply.json() == {"predictions": [ANSWERS[question]]}
-    assert reply.headers["x-finish-reason"] == "stop"
+def test_response_is_the_answer_alone(dolly_server, question):
+    """No prompt, no keys and no end marker; the marker ended it."""
+    response = ask(dolly_server, question)
+    assert response.json() == {"predictions": [ANSWERS[question]]}
+    assert response.headers["x-finish-reason"] == "stop"
 
 
-def test_three_instances(dolly_server):
-    """The original raised on more than one."""
+def test_several_instances(dolly_server):
+    """The 2023 project failed on more than one."""
     assert ask(dolly_server, *ANSWERS).json() == {"predictions": list(ANSWERS.values())}
 
 
-def test_a_message_is_an_instruction(dolly_server):
+def test_message_is_an_instruction(dolly_server):
     question, answer = next(iter(ANSWERS.items()))
     instance = {"messages": [{"role": "user", "content": question}]}
     assert ask(dolly_server, instance).json() == {"predictions": [answer]}
 
 
-def test_full_text_shows_the_format(dolly_server):
+def test_full_text_has_the_instruction_format(dolly_server):
     question, answer = next(iter(ANSWERS.items()))
     (text,) = ask(dolly_server, question, return_full_text=True).json()["predictions"]
     assert text.endswith(f"### Instruction:\n{question}\n\n### Response:\n{answer}")
 
 
-def test_streamed(dolly_server):
+def test_stream_has_the_answer(dolly_server):
     for question, answer in ANSWERS.items():
         body = {"instances": [question], "parameters": {"temperature": 0}}
         events = list(stream(dolly_server.url, body))
@@ -86,8 +86,8 @@ def test_streamed(dolly_server):
         assert events[-1]["finish_reason"] == "stop"
 
 
-def test_a_response_without_an_end_is_text_too(dolly_server):
-    """The original returned [None] there."""
+def test_completion_without_end_marker(dolly_server):
+    """The 2023 project returned [None] there."""
     question, answer = list(ANSWERS.items())[2]
     body = {"instances": [question], "parameters": {"temperature": 0, "max_new_tokens": 8}}
     (text,) = predict(dolly_server.url, body)["predictions"]

@@ -1,4 +1,4 @@
-"""A worker that is killed, more requests than fit, and what the clients see of it."""
+"""What clients see when a worker is killed, an engine fails, or the server is full."""
 
 import asyncio
 import os
@@ -21,8 +21,8 @@ LONG = {"instances": ["Once upon a time"], "parameters": {"max_new_tokens": 400}
 SHORT = {"instances": ["Paris"], "parameters": {"max_new_tokens": 2}}
 
 
-def test_a_killed_worker(smollm2_server):
-    """SIGKILL under 8 requests: each client hears of it within 15 s, and 30 s later all is well."""
+def test_killed_worker_is_replaced(smollm2_server):
+    """SIGKILL during 8 requests: each client has an error within 15 s; a new worker within 30 s."""
     url = smollm2_server.url
 
     async def scenario():
@@ -33,18 +33,18 @@ def test_a_killed_worker(smollm2_server):
             (worker,) = smollm2_server.workers()
             os.kill(worker["pid"], signal.SIGKILL)
             killed = time.monotonic()
-            replies = await asyncio.gather(*requests)
+            responses = await asyncio.gather(*requests)
             heard = time.monotonic() - killed
             while (await client.post(url, json=SHORT)).status_code != 200:
                 assert time.monotonic() - killed < 30, "no answer 30 s after the worker was killed"
                 await asyncio.sleep(0.25)
-            return worker["pid"], replies, heard
+            return worker["pid"], responses, heard
 
-    pid, replies, heard = asyncio.run(scenario())
+    pid, responses, heard = asyncio.run(scenario())
     assert heard < 15, f"the last client heard after {heard:.1f} s"
-    for reply in replies:
-        assert reply.status_code in (500, 503, 507), reply.text
-        assert "Worker died" in reply.json()["message"]
+    for response in responses:
+        assert response.status_code in (500, 503, 507), response.text
+        assert "Worker died" in response.json()["message"]
     assert smollm2_server.workers()[0]["pid"] != pid
 
 
@@ -63,14 +63,14 @@ def small_server(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         yield server
 
 
-def test_overload(small_server):
-    """4 times the queue at once: refusals within 1 s, everything accepted is answered."""
+def test_overloaded_server_rejects_with_429(small_server):
+    """4 times as many requests as fit: the others are rejected within 1 s, none is lost."""
     body = {"instances": ["a"], "parameters": {"max_new_tokens": 200, "temperature": 1, "seed": 1}}
 
     async def one(client: httpx.AsyncClient) -> tuple[httpx.Response, float]:
         began = time.monotonic()
-        reply = await client.post(small_server.url, json=body)
-        return reply, time.monotonic() - began
+        response = await client.post(small_server.url, json=body)
+        return response, time.monotonic() - began
 
     async def scenario():
         limits = httpx.Limits(max_connections=64)
@@ -78,20 +78,20 @@ def test_overload(small_server):
             return await asyncio.gather(*(one(client) for _ in range(32)))
 
     results = asyncio.run(scenario())
-    accepted = [reply for reply, _ in results if reply.status_code == 200]
-    refused = [(reply, seconds) for reply, seconds in results if reply.status_code != 200]
+    accepted = [response for response, _ in results if response.status_code == 200]
+    rejected = [(response, seconds) for response, seconds in results if response.status_code != 200]
     assert len(accepted) >= 8
-    assert len(refused) >= 16
-    assert len({reply.text for reply in accepted}) == 1
-    for reply, seconds in refused:
-        assert reply.status_code == 429 and seconds < 1.0, (reply.text, seconds)
-        assert int(reply.headers["retry-after"]) >= 1
-        assert reply.json()["error"]["status"] == "RESOURCE_EXHAUSTED"
+    assert len(rejected) >= 16
+    assert len({response.text for response in accepted}) == 1
+    for response, seconds in rejected:
+        assert response.status_code == 429 and seconds < 1.0, (response.text, seconds)
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["status"] == "RESOURCE_EXHAUSTED"
     assert httpx.post(small_server.url, json=body, timeout=60).text == accepted[0].text
 
 
 def test_one_failed_instance_fails_its_request_alone(tiny_llama: Path, tmp_path: Path):
-    """The engine loses one of three instances: a 500 for that request, nothing for the others."""
+    """The engine fails on one of three instances: a 500 for that request, others succeed."""
     archive = build_archive("broken", tiny_llama, **TORCH, store=tmp_path)
     sampling = archive / "handler" / "engine" / "sampling.py"
     text = sampling.read_text()
@@ -111,15 +111,15 @@ def test_one_failed_instance_fails_its_request_alone(tiny_llama: Path, tmp_path:
     with Server(archive, port=7200) as server:
         (before,) = server.workers()
         expected = httpx.post(server.url, json=good, timeout=30).text
-        replies = asyncio.run(scenario(server.url))
-        assert [reply.status_code for reply in replies] == [200, 500] * 8
-        assert all(reply.text == expected for reply in replies[0::2])
-        assert "generation failed" in replies[1].json()["error"]["message"]
+        responses = asyncio.run(scenario(server.url))
+        assert [response.status_code for response in responses] == [200, 500] * 8
+        assert all(response.text == expected for response in responses[0::2])
+        assert "generation failed" in responses[1].json()["error"]["message"]
         assert server.workers()[0]["pid"] == before["pid"]
 
 
-def test_an_engine_that_fails_is_replaced(tiny_llama: Path, tmp_path: Path):
-    """Weights that load but cannot compute: 500 for each request, then a new worker."""
+def test_worker_with_a_failed_engine_is_replaced(tiny_llama: Path, tmp_path: Path):
+    """Weights that load but cannot compute: a 500 for each request, then a new worker."""
     archive = build_archive("broken", tiny_llama, **TORCH, store=tmp_path)
     engine = archive / "handler" / "engine" / "transformers_engine.py"
     text = engine.read_text()
@@ -132,8 +132,8 @@ def test_an_engine_that_fails_is_replaced(tiny_llama: Path, tmp_path: Path):
         good = {"instances": ["ab"], "parameters": {"max_new_tokens": 2}}
         assert httpx.post(server.url, json=good).status_code == 200
         (before,) = server.workers()
-        reply = httpx.post(server.url, json={"instances": ["abc"]}, timeout=30)
-        assert reply.status_code in (500, 507), reply.text
+        response = httpx.post(server.url, json={"instances": ["abc"]}, timeout=30)
+        assert response.status_code in (500, 507), response.text
         deadline = time.monotonic() + 30
         while httpx.post(server.url, json=good, timeout=30).status_code != 200:
             assert time.monotonic() < deadline

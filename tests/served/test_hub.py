@@ -61,7 +61,7 @@ def make(checkout: Path, hub: Hub, *arguments: str, **environment: str):
     )
 
 
-def test_cut_in_the_middle_resumed_verified_archived_served(repository: Path, checkout: Path):
+def test_interrupted_download_is_resumed_archived_and_served(repository: Path, checkout: Path):
     with Hub(repository, APP.weights.repo, APP.weights.revision) as hub:
         hub.cut_after = 50_000_000
         first = make(checkout, hub, "model", "APP=gpt2", HF_TOKEN="hf_notasecret")
@@ -92,9 +92,9 @@ def test_cut_in_the_middle_resumed_verified_archived_served(repository: Path, ch
 
     with Server(checkout / "model_store" / "gpt2", port=7200) as server:
         body = {"instances": ["The Eiffel tower"], "parameters": {"max_new_tokens": 8}}
-        reply = httpx.post(server.url, json=body, timeout=60)
-    assert reply.status_code == 200, reply.text
-    assert reply.json()["predictions"][0].startswith("The Eiffel tower")
+        response = httpx.post(server.url, json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    assert response.json()["predictions"][0].startswith("The Eiffel tower")
 
 
 @pytest.fixture
@@ -113,41 +113,41 @@ def run_model(checkout: Path, hub: Hub, **environment: str) -> str:
     return errors[0]
 
 
-def test_a_wrong_hash(small_hub: Hub, checkout: Path):
+def test_wrong_hash_is_an_error(small_hub: Hub, checkout: Path):
     small_hub.corrupt = True
     assert "does not have the hash that the repository states" in run_model(checkout, small_hub)
     small_hub.corrupt = False
     assert make(checkout, small_hub, "model", "APP=gpt2").returncode == 0
 
 
-def test_a_server_in_trouble(small_hub: Hub, checkout: Path):
+def test_server_error_says_to_repeat_later(small_hub: Hub, checkout: Path):
     small_hub.status = 500
     assert "answered 500. Try again later" in run_model(checkout, small_hub)
 
 
-def test_no_access(small_hub: Hub, checkout: Path):
+def test_missing_access_names_the_token(small_hub: Hub, checkout: Path):
     small_hub.repo = "somebody/else"
     assert "HF_TOKEN" in run_model(checkout, small_hub)
 
 
-def test_an_unknown_revision(small_hub: Hub, checkout: Path):
+def test_unknown_revision_is_an_error(small_hub: Hub, checkout: Path):
     small_hub.revision = "0" * 40
     assert "has no revision 607a30d7" in run_model(checkout, small_hub)
 
 
-def test_no_network(small_hub: Hub, checkout: Path):
+def test_missing_network_names_the_alternatives(small_hub: Hub, checkout: Path):
     error = run_model(checkout, small_hub, HF_ENDPOINT="http://127.0.0.1:9")
     assert "SHAPE_ONLY=1" in error and "MODEL_DIR=path" in error and "127.0.0.1:9" in error
 
 
-def test_a_repository_without_weights(small_hub: Hub, checkout: Path, tmp_path: Path):
+def test_repository_without_weights_is_an_error(small_hub: Hub, checkout: Path, tmp_path: Path):
     small_hub.folder = tmp_path / "texts"
     small_hub.folder.mkdir()
     (small_hub.folder / "config.json").write_text("{}")
     assert "no *.safetensors and no *.bin" in run_model(checkout, small_hub)
 
 
-def test_what_was_downloaded_says_where_from(small_hub: Hub, checkout: Path):
+def test_download_records_its_source(small_hub: Hub, checkout: Path):
     assert make(checkout, small_hub, "model", "APP=gpt2").returncode == 0
     source = json.loads((checkout / "models" / "gpt2" / "SOURCE.json").read_text())
     assert source["repo"] == "openai-community/gpt2"

@@ -12,7 +12,7 @@ COMMON = {"new_tokens": 6}
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_closed_loop(smollm2_server, stream: bool):
+def test_closed_loop_measures_throughput(smollm2_server, stream: bool):
     target = Target(smollm2_server.url)
     made = closed_loop(target, clients=3, requests_each=2, stream=stream, **COMMON)
     assert made.errors == {} and made.requests == 6
@@ -20,19 +20,19 @@ def test_closed_loop(smollm2_server, stream: bool):
     assert (made.first_token_p50 is not None) == stream
 
 
-def test_open_loop(smollm2_server):
+def test_open_loop_sends_every_request(smollm2_server):
     made = open_loop(Target(smollm2_server.url), rate=50, requests=10, **COMMON)
     assert made.errors == {} and made.requests == 10
 
 
-def test_a_server_that_refuses(smollm2_server):
+def test_rejected_requests_are_counted(smollm2_server):
     target = Target(smollm2_server.url, extra=(("instances", [1]),))
     made = closed_loop(target, clients=1, requests_each=2, warm_up=0, **COMMON)
     assert made.errors == {"status 400": 2}
 
 
-def test_a_short_soak(smollm2_server, monkeypatch: pytest.MonkeyPatch):
-    """A few seconds of it: every kind of request is sent, and every reply is the expected one."""
+def test_short_soak_sends_every_kind_of_request(smollm2_server, monkeypatch: pytest.MonkeyPatch):
+    """In a few seconds every kind of request is sent and has the expected response."""
 
     monkeypatch.setattr("benchmarks.soak.NONSENSE_EVERY", 7)
     monkeypatch.setattr("benchmarks.soak.LEAVE_EVERY", 5)

@@ -1,4 +1,4 @@
-"""Starting and stopping the process tree, and what goes wrong on the way."""
+"""Start and stop the processes of a server, and what can go wrong."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def closed(server: Server) -> bool:
     return not any(port_holder(port) for port in server.ports)
 
 
-def test_two_side_by_side_and_each_stops_alone(tiny_server, tiny_llama: Path, tmp_path: Path):
+def test_two_servers_run_side_by_side_and_stop_alone(tiny_server, tiny_llama: Path, tmp_path: Path):
     archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     other = Server(archive, port=7200)
     with other:
@@ -40,7 +40,7 @@ def test_two_side_by_side_and_each_stops_alone(tiny_server, tiny_llama: Path, tm
 
 
 @pytest.mark.parametrize("archive_format", FORMATS[1:])
-def test_a_mar_answers_as_the_directory_does(
+def test_mar_responds_as_the_directory_does(
     tiny_server, tiny_llama: Path, tmp_path: Path, archive_format: str
 ):
     archive = build_archive(
@@ -52,19 +52,19 @@ def test_a_mar_answers_as_the_directory_does(
         assert httpx.post(server.url, json=OK).json() == expected
 
 
-def test_a_busy_port_is_refused_with_the_name_of_its_holder(tiny_llama: Path, tmp_path: Path):
+def test_busy_port_is_an_error_with_its_holder(tiny_llama: Path, tmp_path: Path):
     archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     with socket.create_server(("127.0.0.1", 7201)):
         with pytest.raises(ServerError, match=rf"port 7201 is taken by .*\(pid {os.getpid()}\)"):
             Server(archive, port=7200).start()
 
 
-def test_no_archive(tmp_path: Path):
+def test_missing_archive_is_an_error(tmp_path: Path):
     with pytest.raises(ServerError, match="there is no such archive; run `make archive`"):
         Server(tmp_path / "nothing", port=7200).start()
 
 
-def test_a_model_that_cannot_be_loaded(tiny_llama: Path, tmp_path: Path):
+def test_model_that_cannot_be_loaded_is_an_error(tiny_llama: Path, tmp_path: Path):
     archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     (archive / "weights" / "config.json").unlink()
     server = Server(archive, port=7200)
@@ -75,15 +75,15 @@ def test_a_model_that_cannot_be_loaded(tiny_llama: Path, tmp_path: Path):
     assert closed(server)
 
 
-def test_a_deadline(smollm2: Path, tmp_path: Path):
+def test_start_ends_at_its_timeout(smollm2: Path, tmp_path: Path):
     server = Server(build_archive("smollm2-135m", smollm2, **TORCH, store=tmp_path), port=7200)
     with pytest.raises(ServerError, match="no worker was ready within 1 s"):
         server.start(timeout=1.0)
     assert closed(server)
 
 
-def test_java_killed_while_the_worker_loads(smollm2: Path, tmp_path: Path):
-    """Nothing may be left of the worker, though its parent is gone."""
+def test_killed_java_leaves_no_worker_behind(smollm2: Path, tmp_path: Path):
+    """The worker is ended too, though its parent is gone."""
     server = Server(build_archive("smollm2-135m", smollm2, **TORCH, store=tmp_path), port=7200)
     workers = []
 
@@ -102,7 +102,7 @@ def test_java_killed_while_the_worker_loads(smollm2: Path, tmp_path: Path):
     assert closed(server) and server._temporary is None
 
 
-def test_interrupted_while_stopping(tiny_llama: Path, tmp_path: Path, monkeypatch):
+def test_interrupted_stop_can_be_repeated(tiny_llama: Path, tmp_path: Path, monkeypatch):
     server = Server(build_archive("tiny", tiny_llama, **TORCH, store=tmp_path), port=7200).start()
     pids = [worker["pid"] for worker in server.workers()]
 
@@ -119,7 +119,7 @@ def test_interrupted_while_stopping(tiny_llama: Path, tmp_path: Path, monkeypatc
     assert closed(server) and not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def test_java_that_dies_is_noticed(tiny_llama: Path, tmp_path: Path):
+def test_java_that_ends_while_starting_is_an_error(tiny_llama: Path, tmp_path: Path):
     server = Server(build_archive("tiny", tiny_llama, **TORCH, store=tmp_path), port=7200)
     server.settings["inference_address"] = "http://192.0.2.1:7200"  # not an address of this machine
     with pytest.raises(ServerError, match="TorchServe ended while starting"):
@@ -128,7 +128,7 @@ def test_java_that_dies_is_noticed(tiny_llama: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("port", ["0", "80", "65535", "70000", "-1", "abc", ""])
-def test_an_impossible_port(port: str):
+def test_rejects_impossible_port(port: str):
     command = [sys.executable, "-m", "deploy.torchserve", "serve", "smollm2-135m", f"--port={port}"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode != 0 and "Traceback" not in run.stderr
@@ -136,7 +136,7 @@ def test_an_impossible_port(port: str):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_stops_java_and_workers_within_10_s(stop: signal.Signals, tiny_llama: Path):
+def test_command_stops_java_and_workers_within_10_s(stop: signal.Signals, tiny_llama: Path):
     """What Ctrl-C in `make serve` does, with a request in flight."""
     arguments = ["--port", "7200", "--model-dir", tiny_llama, "--engine", "transformers"]
     command = subprocess.Popen(
@@ -162,7 +162,7 @@ def test_the_command_stops_java_and_workers_within_10_s(stop: signal.Signals, ti
     assert not any(port_holder(port) for port in range(7200, 7205))
 
 
-def test_only_the_inference_port_could_be_opened_to_others(tiny_llama: Path, tmp_path: Path):
+def test_host_opens_only_the_inference_port(tiny_llama: Path, tmp_path: Path):
     """`host` moves the inference port alone; management, metrics and gRPC stay on loopback."""
     archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     with Server(archive, port=7200, host="0.0.0.0") as server:
@@ -177,7 +177,7 @@ def test_only_the_inference_port_could_be_opened_to_others(tiny_llama: Path, tmp
     assert open_to_all == {server.port}, listening
 
 
-def test_a_killed_starter_leaves_no_server(tiny_llama: Path, tmp_path: Path):
+def test_killed_starter_leaves_no_server(tiny_llama: Path, tmp_path: Path):
     """As nbval and JupyterLab do with a kernel: SIGKILL, so no atexit."""
     archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     code = (

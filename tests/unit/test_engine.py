@@ -1,4 +1,4 @@
-"""The transformers engine on tiny models of several architectures, without a server."""
+"""Both engines on tiny models of several architectures, without a server."""
 
 import functools
 import tempfile
@@ -65,13 +65,13 @@ OPENVINO = [("openvino", name) for name in ("LLAMA", "GPT2", "DOLLY")]
 
 @pytest.fixture(params=[*TRANSFORMERS, SLIDING, *OPENVINO], ids="-".join)
 def engine(request, make_engine):
-    """Every engine, on every architecture it is tried with."""
+    """Each engine on each architecture."""
     return make_engine(*request.param)
 
 
 @pytest.fixture(params=[*TRANSFORMERS, *OPENVINO], ids="-".join)
 def batching_engine(request, make_engine):
-    """All but Mistral, whose sliding-window cache is served one sequence at a time, by design."""
+    """All but Mistral, which runs one sequence at a time because of its sliding-window cache."""
     return make_engine(*request.param)
 
 
@@ -80,12 +80,12 @@ def transformers_engine(request, make_engine):
     return make_engine(*request.param)
 
 
-def test_a_sliding_window_is_served_one_at_a_time(make_engine):
+def test_sliding_window_model_runs_one_sequence_at_a_time(make_engine):
     assert make_engine(*SLIDING)._max_batch == 1
     assert make_engine(*TRANSFORMERS[0])._max_batch == 8
 
 
-def test_batched_greedy_equals_alone(engine):
+def test_greedy_text_in_a_batch_is_the_text_alone(engine):
     together, reasons = run(engine, PROMPTS)
     alone = [run(engine, [prompt])[0][0] for prompt in PROMPTS]
     assert together == alone
@@ -93,7 +93,7 @@ def test_batched_greedy_equals_alone(engine):
     assert len(set(together)) == len(PROMPTS)
 
 
-def test_greedy_equals_generate(transformers_engine):
+def test_greedy_text_is_that_of_generate(transformers_engine):
     engine = transformers_engine
     ids = torch.tensor([engine.folder.encode(PROMPTS[1])]).to(engine.model.device)
     out = engine.model.generate(
@@ -103,7 +103,7 @@ def test_greedy_equals_generate(transformers_engine):
     assert run(engine, [PROMPTS[1]], Sampling(max_new_tokens=20))[0][0] == expected
 
 
-def test_joining_late_changes_nothing(engine):
+def test_sequence_that_joins_late_has_the_text_alone(engine):
     expected = run(engine, [PROMPTS[1]])[0][0]
     engine.submit("late-partner", PROMPTS[3], Sampling(max_new_tokens=60), stream=False)
     for _ in range(3):
@@ -113,7 +113,7 @@ def test_joining_late_changes_nothing(engine):
     assert engine.running == 0
 
 
-def test_each_sequence_has_its_own_settings(engine):
+def test_sequences_have_their_own_sampling(engine):
     settings = [
         Sampling(max_new_tokens=3),
         Sampling(max_new_tokens=30, temperature=1.0, seed=1),
@@ -136,14 +136,14 @@ def test_top_k_1_is_greedy(engine):
 
 
 @pytest.mark.parametrize("narrow", [{"temperature": 1e-5}, {"temperature": 1.5, "top_p": 1e-6}])
-def test_what_leaves_only_the_likeliest_token_is_greedy(engine, narrow):
+def test_low_temperature_and_low_top_p_are_greedy(engine, narrow):
     greedy = run(engine, [PROMPTS[0]])[0]
     assert run(engine, [PROMPTS[0]], Sampling(seed=3, **narrow))[0] == greedy
     assert run(engine, [PROMPTS[0]], Sampling(seed=3, temperature=1.5))[0] != greedy
 
 
-def test_temperature_scales(engine):
-    """One seed, so that nothing but the temperature differs."""
+def test_temperature_changes_the_text(engine):
+    """One seed, so that only the temperature differs."""
     texts = [
         run(engine, [PROMPTS[0]], Sampling(seed=3, temperature=t, max_new_tokens=60))[0][0]
         for t in (0.02, 1.0, 100.0)
@@ -161,7 +161,7 @@ def test_queue_time_is_in_seconds(engine):
     assert 0.1 <= done[0].queue_seconds <= time.monotonic() - began
 
 
-def test_short_one_does_not_wait_for_a_long_one(batching_engine):
+def test_short_sequence_ends_before_a_long_one(batching_engine):
     engine = batching_engine
     engine.submit("long", PROMPTS[0], Sampling(max_new_tokens=200), stream=False)
     engine.advance(0)
@@ -171,7 +171,7 @@ def test_short_one_does_not_wait_for_a_long_one(batching_engine):
     engine.cancel("long")
 
 
-def test_stop_string(engine):
+def test_stop_string_ends_the_completion(engine):
     text = run(engine, [PROMPTS[1]])[0][0]
     stop = text[10:13]
     stopped, reasons = run(engine, [PROMPTS[1]], Sampling(stop=(stop,)))
@@ -179,7 +179,7 @@ def test_stop_string(engine):
     assert reasons == ["stop"]
 
 
-def test_end_token(engine):
+def test_end_token_ends_the_completion_unless_ignored(engine):
     text = run(engine, [PROMPTS[0]], Sampling(max_new_tokens=8))[0][0]
     engine.end_tokens = {engine.folder.encode(text)[-1]}
     try:
@@ -192,7 +192,7 @@ def test_end_token(engine):
     assert ignored == ["length"] and same == [text]
 
 
-def test_cancel_frees_the_place_and_leaves_others_alone(engine):
+def test_cancel_drops_only_that_sequence(engine):
     expected = run(engine, [PROMPTS[1]], Sampling(max_new_tokens=40))[0][0]
     engine.submit("stay", PROMPTS[1], Sampling(max_new_tokens=40), stream=False)
     for key in ("go", "never started"):
@@ -209,7 +209,7 @@ def test_cancel_frees_the_place_and_leaves_others_alone(engine):
     assert engine.running == 0 and engine.advance(0) == []
 
 
-def test_context_ends_the_text(engine):
+def test_full_context_ends_the_completion(engine):
     room = engine.max_context - 250
     engine.submit("k", "y" * 250, Sampling(max_new_tokens=500), stream=False)
     done = []
@@ -218,7 +218,7 @@ def test_context_ends_the_text(engine):
     assert (done[0].finish_reason, done[0].completion_tokens) == ("length", min(500, room))
 
 
-def test_prompts_that_do_not_fit(engine):
+def test_rejects_empty_and_too_long_prompts(engine):
     limit = engine.max_context
     with pytest.raises(PromptError, match=rf"has {limit} tokens; at most {limit - 1} fit"):
         engine.submit("k", "z" * limit, Sampling(), stream=False)
@@ -227,7 +227,7 @@ def test_prompts_that_do_not_fit(engine):
     assert engine.advance(0) == []
 
 
-def test_a_failing_prefill_loses_nothing_else(transformers_engine, monkeypatch):
+def test_failing_prefill_fails_only_its_prompts(transformers_engine, monkeypatch):
     engine = transformers_engine
     expected = run(engine, [PROMPTS[1]], Sampling(max_new_tokens=30))[0][0]
     engine.submit("good", PROMPTS[1], Sampling(max_new_tokens=30), stream=False)
@@ -248,8 +248,8 @@ def test_a_failing_prefill_loses_nothing_else(transformers_engine, monkeypatch):
     assert expected.endswith(done["good"].text) and engine.alive()
 
 
-def test_a_failing_sample_loses_nothing_else(transformers_engine, monkeypatch):
-    """Logits that are not numbers, as an overflow makes them: that sequence alone has failed."""
+def test_failing_sampling_fails_only_its_sequence(transformers_engine, monkeypatch):
+    """Logits that are not numbers, as an overflow makes them, fail only that sequence."""
     engine = transformers_engine
     expected = run(engine, PROMPTS[:3], Sampling(max_new_tokens=5))[0]
     choose = Sampler.choose
@@ -264,7 +264,7 @@ def test_a_failing_sample_loses_nothing_else(transformers_engine, monkeypatch):
     assert engine.alive()
 
 
-def test_new_ones_do_not_starve_running_ones(batching_engine):
+def test_new_sequences_do_not_starve_running_ones(batching_engine):
     engine = batching_engine
     engine.submit("running", PROMPTS[0], Sampling(max_new_tokens=50), stream=False)
     finished = []
@@ -274,7 +274,7 @@ def test_new_ones_do_not_starve_running_ones(batching_engine):
     assert "running" in finished
 
 
-def test_dead_after_repeated_failures(tiny_llama, monkeypatch):
+def test_engine_is_dead_after_three_failures(tiny_llama, monkeypatch):
     engine = create_engine(tiny_llama, EngineConfig(**TORCH))
     monkeypatch.setattr(engine, "_forward", lambda *_: 1 / 0)
     for key in range(3):
@@ -284,7 +284,7 @@ def test_dead_after_repeated_failures(tiny_llama, monkeypatch):
     assert not engine.alive()
 
 
-def test_more_sequences_than_places(tiny_llama):
+def test_more_sequences_than_the_batch_holds(tiny_llama):
     engine = create_engine(
         tiny_llama, EngineConfig(**TORCH, max_batch=3, transformers={"max_prefill_tokens": 64})
     )
@@ -303,24 +303,26 @@ def test_offload_to_disk_gives_the_same_text(tiny_llama, tmp_path, monkeypatch, 
     place = str(tmp_path / folder) if folder else None
     settings = {"max_memory": {"cpu": 300_000}, "offload_folder": place}
     offloaded = create_engine(tiny_llama, EngineConfig(**TORCH, transformers=settings))
-    assert [p.name for p in tmp_path.iterdir()] == ([folder] if folder else []), "nothing is left"
+    assert [p.name for p in tmp_path.iterdir()] == ([folder] if folder else []), (
+        "an empty folder is left"
+    )
     assert "disk" in offloaded.description, offloaded.description
     assert run(offloaded, PROMPTS) == run(plain, PROMPTS)
 
 
-def test_memory_for_no_module_at_all(tiny_llama):
+def test_rejects_max_memory_that_holds_no_module(tiny_llama):
     with pytest.raises(
         ValueError, match=r"app\.engine\.transformers\.max_memory: \{'cpu': 0\} leaves no module"
     ):
         create_engine(tiny_llama, EngineConfig(**TORCH, transformers={"max_memory": {"cpu": 0}}))
 
 
-def test_stop_tokens_must_be_tokens(tiny_llama):
+def test_rejects_stop_token_of_several_tokens(tiny_llama):
     with pytest.raises(ValueError, match="'### End' is 7 tokens"):
         create_engine(tiny_llama, EngineConfig(**TORCH, stop_tokens=["### End"]))
 
 
-def test_real_model(smollm2: Path):
+def test_smollm2_in_a_batch_and_alone(smollm2: Path):
     """SmolLM2 in float32: three requests of unequal length, alone and together."""
     engine = create_engine(smollm2, EngineConfig(**TORCH, max_context=2048))
     prompts = ["How to prepare a spanish omelette:", "Paris", "One, two, three, four, five, six,"]
@@ -336,8 +338,8 @@ def quantized(smollm2: Path) -> Path:
     return export(smollm2, EngineConfig(name="openvino"))
 
 
-def test_the_settings_reach_openvino(tiny_llama, monkeypatch):
-    """Every one of them with a value that is not the default."""
+def test_settings_reach_openvino(tiny_llama, monkeypatch):
+    """Each has a value that is not the default."""
     seen = {}
 
     def stop_here(weights, scheduler, device, properties):
@@ -374,8 +376,8 @@ def test_threads_reach_torch(tiny_llama):
         torch.set_num_threads(before)
 
 
-def test_a_cache_larger_than_the_memory(tiny_llama):
-    """Refused where the model is loaded: an archive may be made on a smaller machine."""
+def test_rejects_cache_larger_than_the_memory(tiny_llama):
+    """Rejected where the model is loaded, since an archive may be made on a smaller machine."""
     memory = psutil.virtual_memory().total
     too_much = memory // 2**30 + 1
     message = rf"app\.engine\.openvino\.cache_gb: {too_much} .*has {memory / 2**30:.1f} GiB"
@@ -386,15 +388,15 @@ def test_a_cache_larger_than_the_memory(tiny_llama):
 QUESTIONS = ["Paris is the capital of", "One, two, three, four, five, six,", "Water freezes at"]
 
 
-def test_both_engines_say_the_same(smollm2: Path, quantized: Path):
-    """For as long as rounding allows: int8 weights against float32, a few tokens."""
+def test_both_engines_generate_the_same_first_tokens(smollm2: Path, quantized: Path):
+    """int8 weights and float32 agree on the first tokens; later ones differ by rounding."""
     few = Sampling(max_new_tokens=4)
     exact = run(create_engine(smollm2, EngineConfig(**TORCH)), QUESTIONS, few)
     assert run(create_engine(quantized, EngineConfig(name="openvino")), QUESTIONS, few) == exact
 
 
-def test_without_dynamic_quantization_a_batch_is_exact(quantized: Path):
-    """What `dynamic_quantization: 0` buys: 12 texts of 32 tokens, alone and together."""
+def test_batch_is_exact_without_dynamic_quantization(quantized: Path):
+    """With `dynamic_quantization: 0`: 12 texts of 32 tokens, alone and together."""
     engine = create_engine(
         quantized, EngineConfig(name="openvino", openvino={"dynamic_quantization": 0})
     )
@@ -403,8 +405,8 @@ def test_without_dynamic_quantization_a_batch_is_exact(quantized: Path):
     assert together == [run(engine, [p], Sampling(max_new_tokens=32))[0][0] for p in prompts]
 
 
-def test_prompt_lookup_changes_the_speed_not_the_text(tiny_llama: Path, tmp_path: Path):
-    """Greedy texts that repeat themselves; sampled ones end where they should."""
+def test_prompt_lookup_keeps_the_text(tiny_llama: Path, tmp_path: Path):
+    """Greedy texts that repeat themselves are the same; sampled ones have the right length."""
     exact = {"precision": "fp16", "dynamic_quantization": 0}
     config = EngineConfig(name="openvino", openvino=exact)
     folder = export(tiny_llama, config, tmp_path)

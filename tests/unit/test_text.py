@@ -1,4 +1,4 @@
-"""Incremental text: whatever arrives in pieces adds up to the whole."""
+"""Text from a stream of tokens: the pieces add up to the whole."""
 
 import pytest
 from hypothesis import given, settings
@@ -26,8 +26,8 @@ def run(text: str, stop=(), prompt: str = "prompt ", **options) -> tuple[list[st
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=40), prompt=st.text(max_size=10))
-def test_pieces_join_to_the_whole(text, prompt):
-    """One byte a token: every character beyond ASCII is cut in pieces."""
+def test_pieces_join_to_the_text(text, prompt):
+    """With one byte a token, every character beyond ASCII is cut into pieces."""
     pieces, _ = run(text, prompt=prompt)
     assert "".join(pieces) == text
 
@@ -38,7 +38,7 @@ def test_at_once_is_the_same_text(text, stop):
     pieces, stopped = run(text, stop, at_once=True)
     expected, expected_stopped = run(text, stop)
     assert ("".join(pieces), stopped) == ("".join(expected), expected_stopped)
-    assert stop or not any(pieces[:-1]), "nobody reads along: no need to decode each token"
+    assert stop or not any(pieces[:-1]), "each token was decoded, though nobody reads the pieces"
 
 
 @settings(max_examples=200, deadline=None)
@@ -46,33 +46,33 @@ def test_at_once_is_the_same_text(text, stop):
     text=st.text(alphabet="ab\n", max_size=30),
     stop=st.text(alphabet="ab\n", min_size=1, max_size=4),
 )
-def test_a_stop_string_cuts_exactly(text, stop):
+def test_stop_string_cuts_exactly(text, stop):
     pieces, stopped = run(text, [stop])
     assert "".join(pieces) == text.split(stop)[0]
     assert stopped == (stop in text)
 
 
-def test_nothing_of_a_stop_string_is_shown_early():
+def test_holds_back_the_beginning_of_a_stop_string():
     pieces, stopped = run("tortilla ###", ["### End"])
     assert not stopped
     assert "".join(pieces[:-1]) == "tortilla " and pieces[-1] == "###"
 
 
-def test_the_first_of_several_stop_strings_counts():
+def test_first_of_several_stop_strings_counts():
     assert "".join(run("one two three", ["three", "two"])[0]) == "one "
 
 
-def test_half_a_character_at_the_end_is_shown_in_the_end():
+def test_incomplete_character_is_returned_at_the_end():
     stream = TextStream(decode, [], [])
     half = TOKENIZER("é")["input_ids"][:1]
     assert stream.push(half[0]) == ""
     assert stream.finish() == "\ufffd"
 
 
-def test_special_tokens_are_not_shown():
+def test_leaves_out_special_tokens():
     assert "".join(run("a### End")[0]) == "a"
 
 
 @pytest.mark.parametrize("stop", [[], [""], ["xyz"]])
-def test_no_stop(stop):
+def test_without_a_matching_stop_string(stop):
     assert run("abc", stop) == (["a", "b", "c", ""], False)
