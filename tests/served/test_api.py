@@ -8,6 +8,8 @@ import pytest
 
 from deploy.torchserve.client import predict, stream
 
+pytestmark = pytest.mark.served
+
 PROMPT = "Write the names of three colours:"
 
 

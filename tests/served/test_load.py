@@ -8,6 +8,8 @@ from tqdm import tqdm
 from benchmarks.load import Target, closed_loop, open_loop
 from benchmarks.soak import Soak
 
+pytestmark = pytest.mark.served
+
 COMMON = {"new_tokens": 6}
 
 

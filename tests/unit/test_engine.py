@@ -16,6 +16,8 @@ from handler.engine import PromptError, Sampling, create_engine
 from handler.engine.sampling import Sampler
 from tests import tiny
 
+pytestmark = pytest.mark.slow
+
 TORCH = {"name": "transformers"}
 PROMPTS = ["a", "The quick brown fox jumps over the lazy dog", "Hello, world", "x" * 100]
 

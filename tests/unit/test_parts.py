@@ -26,7 +26,7 @@ def test_it():
 """
 
 
-def test_every_test_and_every_chapter_is_in_one_part():
+def test_every_test_and_chapter_is_in_one_part():
     files = [str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")]
     files += [f"notebooks/{path.name}" for path in ROOT.glob("notebooks/0*.ipynb")]
     assert len(files) > 50
@@ -35,7 +35,8 @@ def test_every_test_and_every_chapter_is_in_one_part():
     assert len(parts()) == len({*parts()})
 
 
-def test_one_part_fails_and_the_others_are_run(tmp_path: Path, capsys):
+@pytest.mark.slow
+def test_failing_part_does_not_stop_the_others(tmp_path: Path, capsys):
     texts = {"bad": "def test_it(): assert 1 == 2", "good": "def test_it(): pass", "none": ""}
     for name, text in texts.items():
         (tmp_path / f"test_{name}.py").write_text(text)
@@ -48,8 +49,9 @@ def test_one_part_fails_and_the_others_are_run(tmp_path: Path, capsys):
     assert main([names[1]]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stop", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_what_runs_cleans_up_when_the_whole_is_stopped(tmp_path: Path, stop, status):
+def test_stopped_run_lets_its_tests_clean_up(tmp_path: Path, stop, status):
     (tmp_path / "test_long.py").write_text(LONG)
     command = [sys.executable, "-m", "tests", str(tmp_path / "test_long.py")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -61,7 +63,8 @@ def test_what_runs_cleans_up_when_the_whole_is_stopped(tmp_path: Path, stop, sta
     assert (tmp_path / "cleaned").exists()
 
 
-def test_a_server_that_was_left_behind_holds_nobody_up(tmp_path: Path, capsys):
+@pytest.mark.slow
+def test_process_left_behind_does_not_block_the_run(tmp_path: Path, capsys):
     text = "import subprocess\n\ndef test_it():\n    print(subprocess.Popen(['sleep', '60']).pid)\n"
     (tmp_path / "test_left.py").write_text(text + "    raise SystemError\n")
     began = time.monotonic()
@@ -71,7 +74,7 @@ def test_a_server_that_was_left_behind_holds_nobody_up(tmp_path: Path, capsys):
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "two", ""])
-def test_jobs(jobs: str, capsys):
+def test_rejects_wrong_number_of_jobs(jobs: str, capsys):
     with pytest.raises(SystemExit):
         main([f"--jobs={jobs}"])
     assert capsys.readouterr().err == f"error: JOBS={jobs}: use a whole number, 1 or more\n"
