@@ -1,7 +1,7 @@
 """A local server that speaks the Hugging Face Hub's protocol for one repository.
 
-What `huggingface_hub` 1.17 uses: model info, the tree with hashes, HEAD with ETag and commit, GET
-with ranges. It can cut transfers in the middle, refuse, or send wrong bytes, as asked.
+It answers the requests of `huggingface_hub` 1.17: model info, the tree with hashes, HEAD with ETag
+and commit, GET with ranges. On demand it cuts transfers, rejects requests or sends wrong bytes.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ LFS_FROM = 100_000
 class Hub:
     """Serves `folder` as `repo` at `revision` on a free loopback port.
 
-    Set `cut_after` to end each transfer of a large file after so many bytes, `status` to answer
+    Set `cut_after` to end each transfer of a large file after that many bytes, `status` to answer
     every request with that status, `corrupt` to flip a byte of large files. `ranges` lists the
-    Range headers seen on large files, `sent` counts their bytes, `tokens` the tokens seen.
+    Range headers for large files, `sent` counts their bytes, `tokens` holds the tokens received.
     """
 
     def __init__(self, folder: Path, repo: str, revision: str) -> None:
@@ -32,13 +32,8 @@ class Hub:
         self.tokens: set[str | None] = set()
         self.requests: list[str] = []
         self.sent = 0
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -50,7 +45,7 @@ class Hub:
         self._server.server_close()
 
     def hashes(self, path: Path) -> tuple[str, str | None]:
-        """git's blob hash, and SHA-256 if the file is an LFS object."""
+        """Return git's blob hash, and SHA-256 if the file is an LFS object."""
         data = path.read_bytes()
         blob = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
         return blob, hashlib.sha256(data).hexdigest() if len(data) >= LFS_FROM else None
@@ -87,20 +82,22 @@ class _Handler(BaseHTTPRequestHandler):
         api = f"/api/models/{hub.repo}"
         path = self.path.split("?")[0]
         if hub.status:
-            self._json({"error": "refused"}, hub.status)
+            self._send_json({"error": "rejected"}, hub.status)
         elif path == f"{api}/revision/{hub.revision}":
             siblings = [{"rfilename": entry["path"]} for entry in hub.tree()]
-            self._json({"id": hub.repo, "sha": hub.revision, "siblings": siblings})
+            self._send_json({"id": hub.repo, "sha": hub.revision, "siblings": siblings})
         elif path == f"{api}/tree/{hub.revision}":
-            self._json(hub.tree())
+            self._send_json(hub.tree())
         elif match := re.fullmatch(rf"/{hub.repo}/resolve/{hub.revision}/([\w.-]+)", path):
-            self._file(hub.folder / match.group(1), body)
+            self._send_file(hub.folder / match.group(1), body)
         elif path.startswith((api, f"/{hub.repo}/")):
-            self._json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            self._send_json({"error": "Invalid rev id"}, 404, {"X-Error-Code": "RevisionNotFound"})
         else:
-            self._json({"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"})
+            self._send_json(
+                {"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"}
+            )
 
-    def _json(self, value, status: int = 200, headers: dict | None = None) -> None:
+    def _send_json(self, value, status: int = 200, headers: dict | None = None) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
         for name, text in (headers or {}).items():
@@ -111,10 +108,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _file(self, path: Path, body: bool) -> None:
+    def _send_file(self, path: Path, body: bool) -> None:
         hub = self.hub
         if not path.is_file():
-            self._json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            self._send_json({"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"})
             return
         blob, sha256 = hub.hashes(path)
         data = path.read_bytes()
@@ -143,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(data[start : start + hub.cut_after])
                 hub.sent += len(data[start : start + hub.cut_after])
                 self.wfile.flush()
-                hub.status = 503  # and from now on there is no server any more
+                hub.status = 503  # for all later requests
                 self.close_connection = True
                 return
             hub.sent += len(data) - start

@@ -1,6 +1,6 @@
-"""The images, built for real, once. Without Docker or podman all of this is skipped, loudly.
+"""The images, built once for all tests. Without Docker or podman these tests are skipped.
 
-CI sets REQUIRE_DOCKER=1: there a missing engine is a failure.
+CI sets REQUIRE_DOCKER=1: there a missing container runtime is a failure.
 """
 
 import os
@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     except UserError as error:
         if os.environ.get("REQUIRE_DOCKER"):
             raise
-        skip = pytest.mark.skip(reason=f"no container engine: {error}")
+        skip = pytest.mark.skip(reason=f"no container runtime: {error}")
         for item in items:
             if Path(__file__).parent in item.path.parents:
                 item.add_marker(skip)
@@ -45,7 +45,7 @@ def lean(smollm2: Path) -> str:
 
 @pytest.fixture(scope="session")
 def bare(smollm2: Path) -> str:
-    """The same without weights."""
+    """The image without torch and without weights."""
     return build_image(APP, smollm2, tag="bare-test", target="cpu-lean", baked=False)
 
 
@@ -64,6 +64,6 @@ def container(lean: str) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+def remove_container(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     docker("rm", "--force", container_name(APP), check=False)

@@ -1,4 +1,4 @@
-"""What is in the images, and what is not."""
+"""The content of the images."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def inside(image: str, command: str) -> str:
 
 
 @pytest.mark.parametrize(("kind", "most"), [("lean", 550), ("full", 1250)])
-def test_it_is_small(kind, most, request):
+def test_size_limit(kind, most, request):
     image = request.getfixturevalue(kind)
     parts = bytes_by_part(image)
     report = {image: {"parts": dict(parts), "total": parts.total()}}
@@ -27,32 +27,32 @@ def test_it_is_small(kind, most, request):
 
 
 @pytest.mark.parametrize("kind", ["lean", "full"])
-def test_it_holds_no_tool_no_cache_and_no_secret(kind, request):
+def test_image_has_no_tool_cache_or_secret(kind, request):
     image = request.getfixturevalue(kind)
     assert not inside(image, "command -v gcc cc make pip pip3 curl wget git ssh gpg javac || true")
-    found = inside(
+    unwanted = inside(
         image,
         "find / -xdev \\( -name '*.a' -o -name '*.h' -o -path '*/tests/*.py' -o -name '*.pem' "
         "-o -name 'id_rsa*' -o -name '.netrc' -o -name '.git' -o -name '*.whl' "
         "-o -path '/root/.cache/*' -o -path '/var/lib/apt/lists/*_*' \\) 2>/dev/null "
         "| grep -v -e certifi/cacert.pem -e grpc/_cython || true",
     )
-    assert not found
+    assert not unwanted
     history = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image)
     assert not re.search(r"token|password|secret|key=", history, re.IGNORECASE)
-    # Nothing that a program of another user could become root with.
+    # No setuid program, with which another user could become root.
     assert not inside(
         image, "find / -xdev -perm -4000 -user root -path '/opt/*' 2>/dev/null || true"
     )
 
 
-def test_bytecode_is_there_for_what_is_imported_and_no_more(full):
+def test_bytecode_of_imported_modules_only(full):
     count = "find /opt/venv -name '*.{}' | wc -l"
     sources, compiled = (int(inside(full, count.format(kind))) for kind in ("py", "pyc"))
     assert 500 < compiled < sources / 2
 
 
-def test_the_lean_image_has_no_torch(lean):
+def test_lean_image_has_no_torch(lean):
     packages = inside(lean, "ls /opt/venv/lib/python3.11/site-packages").split()
     assert "openvino" in packages and "transformers" not in packages
     assert (

@@ -1,4 +1,4 @@
-"""What `deploy.vertex push` refuses before it asks a registry: images Vertex AI could not run."""
+"""Images that `deploy.vertex push` rejects, because Vertex AI could not run them."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ APP, TAG = "foreign", "pro"
 
 @pytest.fixture
 def load() -> Iterator[Callable]:
-    """Give the engine an image without files, made by hand: any architecture, any labels."""
+    """Load an empty image with a given architecture and labels into the container runtime."""
 
     def load_image(architecture: str, labels: dict[str, str] | None) -> None:
         layer = io.BytesIO()
@@ -49,34 +49,34 @@ def load() -> Iterator[Callable]:
     docker("image", "rm", image_name(APP, TAG), check=False)
 
 
-def test_another_architecture(load):
+def test_rejects_another_architecture(load):
     load("arm64", {WEIGHTS_LABEL: "baked"})
-    said = []
+    reports = []
     with pytest.raises(UserError, match=r"foreign:pro is for arm64, and .* are amd64"):
-        push(load_settings(project="a-project"), APP, TAG, said.append)
-    assert said == []
+        push(load_settings(project="a-project"), APP, TAG, reports.append)
+    assert reports == []
 
 
-def test_no_weights_and_nowhere_to_get_them_from(load):
+def test_rejects_image_without_weights_and_artifact_uri(load):
     load("amd64", {WEIGHTS_LABEL: "none"})
-    said = []
+    reports = []
     with pytest.raises(UserError, match=r"artifact_uri: none given, and .*foreign:pro has no wei"):
-        push(load_settings(project="a-project"), APP, TAG, said.append)
-    assert said == []
+        push(load_settings(project="a-project"), APP, TAG, reports.append)
+    assert reports == []
 
 
-def test_weights_in_it_and_elsewhere_too(load):
-    """The container would serve those in it, and nobody would see that the others are not used."""
+def test_rejects_image_with_weights_and_artifact_uri(load):
+    """The container would serve its own weights and silently ignore the others."""
     load("amd64", {WEIGHTS_LABEL: "baked"})
-    said = []
+    reports = []
     settings = load_settings(project="a-project", artifact_uri="gs://bucket/folder")
-    wanted = (
+    message = (
         r"artifact_uri: gs://bucket/folder given, and .*foreign:pro has weights in it.* build it "
         r"without: `make build-pro APP=foreign BAKED=no`"
     )
-    with pytest.raises(UserError, match=wanted):
-        push(settings, APP, TAG, said.append)
-    assert said == []
+    with pytest.raises(UserError, match=message):
+        push(settings, APP, TAG, reports.append)
+    assert reports == []
 
 
 @pytest.mark.parametrize(
@@ -87,16 +87,17 @@ def test_weights_in_it_and_elsewhere_too(load):
         (None,) * 2,
     ],
 )
-def test_the_others_get_to_the_registry(load, monkeypatch, labels, artifact_uri):
-    """To one that nobody serves: port 9 of this machine."""
+def test_pushes_other_images(load, monkeypatch, labels, artifact_uri):
+    """The registry is port 9 of this machine, where no server listens."""
     monkeypatch.setenv("VERTEX_REGISTRY", "127.0.0.1:9")
     load("amd64", labels)
-    said = []
+    reports = []
     with pytest.raises(UserError, match=r"push 127\.0\.0\.1:9/a-project/serving/foreign:pro-"):
-        push(load_settings(project="a-project", artifact_uri=artifact_uri), APP, TAG, said.append)
-    assert len(said) == 1 and "foreign:pro" in said[0]
+        settings = load_settings(project="a-project", artifact_uri=artifact_uri)
+        push(settings, APP, TAG, reports.append)
+    assert len(reports) == 1 and "foreign:pro" in reports[0]
 
 
-def test_an_image_that_is_not_there():
+def test_missing_image():
     with pytest.raises(UserError, match=r"there is no image .*foreign:pro; build one with `make b"):
         push(load_settings(project="a-project"), APP, TAG)

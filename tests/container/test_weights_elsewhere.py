@@ -1,22 +1,22 @@
-"""Images without weights, and images on their way: mounted, from Cloud Storage, from a registry."""
+"""Images without weights, which are mounted or in Cloud Storage; and images in a registry."""
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
-import httpx
 import pytest
 import yaml
 
 from deploy.archive.build import build_archive
 from deploy.common.paths import UserError
+from deploy.common.waiting import wait_until
 from deploy.image.push import push_image
 from deploy.image.run import HARDENED, container_name, run_container
 from deploy.image.runtime import container_runtime
-from deploy.torchserve.client import predict
+from deploy.torchserve.client import SAMPLE_REQUEST, predict
+from deploy.torchserve.server import port_holder
 from tests.container.conftest import APP, PORT, docker
-from tests.container.test_container import FRANCE, URL
+from tests.container.test_container import URL
 
 REGISTRY_PORT = 7249
 NETWORK, BUCKETS = "serving-llms-test", "serving-llms-gcs"
@@ -33,7 +33,7 @@ def store(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cloud_storage(lean: str, store: Path):
-    """The stand-in in a container of its own, on a network that leads nowhere else."""
+    """A stand-in for Cloud Storage in a container, on a network without internet access."""
     server = Path(__file__).with_name("gcs_server.py")
     docker("network", "create", "--internal", NETWORK)
     mounts = ["--volume", f"{server}:/gcs_server.py:ro"]
@@ -45,12 +45,12 @@ def cloud_storage(lean: str, store: Path):
     docker("network", "rm", NETWORK)
 
 
-def test_an_archive_is_mounted(bare, store):
+def test_mounted_archive(bare, store):
     run_container(APP, tag="bare-test", port=PORT, store=store)
-    assert "Paris" in predict(URL, FRANCE)["predictions"][0]
+    assert "Tokyo" in predict(URL, SAMPLE_REQUEST)["predictions"][0]
 
 
-def test_without_an_archive_to_mount_it_says_so(bare, tmp_path):
+def test_no_archive_to_mount(bare, tmp_path):
     with pytest.raises(UserError, match=f"has no weights; run `make archive APP={APP}`"):
         run_container(APP, tag="bare-test", port=PORT, store=tmp_path)
     with pytest.raises(UserError, match=r"/models is empty, but should hold one archive"):
@@ -58,10 +58,10 @@ def test_without_an_archive_to_mount_it_says_so(bare, tmp_path):
 
 
 @pytest.mark.parametrize("folder", ["", f"/{APP}"], ids=["archive-in-it", "is-the-archive"])
-def test_an_archive_comes_from_cloud_storage(bare, cloud_storage, folder):
-    """Also from a folder that is itself the archive: what gcloud makes of a new folder's name."""
+def test_archive_from_cloud_storage(bare, cloud_storage, folder):
+    """gcloud copies an archive either into the folder or, if it is new, as the folder."""
     name = run_container(
-        *(APP,),
+        APP,
         tag="bare-test",
         port=PORT,
         environment=cloud_storage | {"AIP_STORAGE_URI": f"gs://artifacts{folder}"},
@@ -69,8 +69,8 @@ def test_an_archive_comes_from_cloud_storage(bare, cloud_storage, folder):
     )
     form = f"{{{{(index .NetworkSettings.Networks {NETWORK!r}).IPAddress}}}}".replace("'", '"')
     address = docker("inspect", "--format", form, name)
-    reply = predict(f"http://{address}:7080/predictions/{APP}", FRANCE)
-    assert "Paris" in reply["predictions"][0]
+    response = predict(f"http://{address}:7080/predictions/{APP}", SAMPLE_REQUEST)
+    assert "Tokyo" in response["predictions"][0]
     assert f"MB from gs://artifacts{folder} in" in docker("logs", name)
 
 
@@ -82,7 +82,7 @@ def test_an_archive_comes_from_cloud_storage(bare, cloud_storage, folder):
         ("gs://unknown", "404"),
     ],
 )
-def test_a_wrong_address_is_named(bare, cloud_storage, uri, message):
+def test_rejects_wrong_storage_uri(bare, cloud_storage, uri, message):
     variables = cloud_storage | {"AIP_STORAGE_URI": uri}
     flags = [part for name, value in variables.items() for part in ("--env", f"{name}={value}")]
     command = [container_runtime(), "run", "--rm", "--network", NETWORK, *HARDENED, *flags, bare]
@@ -106,18 +106,13 @@ def registry(tmp_path: Path):
     }
     (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
     process = subprocess.Popen([program, "serve", tmp_path / "config.yml"])
-    for _ in range(50):
-        try:
-            httpx.get(f"http://{address}/v2/", timeout=2)
-            break
-        except httpx.ConnectError:
-            time.sleep(0.1)
+    wait_until(lambda: port_holder(REGISTRY_PORT), timeout=5)
     yield address
     process.terminate()
     process.wait()
 
 
-def test_pushed_and_pulled(lean, registry):
+def test_push_and_pull(lean, registry):
     address = push_image(APP, f"{registry}/project/serving", "lean-test")
     assert address.startswith(f"{registry}/project/serving/{APP}@sha256:")
     before = docker("image", "inspect", "--format", "{{.Id}}", lean)

@@ -1,4 +1,4 @@
-"""What is in an archive, and what is refused before anything is archived."""
+"""Making archives: their content, and the configurations that are rejected."""
 
 import json
 import zipfile
@@ -23,14 +23,13 @@ from handler.config import (
     parse_app,
 )
 from handler.engine.folder import ModelFolder
-from tests import tiny
 
 TORCH = {"engine": {"name": "transformers"}}
 EXPECTED = {"llm_handler.py", "handler", "weights", "model-config.yaml", "MAR-INF"}
 
 
-def test_a_directory(tiny_llama: Path, tmp_path: Path):
-    archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
+def test_archive_is_a_directory_by_default(model_folder: Path, tmp_path: Path):
+    archive = build_archive("tiny", model_folder, **TORCH, store=tmp_path)
     assert {p.name for p in archive.iterdir()} == EXPECTED
     manifest = json.loads((archive / "MAR-INF" / "MANIFEST.json").read_text())
     assert manifest["model"]["handler"] == "llm_handler.py"
@@ -40,13 +39,13 @@ def test_a_directory(tiny_llama: Path, tmp_path: Path):
     assert copied == sources - {Path("llm_handler.py")}
     assert not list(archive.rglob("__pycache__"))
     weights = next((archive / "weights").glob("*.safetensors"))
-    assert weights.samefile(tiny_llama / weights.name), "a hard link, not a copy"
+    assert weights.samefile(model_folder / weights.name), "a hard link, not a copy"
 
 
 @pytest.mark.parametrize("archive_format", ["zip-store", "default"])
-def test_a_mar(tiny_llama: Path, tmp_path: Path, archive_format: str):
+def test_archive_as_mar_file(model_folder: Path, tmp_path: Path, archive_format: str):
     archive = build_archive(
-        "tiny", tiny_llama, archive_format=archive_format, **TORCH, store=tmp_path
+        "tiny", model_folder, archive_format=archive_format, **TORCH, store=tmp_path
     )
     with zipfile.ZipFile(archive) as mar:
         assert {name.split("/")[0] for name in mar.namelist()} == EXPECTED
@@ -54,14 +53,14 @@ def test_a_mar(tiny_llama: Path, tmp_path: Path, archive_format: str):
     assert compressed == (zipfile.ZIP_STORED if archive_format == "zip-store" else 8)
 
 
-def test_a_second_build_replaces_the_first(tiny_llama: Path, tmp_path: Path):
-    first = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
+def test_second_build_replaces_the_first(model_folder: Path, tmp_path: Path):
+    first = build_archive("tiny", model_folder, **TORCH, store=tmp_path)
     (first / "leftover").write_text("")
-    assert not (build_archive("tiny", tiny_llama, **TORCH, store=tmp_path) / "leftover").exists()
+    assert not (build_archive("tiny", model_folder, **TORCH, store=tmp_path) / "leftover").exists()
 
 
-def test_the_apps_yaml_travels_complete(smollm2: Path, tmp_path: Path):
-    archive = build_archive("smollm2-135m", smollm2, **TORCH, store=tmp_path)
+def test_archive_has_the_complete_configuration(model_folder: Path, tmp_path: Path):
+    archive = build_archive("smollm2-135m", model_folder, **TORCH, store=tmp_path)
     config = yaml.safe_load((archive / "model-config.yaml").read_text())
     expected = app_yaml("smollm2-135m")
     expected["app"]["engine"] |= {"name": "transformers", "chosen": "it was asked for"}
@@ -70,9 +69,9 @@ def test_the_apps_yaml_travels_complete(smollm2: Path, tmp_path: Path):
     assert parse_app(config, "").engine.max_context == 2048
 
 
-def test_random_weights_are_marked(tiny_llama: Path, tmp_path: Path):
+def test_archive_of_random_weights_is_marked(model_folder: Path, tmp_path: Path):
     (folder := tmp_path / "random").mkdir()
-    for path in tiny_llama.iterdir():
+    for path in model_folder.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "SOURCE.json").write_text('{"source": "random weights"}')
     archive = build_archive("tiny", folder, **TORCH, store=tmp_path / "store")
@@ -128,11 +127,11 @@ def test_every_app_is_valid():
         ("{1: 8, app: {title: x}}", r"mine\.yaml: 1: there is no such field"),
     ],
 )
-def test_a_wrong_yaml_is_named(yaml_text, message, tiny_llama, tmp_path, monkeypatch):
+def test_rejects_invalid_yaml(yaml_text, message, model_folder, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(yaml_text)
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
     with pytest.raises((ConfigError, UserError), match=message):
-        build_archive("mine", tiny_llama, **TORCH, store=tmp_path / "store")
+        build_archive("mine", model_folder, **TORCH, store=tmp_path / "store")
     assert not (tmp_path / "store" / "mine").exists()
 
 
@@ -168,7 +167,7 @@ def test_settings_list_is_complete():
 
 
 @pytest.mark.parametrize("name", ["openvino", "transformers"])
-def test_rejects_section_of_the_other_engine(name, tiny_llama, tmp_path, monkeypatch):
+def test_rejects_section_of_the_other_engine(name, model_folder, tmp_path, monkeypatch):
     """Also if the engine's name, or the section, is an override and not in the YAML."""
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
     other = OTHER[name]
@@ -176,41 +175,41 @@ def test_rejects_section_of_the_other_engine(name, tiny_llama, tmp_path, monkeyp
     rejects = pytest.raises(ConfigError, match=rf"mine\.yaml: app\.engine\.{other}: .*name: {name}")
     write_app(tmp_path, {"name": name} | section)
     with rejects:
-        model_config("mine", tiny_llama)
+        model_config("mine", model_folder)
     write_app(tmp_path, {})
     with rejects:
-        model_config("mine", tiny_llama, {"name": name} | section)
+        model_config("mine", model_folder, {"name": name} | section)
     write_app(tmp_path, {"name": name})
     with rejects:
-        model_config("mine", tiny_llama, section)
+        model_config("mine", model_folder, section)
 
 
 @pytest.mark.parametrize(("engine", "field", "value"), SETTINGS)
 def test_override_of_the_name_keeps_sections_of_the_yaml(
-    engine, field, value, tiny_llama, tmp_path, monkeypatch
+    engine, field, value, model_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
     write_app(tmp_path, {engine: {field: value}})
     for name in OTHER:
-        _, config = model_config("mine", tiny_llama, {"name": name})
+        _, config = model_config("mine", model_folder, {"name": name})
         assert config.name == name and getattr(getattr(config, engine), field) == value
 
 
 @pytest.mark.parametrize(("engine", "field", "value"), SETTINGS)
 def test_override_of_one_setting_keeps_the_others(
-    engine, field, value, tiny_llama, tmp_path, monkeypatch
+    engine, field, value, model_folder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
     own = {name: given for e, name, given in SETTINGS if e == engine and name != field}
     write_app(tmp_path, {engine: own})
-    _, config = model_config("mine", tiny_llama, {"name": engine, engine: {field: value}})
+    _, config = model_config("mine", model_folder, {"name": engine, engine: {field: value}})
     section = getattr(config, engine)
     assert {name: getattr(section, name) for name in [*own, field]} == own | {field: value}
 
 
 @pytest.mark.parametrize(("engine", "field", "value"), SETTINGS)
 def test_setting_outside_its_section_is_rejected_with_its_new_place(
-    engine, field, value, tiny_llama, tmp_path, monkeypatch
+    engine, field, value, model_folder, tmp_path, monkeypatch
 ):
     """Where it stood until version 0.1."""
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
@@ -220,36 +219,39 @@ def test_setting_outside_its_section_is_rejected_with_its_new_place(
     )
     write_app(tmp_path, {field: value})
     with pytest.raises(ConfigError, match=message):
-        model_config("mine", tiny_llama)
+        model_config("mine", model_folder)
     write_app(tmp_path, {})
     with pytest.raises(ConfigError, match=message):
-        model_config("mine", tiny_llama, {field: value})
+        model_config("mine", model_folder, {field: value})
 
 
-def test_what_torchserve_knows_is_let_through(tiny_llama, tmp_path, monkeypatch):
+def test_keeps_settings_of_torchserve(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
     own = {"batchSize": 8, "maxBatchDelay": 0, "deviceType": "cpu", "useVenv": False}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own | {"app": {"title": "x"}}))
-    config, _ = model_config("mine", tiny_llama, {"name": "transformers"})
+    config, _ = model_config("mine", model_folder, {"name": "transformers"})
     assert own.items() <= config.items()
 
 
-def test_an_app_name_torchserve_would_refuse(tiny_llama: Path, tmp_path: Path):
+def test_rejects_app_name_with_a_space(model_folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match="allowed regular expression"):
-        build_archive("my model", tiny_llama, **TORCH, store=tmp_path)
+        build_archive("my model", model_folder, **TORCH, store=tmp_path)
 
 
-def test_a_local_folder_in_a_yaml(tiny_llama: Path, tmp_path: Path, monkeypatch):
-    """The whole of a reader's own app."""
-    yaml_text = f"app: {{title: Mine, weights: {{source: local, path: {tiny_llama}}}}}"
+def test_app_with_weights_in_a_local_folder(model_folder: Path, tmp_path: Path, monkeypatch):
+    """The smallest YAML of an app."""
+    yaml_text = f"app: {{title: Mine, weights: {{source: local, path: {model_folder}}}}}"
     (tmp_path / "mine.yaml").write_text(yaml_text)
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
     archive = build_archive("mine", get_weights("mine"), **TORCH, store=tmp_path / "store")
     assert list((archive / "weights").glob("*.safetensors"))
 
 
-def test_a_tokenizer_in_an_older_format_is_converted(tmp_path: Path):
+@pytest.mark.slow
+def test_converts_tokenizer_of_older_format(tmp_path: Path):
     """GPT-2's two files, as repositories held them before `tokenizer.json`."""
+    from tests import tiny
+
     weights = tiny.random_model(tmp_path / "old", tiny.GPT2)
     settings = json.loads((weights / "tokenizer.json").read_text())
     (weights / "tokenizer.json").unlink()
@@ -263,9 +265,10 @@ def test_a_tokenizer_in_an_older_format_is_converted(tmp_path: Path):
     assert not (weights / "tokenizer.json").exists()
 
 
-def test_no_tokenizer_at_all(tiny_llama: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_rejects_folder_without_tokenizer(model_folder: Path, tmp_path: Path):
     (weights := tmp_path / "bare").mkdir()
-    for path in tiny_llama.iterdir():
+    for path in model_folder.iterdir():
         if "tokenizer" not in path.name:
             (weights / path.name).write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="tokenizer"):

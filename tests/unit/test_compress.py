@@ -1,4 +1,4 @@
-"""Joining matrix products changes the shape of the work, not its result."""
+"""Compressing an exported model keeps its outputs."""
 
 from pathlib import Path
 
@@ -9,11 +9,13 @@ from openvino import opset13 as ops
 
 from deploy.archive.compress import compress, merge_matmuls
 
+pytestmark = pytest.mark.slow
+
 CORE = openvino.Core()
 RANDOM = np.random.default_rng(0)
 
 
-def product(x, outputs: int, *, transposed: bool = True):
+def matmul(x, outputs: int, *, transposed: bool = True):
     shape = (outputs, 8) if transposed else (8, outputs)
     weight = openvino.op.Constant(RANDOM.standard_normal(shape).astype(np.float16))
     return ops.matmul(x, ops.convert(weight, "f32"), False, transposed)
@@ -24,22 +26,22 @@ def model_of(make) -> openvino.Model:
     return openvino.Model([ops.result(node) for node in make(x)], [x])
 
 
-def answers(model: openvino.Model) -> list[np.ndarray]:
+def outputs_of(model: openvino.Model) -> list[np.ndarray]:
     x = np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8)
     # In float32 throughout: by default a processor with bfloat16 rounds differently by shape.
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     return list(CORE.compile_model(model, "CPU", exact)(x).values())
 
 
-def products_in(model: openvino.Model) -> int:
+def count_matmuls(model: openvino.Model) -> int:
     return sum(op.get_type_name() == "MatMul" for op in model.get_ops())
 
 
-def test_products_of_one_input_become_one():
-    model = model_of(lambda x: [product(x, 4), product(x, 2), product(x, 6)])
-    before = answers(model)
-    assert merge_matmuls(model) == 3 and products_in(model) == 1
-    after = answers(model)
+def test_matmuls_with_the_same_input_are_merged():
+    model = model_of(lambda x: [matmul(x, 4), matmul(x, 2), matmul(x, 6)])
+    before = outputs_of(model)
+    assert merge_matmuls(model) == 3 and count_matmuls(model) == 1
+    after = outputs_of(model)
     assert [a.shape for a in after] == [(3, 4), (3, 2), (3, 6)]
     for a, b in zip(after, before, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -48,29 +50,29 @@ def test_products_of_one_input_become_one():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda x: [product(x, 4), product(ops.relu(x), 4)],
-        lambda x: [product(x, 4), product(x, 4, transposed=False)],
-        lambda x: [product(x, 4), ops.matmul(x, x, False, True)],
+        lambda x: [matmul(x, 4), matmul(ops.relu(x), 4)],
+        lambda x: [matmul(x, 4), matmul(x, 4, transposed=False)],
+        lambda x: [matmul(x, 4), ops.matmul(x, x, False, True)],
     ],
     ids=["other input", "other layout", "no weight"],
 )
-def test_what_is_left_alone(make):
+def test_other_matmuls_are_not_merged(make):
     model = model_of(make)
-    before = answers(model)
-    assert merge_matmuls(model) == 0 and products_in(model) == 2
-    for a, b in zip(answers(model), before, strict=True):
+    before = outputs_of(model)
+    assert merge_matmuls(model) == 0 and count_matmuls(model) == 2
+    for a, b in zip(outputs_of(model), before, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp16", 1e-3), ("int8", 0.05)])
-def test_compress_writes_a_model_that_answers_alike(
+def test_compressed_model_has_nearly_the_same_outputs(
     precision: str, tolerance: float, tmp_path: Path
 ):
-    model = model_of(lambda x: [product(x, 64), product(x, 64)])
-    before = answers(model)
+    model = model_of(lambda x: [matmul(x, 64), matmul(x, 64)])
+    before = outputs_of(model)
     openvino.save_model(model, tmp_path / "source.xml", compress_to_fp16=False)
     compress(tmp_path / "source.xml", tmp_path / "target.xml", precision, 64)
     made = CORE.read_model(tmp_path / "target.xml")
-    assert products_in(made) == 1
-    for a, b in zip(answers(made), before, strict=True):
+    assert count_matmuls(made) == 1
+    for a, b in zip(outputs_of(made), before, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())

@@ -1,4 +1,4 @@
-"""Choosing an engine, and making its files."""
+"""Choosing an engine, and exporting a model for it."""
 
 import importlib.util
 import json
@@ -18,8 +18,10 @@ from handler.config import EngineConfig, OpenVINOConfig, load_app
 from handler.engine.folder import ModelFolder
 from tests import tiny
 
+pytestmark = pytest.mark.slow
 
-def test_which_engine(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path):
+
+def test_choice_of_the_engine(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path):
     def choose(**settings) -> tuple[str, str]:
         return choose_engine(EngineConfig(**settings), tiny_llama, tmp_path)
 
@@ -39,7 +41,7 @@ def test_which_engine(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_pat
     assert choose() == ("transformers", "OpenVINO is not installed")
 
 
-def test_no_export_that_does_not_fit_into_memory(
+def test_chooses_transformers_if_the_export_does_not_fit_into_memory(
     monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -49,11 +51,11 @@ def test_no_export_that_does_not_fit_into_memory(
     assert re.fullmatch(r"exporting for OpenVINO takes \d.\d GB of memory and 0.0 are free", why)
     export(tiny_llama, EngineConfig(), tmp_path)
     assert choose_engine(EngineConfig(), tiny_llama, tmp_path)[0] == "openvino", (
-        "it is made already"
+        "the export exists already"
     )
 
 
-def test_an_export_is_made_once_and_again_for_other_settings(tiny_llama: Path, tmp_path: Path):
+def test_export_is_made_once_for_each_setting(tiny_llama: Path, tmp_path: Path):
     first = export(tiny_llama, EngineConfig(), tmp_path)
     stamp = (first / EXPORTED).stat().st_mtime_ns
     assert export(tiny_llama, EngineConfig(threads=1), tmp_path) == first
@@ -65,7 +67,7 @@ def test_an_export_is_made_once_and_again_for_other_settings(tiny_llama: Path, t
     assert not list(tmp_path.glob("*.unfinished"))
 
 
-def test_an_archive_holds_the_export_instead_of_the_weights(tiny_llama: Path, tmp_path: Path):
+def test_archive_holds_the_export_instead_of_the_weights(tiny_llama: Path, tmp_path: Path):
     archive = build_archive("tiny", tiny_llama, engine={"name": "openvino"}, store=tmp_path)
     names = {p.name for p in (archive / "weights").iterdir()}
     assert {EXPORTED, "openvino_model.bin", "tokenizer.json", "config.json"} <= names
@@ -74,7 +76,7 @@ def test_an_archive_holds_the_export_instead_of_the_weights(tiny_llama: Path, tm
     assert (config["name"], config["chosen"]) == ("openvino", "it was asked for")
 
 
-def test_a_model_that_cannot_be_exported(tiny_llama: Path, tmp_path: Path):
+def test_rejects_model_that_cannot_be_exported(tiny_llama: Path, tmp_path: Path):
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in tiny_llama.iterdir():
@@ -86,8 +88,8 @@ def test_a_model_that_cannot_be_exported(tiny_llama: Path, tmp_path: Path):
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
 
-def test_what_a_folder_says_about_itself(smollm2: Path):
-    """Against transformers' own reading of the same files."""
+def test_model_folder_agrees_with_transformers(smollm2: Path):
+    """transformers reads the same files."""
     from transformers import AutoTokenizer
 
     folder, reference = ModelFolder(smollm2), AutoTokenizer.from_pretrained(smollm2)
@@ -107,7 +109,7 @@ def test_what_a_folder_says_about_itself(smollm2: Path):
     assert folder.end_tokens(["<|endoftext|>"]) == {0, 2}
 
 
-def test_a_template_that_writes_the_start_token_does_not_get_two(tiny_llama: Path, tmp_path: Path):
+def test_start_token_of_the_chat_template_is_not_added_twice(tiny_llama: Path, tmp_path: Path):
     tokenizer = tiny.ascii_tokenizer()
     tokenizer.chat_template = "{{ bos_token }}{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(tmp_path)
@@ -128,6 +130,6 @@ def test_a_template_that_writes_the_start_token_does_not_get_two(tiny_llama: Pat
     assert folder.encode(prompt).count(0) == 1
 
 
-def test_the_apps_choose_for_themselves():
+def test_apps_leave_the_choice_of_the_engine_open():
     for name in ("smollm2-135m", "gpt2", "dolly-v2-3b"):
         assert load_app(name).engine.name == "auto"

@@ -1,4 +1,4 @@
-"""What an image is made of, without an engine: names, parts, the build in the cloud, the drain."""
+"""Images, without a container runtime: names, parts, the build in the cloud, the drain."""
 
 import importlib.util
 import re
@@ -21,23 +21,23 @@ from deploy.torchserve import launch
 from deploy.torchserve.launch import java_command, read_properties
 from handler.drain import BUSY, DRAINING, VARIABLE, Drain
 
-DOCKERFILE = DOCKERFILE.read_text()
+DOCKERFILE_TEXT = DOCKERFILE.read_text()
 
 
-def test_without_an_engine_it_says_so(monkeypatch, tmp_path):
+def test_no_container_runtime(monkeypatch, tmp_path):
     monkeypatch.delenv("DOCKER", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="neither docker nor podman is installed"):
         container_runtime()
 
 
-def test_an_engine_that_is_not_there_is_named(monkeypatch, tmp_path):
+def test_container_runtime_that_does_not_exist(monkeypatch, tmp_path):
     monkeypatch.setenv("DOCKER", str(tmp_path / "docker"))
     with pytest.raises(UserError, match="docker cannot be started: No such file or directory"):
         container_runtime()
 
 
-def test_an_engine_that_does_not_work_is_named_with_its_reason(monkeypatch, tmp_path):
+def test_container_runtime_that_does_not_work(monkeypatch, tmp_path):
     program = tmp_path / "docker"
     program.write_text("#!/bin/sh\necho 'Cannot connect to the Docker daemon' >&2; exit 1\n")
     program.chmod(0o755)
@@ -47,8 +47,8 @@ def test_an_engine_that_does_not_work_is_named_with_its_reason(monkeypatch, tmp_
 
 
 @pytest.fixture
-def empty_engine(monkeypatch, tmp_path):
-    """An engine that works and has no image; what else it is asked for, it refuses."""
+def empty_runtime(monkeypatch, tmp_path):
+    """A container runtime without images, which fails at every command but `version`."""
     program = tmp_path / "docker"
     program.write_text('#!/bin/sh\n[ $1 = version ] || { echo "raw words: $*" >&2; exit 1; }\n')
     program.chmod(0o755)
@@ -71,8 +71,8 @@ def empty_engine(monkeypatch, tmp_path):
         ("nope", "`make build-dev APP=gpt2` or `make build-pro APP=gpt2`"),
     ],
 )
-def test_without_an_image_it_says_how_to_build_one(
-    empty_engine, capsys, main, arguments, tag, ways
+def test_missing_image_error_says_how_to_build_it(
+    empty_runtime, capsys, main, arguments, tag, ways
 ):
     assert main([*arguments, "--tag", tag]) == 1
     expected = f"error: there is no image serving-llms/gpt2:{tag}; build one with {ways}\n"
@@ -95,16 +95,16 @@ def test_rejects_impossible_port(port, capsys):
     assert f"PORT={port}: use a number from 1024 to 65531" in capsys.readouterr().err
 
 
-def test_the_command_that_builds_an_image_without_weights():
+def test_how_to_build_an_image_without_weights():
     assert how_to_build("gpt2", "pro", "BAKED=no") == "`make build-pro APP=gpt2 BAKED=no`"
 
 
 @pytest.mark.parametrize("config", [{}, {"Labels": None}, {"Labels": {}}])
-def test_an_image_without_labels(config):
+def test_labels_of_an_image_without_labels(config):
     assert labels_of({"Config": config}) == {}
 
 
-def test_the_makefile_has_a_target_for_each_tag_that_is_named():
+def test_makefile_builds_each_tag():
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\nbuild-{tag}: " in makefile for tag in TAGS)
 
@@ -124,11 +124,11 @@ def test_the_makefile_has_a_target_for_each_tag_that_is_named():
         ("usr/lib/x86_64-linux-gnu/libc.so.6", REST),
     ],
 )
-def test_parts_of_an_image(path, part):
+def test_part_of_a_path(path, part):
     assert part_of(path) == part
 
 
-def test_the_report_names_every_part_that_is_there():
+def test_report_table_has_every_part():
     parts = Counter({"torch": 2_000_000, REST: 1_000_000})
     shown = table({"x": {"parts": dict(parts), "total": 3_000_000, "without_weights": 3_000_000}})
     assert [line.split()[0] for line in shown.splitlines()] == [
@@ -137,24 +137,24 @@ def test_the_report_names_every_part_that_is_there():
     assert not set(parts) - {*PARTS, REST}
 
 
-def test_the_dockerfile_has_the_targets_and_arguments_that_are_asked_for():
-    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
+def test_dockerfile_has_the_targets_and_arguments():
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE_TEXT, re.MULTILINE))
     assert stages >= set(TARGETS)
     for target in TARGETS:
-        assert f"serving-llms.target={target} " in DOCKERFILE
-    assert "ARG APP=" in DOCKERFILE and "ARG WEIGHTS=baked" in DOCKERFILE
+        assert f"serving-llms.target={target} " in DOCKERFILE_TEXT
+    assert "ARG APP=" in DOCKERFILE_TEXT and "ARG WEIGHTS=baked" in DOCKERFILE_TEXT
 
 
-def test_what_the_dockerfile_copies_is_in_the_context():
+def test_context_holds_what_the_dockerfile_copies():
     kept = (ROOT / "docker" / "Dockerfile.dockerignore").read_text()
     kept = [line[1:] for line in kept.splitlines() if line.startswith("!")]
-    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE):
+    for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE_TEXT, re.MULTILINE):
         for path in line.split():
             assert (ROOT / path).exists(), path
             assert any(path == k or path.startswith(f"{k}/") for k in kept), path
 
 
-def test_the_build_in_the_cloud_is_the_build_here():
+def test_cloud_build_uses_the_same_targets_and_arguments():
     cloud = yaml.safe_load((ROOT / "deploy" / "vertex" / "cloudbuild.yaml").read_text())
     _, build = cloud["steps"]
     named = set(re.findall(r"--build-arg=(\w+)", " ".join(build["args"])))
@@ -163,7 +163,7 @@ def test_the_build_in_the_cloud_is_the_build_here():
     assert all(step["name"].count(":latest") == 0 for step in cloud["steps"])
 
 
-def test_the_command_and_its_configuration():
+def test_java_command_and_configuration():
     settings = read_properties(ROOT / "docker" / "config.properties")
     assert settings["inference_address"] == "http://0.0.0.0:$$AIP_HTTP_PORT$$"
     loopback = ("management_address", "metrics_address")
@@ -192,7 +192,7 @@ def archive_in(folder: Path, manifest: str = '{"model": {"modelName": "gpt2"}}')
     (folder / "llm_handler.py").touch()
 
 
-def test_layouts_of_a_store(serve, tmp_path):
+def test_layouts_of_a_model_store(serve, tmp_path):
     archive_in(tmp_path / "parent" / "gpt2")
     assert serve.by_name(tmp_path / "parent") == tmp_path / "parent"
     assert serve.only_archive(tmp_path / "parent") == "gpt2"
@@ -210,30 +210,30 @@ def test_layouts_of_a_store(serve, tmp_path):
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"model": {"modelName": 1}}'])
-def test_an_archive_without_a_name_is_refused(serve, tmp_path, manifest):
+def test_rejects_archive_without_a_name(serve, tmp_path, manifest):
     archive_in(tmp_path / "itself", manifest)
     with pytest.raises(ValueError, match=r"MANIFEST\.json: model\.modelName cannot be read"):
         serve.by_name(tmp_path / "itself")
 
 
-def test_scripts_of_the_image_can_be_run():
+def test_scripts_are_executable():
     for name in ("docker/ready", ".ci/run", ".ci/base-image"):
         assert (ROOT / name).stat().st_mode & stat.S_IXUSR, name
 
 
-def test_the_drain_keeps_busy_in_step(monkeypatch, tmp_path):
+def test_drain_reports_whether_it_is_busy(monkeypatch, tmp_path):
     (tmp_path / BUSY).touch()  # a worker died
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     drain = Drain()
     assert not (tmp_path / BUSY).exists() and not drain.requested()
-    for active, there in ((2, True), (1, True), (0, False), (0, False), (3, True)):
+    for active, busy in ((2, True), (1, True), (0, False), (0, False), (3, True)):
         drain.report(active)
-        assert (tmp_path / BUSY).exists() == there
+        assert (tmp_path / BUSY).exists() == busy
     (tmp_path / DRAINING).touch()
     assert drain.requested()
 
 
-def test_without_the_variable_nothing_is_written(monkeypatch, tmp_path):
+def test_drain_writes_nothing_without_the_variable(monkeypatch, tmp_path):
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     drain = Drain()

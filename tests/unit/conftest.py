@@ -1,0 +1,28 @@
+"""Fixtures of the unit tests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A folder in Hugging Face layout, made without torch. It can be archived, but not served."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights, name = "model-00001-of-00001.safetensors", "lm_head.weight"
+    save_file({name: np.zeros((4, 4), np.float16)}, folder / weights)
+    alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    Tokenizer(models.BPE(alphabet, [])).save(str(folder / "tokenizer.json"))
+    for file, content in {
+        "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        "generation_config.json": {},
+        "model.safetensors.index.json": {"weight_map": {name: weights}},
+        "tokenizer_config.json": {},
+    }.items():
+        (folder / file).write_text(json.dumps(content))
+    return folder
