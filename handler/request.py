@@ -126,7 +126,7 @@ class _Input(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _reject_null(cls, value: Any) -> Any:
-        """A field that is not given is None afterwards; a client leaves it out."""
+        # None stands for "not given" here. A client leaves such a field out.
         if value is None:
             raise PydanticCustomError("null", "is null")
         return value
@@ -151,81 +151,63 @@ StopString = Annotated[
     Field(min_length=1, max_length=100),
     Rule("a string of {min_length} to {max_length} characters"),
 ]
+StopStrings = Annotated[
+    list[StopString],
+    Field(max_length=8, fail_fast=True),
+    BeforeValidator(_listed),
+    Rule("a string, or a list of up to {max_length}"),
+]
 
 
 class Parameters(_Input):
     """What shapes one completion. A field that is not given falls back to the app's default."""
 
-    max_new_tokens: (
-        Annotated[
-            WholeNumber,
-            Field(ge=1),
-            AppLimit("max_new_tokens"),
-            Doc("The most tokens to generate."),
-        ]
-        | None
-    ) = None
-    temperature: (
-        Annotated[
-            float,
-            ZeroOrAtLeast(0.01),  # dividing logits by less overflows
-            Field(le=2),
-            Rule("0, or a number from {ge} to {le}"),
-            Doc("0 takes the likeliest token (greedy). Higher values vary the text more."),
-        ]
-        | None
-    ) = None
-    top_p: (
-        Annotated[
-            float,
-            Field(gt=0, le=1),
-            Rule("a number over {gt}, at most {le}"),
-            Doc("Draw from the likeliest tokens that together have this probability."),
-        ]
-        | None
-    ) = None
-    top_k: (
-        Annotated[
-            WholeNumber,
-            Field(ge=0, le=1_000_000),
-            Doc("Draw from this many of the likeliest tokens; 0 is all."),
-        ]
-        | None
-    ) = None
-    repetition_penalty: (
-        Annotated[
-            float,
-            Field(ge=0.1, le=10),
-            Doc("Values over 1 make tokens that occurred before less likely."),
-        ]
-        | None
-    ) = None
-    stop: (
-        Annotated[
-            list[StopString],
-            Field(max_length=8, fail_fast=True),
-            BeforeValidator(_listed),
-            Rule("a string, or a list of up to {max_length}"),
-            Doc("Ends the completion before the first of these.", default="none"),
-        ]
-        | None
-    ) = None
-    seed: (
-        Annotated[
-            WholeNumber,
-            Field(ge=0, le=2**63 - 1),
-            Doc("The same seed gives the same completion.", default="random"),
-        ]
-        | None
-    ) = None
-    ignore_eos: Annotated[bool, Doc("Continue after the end token; for benchmarks.")] | None = None
-    return_full_text: (
-        Annotated[
-            bool,
-            Doc("Begin the prediction with the prompt.", default="true for plain text, else false"),
-        ]
-        | None
-    ) = None
+    max_new_tokens: Annotated[
+        WholeNumber | None,
+        Field(ge=1),
+        AppLimit("max_new_tokens"),
+        Doc("The most tokens to generate."),
+    ] = None
+    temperature: Annotated[
+        float | None,
+        ZeroOrAtLeast(0.01),  # dividing logits by less overflows
+        Field(le=2),
+        Rule("0, or a number from {ge} to {le}"),
+        Doc("0 takes the likeliest token (greedy). Higher values vary the text more."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        Field(gt=0, le=1),
+        Rule("a number over {gt}, at most {le}"),
+        Doc("Draw from the likeliest tokens that together have this probability."),
+    ] = None
+    top_k: Annotated[
+        WholeNumber | None,
+        Field(ge=0, le=1_000_000),
+        Doc("Draw from this many of the likeliest tokens; 0 is all."),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        Field(ge=0.1, le=10),
+        Doc("Values over 1 make tokens that occurred before less likely."),
+    ] = None
+    stop: Annotated[
+        StopStrings | None,
+        Doc("Ends the completion before the first of these.", default="none"),
+    ] = None
+    seed: Annotated[
+        WholeNumber | None,
+        Field(ge=0, le=2**63 - 1),
+        Doc("The same seed gives the same completion.", default="random"),
+    ] = None
+    ignore_eos: Annotated[
+        bool | None,
+        Doc("Continue after the end token; for benchmarks."),
+    ] = None
+    return_full_text: Annotated[
+        bool | None,
+        Doc("Begin the prediction with the prompt.", default="true for plain text, else false"),
+    ] = None
 
 
 class SharedParameters(Parameters):
@@ -243,20 +225,20 @@ class Message(_Input):
     content: str
 
 
+Conversation = Annotated[
+    list[Message],
+    Field(min_length=1, max_length=100, fail_fast=True),
+    Rule("a list of {min_length} to {max_length} messages"),
+]
+
+
 class InstanceBody(_Input):
     """One prompt, or one conversation."""
 
     rule = 'a string, {"prompt": ...} or {"messages": [...]}'
 
     prompt: str | None = None
-    messages: (
-        Annotated[
-            list[Message],
-            Field(min_length=1, max_length=100, fail_fast=True),
-            Rule("a list of {min_length} to {max_length} messages"),
-        ]
-        | None
-    ) = None
+    messages: Conversation | None = None
     parameters: Parameters = Parameters()
 
     @model_validator(mode="before")
@@ -475,6 +457,6 @@ def parameter_table(model: type[Parameters] = SharedParameters) -> str:
         if get_origin(kind) is list:
             value += f", each {_rule(*_declaration(get_args(kind)[0]), app.limits)}"
         doc = next(item for item in metadata if isinstance(item, Doc))
-        number = json.dumps(defaults.get(name, field.default)).removesuffix(".0")
-        lines.append(f"| `{name}` | {value} | {doc.default or number} | {doc.effect} |")
+        default = doc.default or json.dumps(defaults.get(name, field.default)).removesuffix(".0")
+        lines.append(f"| `{name}` | {value} | {default} | {doc.effect} |")
     return "\n".join(lines)

@@ -5,15 +5,16 @@ are sent as JSON. Limits are those of handler/apps/defaults.yaml; contexts are t
 """
 
 import json
+from typing import Any
 
 OK = {"instances": ["good"], "parameters": {"max_new_tokens": 2}}
 
 
-def _with(**parameters) -> dict:
+def _with(**parameters: Any) -> dict[str, Any]:
     return {"instances": ["a"], "parameters": parameters}
 
 
-def _own(**parameters) -> dict:
+def _own(**parameters: Any) -> dict[str, Any]:
     return {"instances": ["fine", {"prompt": "a", "parameters": parameters}]}
 
 

@@ -117,7 +117,7 @@ def test_accepts_whole_doubles_as_whole_numbers():
 class NarrowParameters(Parameters):
     """One range is declared anew."""
 
-    top_p: Annotated[float, Field(ge=0.25, le=0.5), Doc("As before.")] | None = None
+    top_p: Annotated[float | None, Field(ge=0.25, le=0.5), Doc("As before.")] = None
 
 
 def test_check_message_and_table_follow_the_declaration():
