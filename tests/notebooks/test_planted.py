@@ -1,4 +1,4 @@
-"""The checks of the chapters, checked: what should be noticed is."""
+"""The checks of the chapters find planted faults."""
 
 import re
 import subprocess
@@ -18,7 +18,7 @@ QUICK = ROOT / "notebooks" / "02_solutions.ipynb"
 
 @pytest.fixture
 def planted():
-    """Write a notebook beside the real ones, where it finds their modules; gone afterwards."""
+    """Write a changed copy of a notebook beside the real ones, and remove it afterwards."""
     path = ROOT / "notebooks" / "planted.ipynb"
 
     def plant(source: Path, change) -> Path:
@@ -36,13 +36,15 @@ def nbval(path: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_a_chapter_as_it_is_passes(planted):
+@pytest.mark.slow
+def test_accepts_an_unchanged_chapter(planted):
     run = nbval(planted(QUICK, lambda cells: None))
     assert run.returncode == 0, run.stdout
 
 
-def test_a_chapter_that_needs_docker_is_skipped_without_it(monkeypatch):
-    """Named or not: `python -m tests notebooks/05` names its files."""
+@pytest.mark.slow
+def test_skips_chapters_that_need_docker_without_it(monkeypatch):
+    """Also when their files are named, as `python -m tests notebooks/05` does."""
     monkeypatch.setenv("DOCKER", "/nonexistent")
     monkeypatch.delenv("REQUIRE_DOCKER", raising=False)
     run = nbval(ROOT / "notebooks" / "05_solutions.ipynb")
@@ -52,7 +54,8 @@ def test_a_chapter_that_needs_docker_is_skipped_without_it(monkeypatch):
     assert nbval(ROOT / "notebooks" / "05_solutions.ipynb").returncode != 0
 
 
-def test_a_wrong_number_in_an_output(planted):
+@pytest.mark.slow
+def test_finds_a_changed_output(planted):
     def change(cells):
         output = next(o for c in cells for o in c.outputs if "429" in o.get("text", ""))
         output["text"] = output["text"].replace("429", "428")
@@ -61,12 +64,13 @@ def test_a_wrong_number_in_an_output(planted):
     assert run.returncode == 1 and "Cell outputs differ" in run.stdout, run.stdout
 
 
-def test_a_figure_that_lost_a_series(planted):
-    """Pictures are not compared, what is in them is."""
+@pytest.mark.slow
+def test_finds_a_missing_series_in_a_figure(planted):
+    """The content of a figure is compared as text; its pixels are not."""
     path = planted(QUICK, lambda cells: None)
     notebook = nbformat.v4.new_notebook()
     draw = "from benchmarks.report import plots\nfrom course.helpers import result, show\n"
-    draw += "show(plots.serving(result('serving')), 'Everybody.')"
+    draw += "show(plots.serving(result('serving')), 'All systems.')"
     notebook.cells = [nbformat.v4.new_code_cell(draw)]
     NotebookClient(notebook, resources={"metadata": {"path": path.parent}}).execute()
     nbformat.write(notebook, path)
@@ -79,12 +83,12 @@ def test_a_figure_that_lost_a_series(planted):
     assert run.returncode == 1 and "vLLM, bfloat16" in run.stdout, run.stdout
 
 
-def test_a_cell_that_was_not_run(planted):
+def test_finds_a_cell_that_was_not_run(planted):
     def change(cells):
         cells[2].execution_count, cells[2].outputs = None, []
 
     with pytest.raises(AssertionError):
-        policy.test_its_outputs_come_from_one_run_from_top_to_bottom(planted(QUICK, change))
+        policy.test_outputs_come_from_one_linear_run(planted(QUICK, change))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def test_a_cell_that_was_not_run(planted):
         ("second", "print('bye')"),
     ],
 )
-def test_a_server_that_is_left_running(planted, which, instead):
+def test_finds_a_server_that_is_left_running(planted, which, instead):
     def change(cells):
         for cell in cells:
             cell.source = re.sub(rf"\bstop\({which}\)", instead, cell.source)
@@ -106,19 +110,19 @@ def test_a_server_that_is_left_running(planted, which, instead):
     policy.test_every_server_is_stopped(CHAPTER)
 
 
-@pytest.mark.parametrize("cheat", ["# assert enough", "# NBVAL_IGNORE_OUTPUT"])
-def test_a_check_that_is_none(planted, cheat):
+@pytest.mark.parametrize("instead", ["# assert enough", "# NBVAL_IGNORE_OUTPUT"])
+def test_finds_a_missing_assertion(planted, instead):
     def change(cells):
         cell = next(c for c in cells if policy.IGNORED in c.metadata.get("tags", []))
-        cell.source = re.sub(r"^assert .*", cheat, cell.source, flags=re.MULTILINE)
+        cell.source = re.sub(r"^assert .*", instead, cell.source, flags=re.MULTILINE)
 
     path = planted(CHAPTER, change)
     with pytest.raises(AssertionError):
-        policy.test_what_is_not_compared_is_checked(path)
-        policy.test_nothing_is_left_out_by_a_comment(path)
+        policy.test_cells_without_compared_output_assert(path)
+        policy.test_nbval_is_controlled_by_tags_only(path)
 
 
-def test_a_number_in_the_prose(planted):
+def test_finds_a_measured_number_in_prose(planted):
     path = planted(CHAPTER, lambda cells: None)
     notebook = nbformat.read(path, as_version=4)
     notebook.cells[2].source = "It answers after 34 ms."

