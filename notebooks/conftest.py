@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if os.environ.get("REQUIRE_DOCKER"):
             raise
         for item in needy:
-            item.add_marker(pytest.mark.skip(reason=f"no container engine: {error}"))
+            item.add_marker(pytest.mark.skip(reason=f"no container runtime: {error}"))
         ours = [item for item in ours if item not in needy]
     collected.update(item.path for item in ours if item.path.suffix == ".ipynb")
 

@@ -12,6 +12,7 @@ import yaml
 
 import handler.config
 from deploy.archive.build import build_archive
+from deploy.common.waiting import wait_until
 from deploy.torchserve.server import Server
 
 TORCH = {"engine": {"name": "transformers"}}
@@ -134,8 +135,5 @@ def test_worker_with_a_failed_engine_is_replaced(tiny_llama: Path, tmp_path: Pat
         (before,) = server.workers()
         response = httpx.post(server.url, json={"instances": ["abc"]}, timeout=30)
         assert response.status_code in (500, 507), response.text
-        deadline = time.monotonic() + 30
-        while httpx.post(server.url, json=good, timeout=30).status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.25)
+        wait_until(lambda: httpx.post(server.url, json=good, timeout=30).is_success, timeout=30)
         assert server.workers()[0]["pid"] != before["pid"]

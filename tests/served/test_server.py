@@ -16,6 +16,7 @@ import pytest
 from deploy.archive.build import build_archive
 from deploy.archive.pack import FORMATS
 from deploy.common.paths import MODEL_STORE, ROOT
+from deploy.common.waiting import wait_until
 from deploy.torchserve.server import Server, ServerError, port_holder
 from tests.bad_input import OK
 
@@ -89,8 +90,7 @@ def test_killed_java_leaves_no_worker_behind(smollm2: Path, tmp_path: Path):
 
     def kill_java(timeout: float) -> None:
         java = psutil.Process(server.process.pid)
-        while not java.children():
-            time.sleep(0.05)
+        wait_until(java.children, timeout=60, interval=0.05)
         workers.extend(java.children(recursive=True))
         java.kill()
         Server._wait_until_ready(server, timeout)
@@ -192,7 +192,5 @@ def test_killed_starter_leaves_no_server(tiny_llama: Path, tmp_path: Path):
     assert port_holder(7200) and temporary.is_dir()
     starter.kill()
     starter.wait()
-    deadline = time.monotonic() + 30
-    while temporary.exists() or any(port_holder(port) for port in range(7200, 7205)):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    ports = range(7200, 7205)
+    wait_until(lambda: not temporary.exists() and not any(map(port_holder, ports)), timeout=30)
