@@ -15,9 +15,11 @@ BAKED     ?= yes
 CANARY    ?=
 PROJECT   ?=
 REGION    ?=
-VENV      ?= .venv
-JOBS      ?= 2
-PYTHON    ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+# The environment of environment.yml, if it is active, is used as it is.
+CONDA     := $(if $(filter serving-llms,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
+VENV      ?= $(or $(CONDA),.venv)
+JOBS      ?= 3
+PYTHON    ?= $(or $(CONDA:%=%/bin/python),$(shell command -v python3.11 || command -v python3 || echo python3))
 
 PY      := $(VENV)/bin/python
 WEIGHTS := "$(APP)" $(if $(MODEL_DIR),--model-dir "$(MODEL_DIR)") $(if $(SHAPE_ONLY),--shape-only)
@@ -29,7 +31,7 @@ export VENV TORCH
 # times as fast (LOG.md).
 lab chapters notebooks: export OMP_WAIT_POLICY = passive
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check lint unit model archive serve test quality bench bench-peers \
+.PHONY: help setup quickstart check fast lint types unit model archive serve test quality bench bench-peers \
         bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
         chapters site site-check build-dev build-pro run stop delete shell logs push image-report \
         plan deploy test-vertex undeploy cleanup standin rehearse
@@ -47,13 +49,21 @@ quickstart: setup ## Set up, serve APP, send it one request, print the response,
 check: setup lint ## Set up and pass every check (JOBS=2 at a time)
 	@exec $(PY) -m tests --jobs "$(JOBS)"
 
-lint: setup ## ruff and hadolint
+fast: lint types ## Lint, types and the quick tests: what to run while you work (30 seconds)
+	@$(PY) -m pytest -q tests/unit tests/notebooks -m "not slow and not served"
+
+lint: setup ## Check style, Dockerfile, layers of imports and declared dependencies
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/hadolint docker/Dockerfile
+	@$(VENV)/bin/lint-imports
+	@$(VENV)/bin/deptry .
 
-unit: setup ## pytest
-	@$(PY) -m pytest
+types: setup ## Check types (mypy)
+	@$(VENV)/bin/mypy
+
+unit: setup ## Run tests/unit (PYTEST="-k name" for some of them)
+	@$(PY) -m pytest tests/unit --durations=20 $(PYTEST)
 
 chapters: setup ## Run every chapter and compare its outputs (pytest --nbval)
 	@env -u APP $(PY) -m pytest --nbval notebooks

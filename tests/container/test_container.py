@@ -18,6 +18,8 @@ from deploy.image.runtime import container_runtime
 from deploy.torchserve.client import SAMPLE_REQUEST, predict, stream
 from tests.container.conftest import APP, PORT, docker
 
+pytestmark = pytest.mark.slow
+
 URL = f"http://127.0.0.1:{PORT}/predictions/{APP}"
 LONG = {
     "instances": ["Once upon a time"],

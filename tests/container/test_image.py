@@ -11,6 +11,8 @@ from tests.container.conftest import docker
 from tools.lock import IMAGE_LOCKS, IMAGES, LOCK
 from tools.setup_env import locked_blocks
 
+pytestmark = pytest.mark.slow
+
 LOCKED = locked_blocks(LOCK.read_text())
 
 

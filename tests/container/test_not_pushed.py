@@ -16,6 +16,8 @@ from deploy.vertex.commands import push
 from deploy.vertex.config import load_settings
 from tests.container.conftest import docker
 
+pytestmark = pytest.mark.slow
+
 APP, TAG = "foreign", "pro"
 
 

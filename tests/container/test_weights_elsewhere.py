@@ -18,6 +18,8 @@ from deploy.torchserve.server import port_holder
 from tests.container.conftest import APP, PORT, docker
 from tests.container.test_container import URL
 
+pytestmark = pytest.mark.slow
+
 REGISTRY_PORT = 7249
 NETWORK, BUCKETS = "serving-llms-test", "serving-llms-gcs"
 

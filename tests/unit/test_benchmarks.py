@@ -11,6 +11,8 @@ from aiohttp import web
 from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
 from benchmarks.report import labels, tables
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 5
 
 

@@ -178,6 +178,7 @@ def test_what_a_replica_carries_grows_up_to_what_was_measured(traffic, replica):
     assert carried[max(carried)] == pytest.approx(max(measured.values()))
 
 
+@pytest.mark.slow
 @given(traffics, replicas(), st.floats(1.01, 20))
 def test_a_latency_is_kept_by_as_few_as_possible(traffic, replica, factor):
     carried = replica.requests_per_second(traffic)
@@ -213,6 +214,7 @@ def test_cost_follows_the_price_and_the_speed(traffic, replica, price, factor):
     assert again.latency_seconds == pytest.approx(made.latency_seconds / factor)
 
 
+@pytest.mark.slow
 def test_kv_bytes_of_known_models():
     from transformers import AutoConfig
 

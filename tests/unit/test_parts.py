@@ -13,6 +13,8 @@ import pytest
 from deploy.common.paths import ROOT
 from tests.__main__ import main, parts
 
+pytestmark = pytest.mark.slow
+
 LONG = """
 import time
 from pathlib import Path

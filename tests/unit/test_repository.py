@@ -52,6 +52,7 @@ def test_no_cuda_and_no_torchvision_in_the_lock():
     assert "+cpu ; sys_platform == 'linux'" in BLOCKS["torch"]
 
 
+@pytest.mark.slow
 def test_the_environment_agrees_with_itself_but_for_torchvision():
     """optimum-intel asks for torchvision; see pyproject.toml on why it must not come."""
     run = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
@@ -69,6 +70,7 @@ def test_conda_installs_the_same_lock():
     assert f"{sys.version_info.major}.{sys.version_info.minor}" == "3.11"
 
 
+@pytest.mark.slow
 def test_what_conda_hands_to_pip_is_what_is_installed(tmp_path: Path):
     """pip, told not to follow dependencies and given no index, finds nothing left to do."""
     requirements = tmp_path / "requirements.txt"

@@ -49,6 +49,7 @@ COMMENTED = {
 """What the theme's own files name in comments and messages, and do not load."""
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),  # of the themes
     pytest.mark.filterwarnings("ignore::bs4.XMLParsedAsHTMLWarning"),  # SVG
 ]

@@ -20,6 +20,8 @@ from deploy.vertex import commands
 from deploy.vertex.deployer import cleanup, undeploy, what_is_there
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
+pytestmark = pytest.mark.slow
+
 HEADERS = {"Content-Type": "application/json"}
 
 

@@ -25,6 +25,8 @@ from deploy.vertex.deployer import Vertex, cleanup, deploy, what_is_there
 from deploy.vertex.resources import get_endpoint
 from tests.vertex.rehearsed import BODY, small
 
+pytestmark = pytest.mark.slow
+
 APP = "contract"
 
 

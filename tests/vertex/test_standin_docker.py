@@ -22,6 +22,8 @@ from deploy.image.runtime import container_runtime
 from standin.local import Standin
 from tests.vertex.gapic import Client
 
+pytestmark = pytest.mark.slow
+
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
 PROMPT = {"instances": [QUESTION], "parameters": {"max_new_tokens": 20}}
 APP = "smollm2-135m"

@@ -17,6 +17,8 @@ from google.oauth2 import service_account
 
 from tests.vertex.gapic import MACHINE, Client, finish, session
 
+pytestmark = pytest.mark.slow
+
 
 def url(client: Client, path: str) -> str:
     return f"https://{client.host}/v1/{client.parent}{path}"

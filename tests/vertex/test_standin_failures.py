@@ -7,6 +7,8 @@ from standin.limits import DEDICATED_BYTES, SHARED_BYTES
 from tests.vertex.gapic import Client
 from tests.vertex.test_standin_serving import post
 
+pytestmark = pytest.mark.slow
+
 NEVER_READY = "Model server never became ready"
 L4 = {"machine_type": "g2-standard-12", "accelerator_type": "NVIDIA_L4", "accelerator_count": 1}
 

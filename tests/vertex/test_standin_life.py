@@ -18,6 +18,8 @@ from standin.services.lists import page
 from standin.services.names import Identifiers
 from tests.vertex.gapic import Client
 
+pytestmark = pytest.mark.slow
+
 RUN = """
 import sys
 from standin.local import Standin

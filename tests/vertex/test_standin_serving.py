@@ -10,6 +10,8 @@ from google.api_core import exceptions
 
 from tests.vertex.gapic import finish, session
 
+pytestmark = pytest.mark.slow
+
 JSON = {"Content-Type": "application/json"}
 
 

@@ -20,6 +20,8 @@ from deploy.vertex.resources import within
 from standin.local import Standin
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def app(quick_standin: Standin, request: pytest.FixtureRequest) -> Iterator[Rehearsed]:

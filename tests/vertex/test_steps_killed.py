@@ -21,6 +21,8 @@ from deploy.vertex.deployer import cleanup, deploy, what_is_there
 from standin.local import Standin
 from tests.vertex.rehearsed import Rehearsed, small
 
+pytestmark = pytest.mark.slow
+
 POINTS = [
     "ListOperations",
     "GetEndpoint",

@@ -63,6 +63,7 @@ def test_exactly_at_the_target_nothing_is_added():
     assert {s.wanted for s in simulate([1.8], 600, minimum=3, maximum=9)} == {3}
 
 
+@pytest.mark.slow
 @given(st.integers(1, 9), st.integers(1, 100))
 def test_a_constant_number_of_replicas_bills_its_hours(replicas, hours):
     states = simulate([0], hours * 3600, minimum=replicas, maximum=replicas)

@@ -183,11 +183,13 @@ def test_the_plan_needs_no_credentials_no_project_and_no_sdk(arguments, tmp_path
     assert "project: not given yet" in run.stdout and "replicas" in run.stdout
 
 
+@pytest.mark.slow
 def test_no_project_is_an_error_of_one_line(capsys):
     assert commands.main(["status", APP]) == 1
     assert capsys.readouterr().err.startswith("error: project: not given; export GCP_PROJECT")
 
 
+@pytest.mark.slow
 def test_without_credentials_it_says_how_to_get_some(monkeypatch, tmp_path, capsys):
     for name in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"):
         monkeypatch.delenv(name, raising=False)
