@@ -10,8 +10,6 @@ from deploy.torchserve.client import predict, stream
 
 pytestmark = pytest.mark.served
 
-pytestmark = pytest.mark.served
-
 PROMPT = "Write the names of three colours:"
 
 

@@ -11,8 +11,6 @@ from deploy.archive.compress import compress, merge_matmuls
 
 pytestmark = pytest.mark.slow
 
-pytestmark = pytest.mark.slow
-
 CORE = openvino.Core()
 RANDOM = np.random.default_rng(0)
 

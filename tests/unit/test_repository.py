@@ -181,8 +181,7 @@ def test_links_in_the_documents_lead_somewhere():
             assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
-def test_every_module_is_short_and_says_what_it_is_for():
-    for path in [*(ROOT / "handler").rglob("*.py"), *(ROOT / "deploy").rglob("*.py")]:
-        text = path.read_text()
-        assert text.startswith('"""'), path
-        assert len(text.splitlines()) <= 350, path
+def test_every_module_says_what_it_is_for():
+    for folder in ("handler", "deploy", "standin", "benchmarks", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert path.read_text().startswith('"""'), path
