@@ -1,4 +1,4 @@
-"""Figures of what a chapter has just measured. Those of committed results: `benchmarks.report`."""
+"""Figures of what a chapter has just measured; `benchmarks.report` draws the committed results."""
 
 import re
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ PLACES = {"cpu": BLUE, "disk": ORANGE}
 
 
 def parts(models: dict[str, dict[str, int]]) -> Figure:
-    """Where models have their parameters, and what they weigh in four precisions.
+    """Draw where models have their parameters, and their size in four precisions.
 
     Args:
         models: title -> part of PARTS -> number of parameters.
@@ -52,7 +52,7 @@ def parts(models: dict[str, dict[str, int]]) -> Figure:
     for (dtype, size), (colour, marker) in zip(BYTES.items(), looks, strict=True):
         gigabytes = [size * total / 1e9 for total in totals.values()]
         memory.scatter(gigabytes, list(totals), label=dtype, color=colour, marker=marker)
-    memory.set(xscale="log", xlabel="GB", title="What they weigh", ylim=share.get_ylim())
+    memory.set(xscale="log", xlabel="GB", title="Size of the weights", ylim=share.get_ylim())
     memory.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
     memory.tick_params(axis="y", labelleft=False, length=0)
     memory.grid(axis="x")
@@ -66,7 +66,7 @@ def parts(models: dict[str, dict[str, int]]) -> Figure:
 def token_times(
     kept: Sequence[float], recomputed: Sequence[float], prefill: dict[int, float]
 ) -> Figure:
-    """Seconds of each token with the KV cache and without; seconds of prefills by their length."""
+    """Draw the time of each token with and without the KV cache, and of prefills by length."""
     made, (steps, per_token) = panels(2, width=7.2, height=2.8)
     numbers = range(1, len(kept) + 1)
     steps.plot(
@@ -77,14 +77,14 @@ def token_times(
     per_token.plot(
         list(prefill),
         [1000 * s / n for n, s in prefill.items()],
-        *("o-",),
+        "o-",
         color=GREEN,
-        label="reading a token (prefill)",
+        label="prefill, each token of the prompt",
     )
     decode = sorted(kept[1:])[len(kept) // 2]
-    per_token.axhline(1000 * decode, color=BLUE, label="writing a token (decode)")
+    per_token.axhline(1000 * decode, color=BLUE, label="decode, each token")
     per_token.set(
-        xlabel="length of the prompt", ylabel="ms a token", title="Reading is cheaper than writing"
+        xlabel="length of the prompt", ylabel="ms a token", title="Prefill is cheaper than decode"
     )
     for axes in (steps, per_token):
         axes.set_ylim(bottom=0)
@@ -93,7 +93,7 @@ def token_times(
 
 
 def device_map(places: dict[str, str]) -> Figure:
-    """The modules of a model in the order of a forward pass, coloured by where they are."""
+    """Draw the modules of a model in the order of a forward pass, colored by their place."""
     places = dict(sorted(places.items(), key=lambda item: item[0] == "lm_head"))  # it comes last
     made, axes = figure(width=7.2, height=1.4)
     for i, place in enumerate(places.values()):
@@ -106,7 +106,7 @@ def device_map(places: dict[str, str]) -> Figure:
 
 
 def budgets(measured: dict[str, dict[str, dict]], title: str) -> Figure:
-    """Tokens per second and peak memory over the RAM that weights were allowed.
+    """Draw tokens per second and peak memory over the RAM for weights.
 
     Args:
         measured: budget -> quantity -> summary, as `benchmarks.offload` measures them.
@@ -126,7 +126,7 @@ def budgets(measured: dict[str, dict[str, dict]], title: str) -> Figure:
 
 
 def waiting(ways: dict[str, dict[str, tuple[float, float]]]) -> Figure:
-    """For each way, from when to when each request waited, in seconds."""
+    """Draw for each way of batching from when to when each request waited, in seconds."""
     made, columns = panels(len(ways), width=7.2, height=2.2)
     latest = max(end for times in ways.values() for _, end in times.values())
     for axes, colour, (title, times) in zip(columns, (ORANGE, BLUE), ways.items(), strict=True):
@@ -138,7 +138,7 @@ def waiting(ways: dict[str, dict[str, tuple[float, float]]]) -> Figure:
 
 
 def bars(values: dict[str, float], xlabel: str, title: str) -> Figure:
-    """One bar a name."""
+    """Draw one bar for each name."""
     made, axes = figure(width=5, height=0.7 + 0.35 * len(values))
     axes.barh(list(values), list(values.values()), color=(GREY, BLUE, SKY, GREEN)[: len(values)])
     axes.set(xlabel=xlabel, title=title)
@@ -147,7 +147,7 @@ def bars(values: dict[str, float], xlabel: str, title: str) -> Figure:
 
 
 def columns(rows: Sequence[dict], name: str, quantities: Sequence[str]) -> Figure:
-    """Rows of a table as bars, one panel a quantity."""
+    """Draw the rows of a table as bars, one panel for each quantity."""
     made, places = panels(len(quantities), width=7.2, height=1.9)
     for axes, quantity, colour in zip(places, quantities, (ORANGE, BLUE, GREY), strict=False):
         axes.barh([row[name] for row in rows], [row[quantity] for row in rows], color=colour)
@@ -159,7 +159,7 @@ def columns(rows: Sequence[dict], name: str, quantities: Sequence[str]) -> Figur
 
 
 def readiness(healthy: float, ready: float) -> Figure:
-    """From when on /ping says yes, and from when on a worker does, in seconds."""
+    """Draw from when on /ping reports Healthy, and from when on a worker is READY, in seconds."""
     made, axes = figure(width=6.4, height=1.6)
     end = 1.15 * ready
     axes.barh("/ping says Healthy", end - healthy, left=healthy, color=ORANGE)
@@ -170,7 +170,7 @@ def readiness(healthy: float, ready: float) -> Figure:
 
 
 def counter(samples: Sequence[tuple[float, float]], title: str) -> Figure:
-    """A counter over time, from zero. `samples`: (seconds, value)."""
+    """Draw a counter over time, from zero. `samples`: (seconds, value)."""
     made, axes = figure(width=5, height=2.4)
     began, base = samples[0]
     seconds, values = [t - began for t, _ in samples], [n - base for _, n in samples]
@@ -189,11 +189,11 @@ STAGES = {
     "runtime-cpu-lean": (2.9, 0),
     "cpu-lean": (4.3, 0),
 }
-"""Stages of the image without torch: where to draw each. What stands in row 0 is kept."""
+"""Stages of the image without torch -> where to draw each. Row 0 becomes the image."""
 
 
 def stages(dockerfile: str) -> Figure:
-    """How the stages of the Dockerfile build on each other, and what is copied between them."""
+    """Draw how the Dockerfile's stages build on each other, and what is copied between them."""
     made, axes = figure(width=7.2, height=2.6)
     boxes = {stage: _box(axes, stage) for stage in STAGES}
     name = ""
@@ -219,7 +219,7 @@ def _box(axes: Axes, stage: str) -> Text:
 
 
 def _arrow(axes: Axes, boxes: dict[str, Text], ends: tuple[str, str], colour: str, s: str) -> None:
-    """From one stage's box to another's."""
+    """Draw an arrow from one stage's box to another's."""
     a, b = (boxes[end].get_bbox_patch() for end in ends)
     look = {"arrowstyle": "->", "color": colour, "linestyle": s, "patchA": a, "patchB": b}
     axes.annotate("", xy=STAGES[ends[1]], xytext=STAGES[ends[0]], arrowprops=look)
@@ -239,7 +239,7 @@ CONTENTS = {
 
 
 def image_sizes(official: dict[str, float], ours: dict[str, dict[str, int]]) -> Figure:
-    """Bars of images: those of others whole, ours by part.
+    """Draw images as bars: the official ones whole, ours by part.
 
     Args:
         official: name -> bytes.
@@ -261,7 +261,7 @@ def image_sizes(official: dict[str, float], ours: dict[str, dict[str, int]]) -> 
 
 
 def layers(made_by: Sequence[tuple[str, float]], new: int) -> Figure:
-    """The layers of an image from the bottom to the top, in MB; the `new` topmost in orange."""
+    """Draw the layers of an image from the bottom up, in MB; the `new` topmost ones in orange."""
     names = [shorten(command, 32, placeholder="…") for command, _ in made_by]
     made, axes = figure(width=7.2, height=0.6 + 0.3 * len(made_by))
     colours = [BLUE] * (len(made_by) - new) + [ORANGE] * new
@@ -275,14 +275,20 @@ def layers(made_by: Sequence[tuple[str, float]], new: int) -> Figure:
 
 
 def load_curve(reports: dict[int, Report]) -> Figure:
-    """Latency and time to first token as clients grow. `reports`: clients -> what they saw."""
+    """Draw latency and time to first token over the number of clients."""
     made, (latency, first) = panels(2, width=6.4, height=2.4)
     rates = [report.tokens_per_second for report in reports.values()]
-    waits = [report.latency_p50 for report in reports.values()]
+    waits = [_measured(report.latency_p50) for report in reports.values()]
     latency.plot(rates, waits, "o-", color=BLUE)
     for rate, wait, clients in zip(rates, waits, reports, strict=True):
-        at = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-        latency.annotate(str(clients), (rate, wait), **at)
+        latency.annotate(
+            str(clients),
+            (rate, wait),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     latency.set(xlabel="tokens per second", ylabel="seconds", title="Latency, by number of clients")
     names = [str(clients) for clients in reports]
     for quantity, colour, label in (
@@ -299,8 +305,15 @@ def load_curve(reports: dict[int, Report]) -> Figure:
     return made
 
 
+def _measured(value: float | None) -> float:
+    """Take a quantity of a report that has one."""
+    if value is None:
+        raise ValueError("the report has no latency: every request failed")
+    return value
+
+
 def shares(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
-    """Stacked bars in per cent. `rows`: name -> part -> share of 1."""
+    """Draw stacked bars in per cent. `rows`: name -> part -> share of 1."""
     made, axes = figure(width=6.4, height=1.0 + 0.35 * len(rows))
     left = dict.fromkeys(rows, 0.0)
     for part, colour in zip(next(iter(rows.values())), (BLUE, GREEN, ORANGE, GREY), strict=False):
@@ -316,11 +329,11 @@ def shares(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
 
 
 def capacity(plans: dict[float, Plan], unit: str) -> Figure:
-    """Replicas, and what a million tokens costs.
+    """Draw replicas and the cost of a million tokens over the traffic.
 
     Args:
         plans: requests per minute -> its plan.
-        unit: of that cost; some 20 letters fit.
+        unit: of that cost; about 20 letters fit.
     """
     made, (replicas, cost) = panels(2, width=6.4, height=2.3)
     traffic = list(plans)

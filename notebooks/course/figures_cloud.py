@@ -1,7 +1,8 @@
-"""Figures of chapter 6: what a deployment spends its time on, and what the autoscaler does."""
+"""Figures of chapter 6: the timeline of a deployment, and the autoscaler."""
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY, figure, in_rows, panels
@@ -10,7 +11,7 @@ from deploy.vertex.deployer import Span
 
 
 def timeline(spans: Sequence[Span]) -> Figure:
-    """Operations as bars, one below the other; the stages of a deployment inside its bar."""
+    """Draw operations as bars, one below the other, and the stages of a deployment."""
     whole = [span for span in spans if not span.stage]
     stages = [span for span in spans if span.stage]
     names = [*(span.step for span in whole), *(f"  {_words(span.stage)}" for span in stages)]
@@ -28,12 +29,12 @@ def timeline(spans: Sequence[Span]) -> Figure:
 
 
 def _words(stage: str) -> str:
-    """`GETTING_CONTAINER_IMAGE` -> "getting container image"."""
+    """Write `GETTING_CONTAINER_IMAGE` as "getting container image"."""
     return stage.replace("_", " ").lower()
 
 
 def autoscaling(states: Sequence[State]) -> Figure:
-    """Load and replicas over time, and how busy the replicas are."""
+    """Draw load and replicas over time, and how busy the replicas are."""
     made, (count, use) = panels(2, width=7.2, height=2.8)
     minutes = [state.seconds / 60 for state in states]
     count.step(minutes, [s.wanted for s in states], where="post", color=GREY, label="wanted")
@@ -45,9 +46,10 @@ def autoscaling(states: Sequence[State]) -> Figure:
     percent = [min(state.utilization, 250) for state in states]
     use.step(minutes, percent, where="post", color=GREEN, label="used")
     use.axhline(60, color=GREY, linestyle=":", label="target")
-    use.axhline(100, color=RED, linestyle="--", label="all they can do")
+    use.axhline(100, color=RED, linestyle="--", label="capacity")
     use.set(xlabel="minutes", ylabel="%", title="How busy they are")
     use.legend(fontsize=8)
     for axes in (count, use):
-        axes.set_ylim(0, 1.1 * max(max(line.get_ydata()) for line in axes.lines))
+        highest = max(np.max(line.get_ydata()) for line in axes.lines)
+        axes.set_ylim(0, 1.1 * float(highest))
     return made

@@ -1,4 +1,4 @@
-"""What all chapters share: bars, tables, figures, sources, servers. Nothing here knows a model."""
+"""What all chapters share: progress, tables, figures, source code, servers."""
 
 import ast
 import atexit
@@ -11,11 +11,12 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
+import numpy as np
 from IPython import get_ipython
 from IPython.display import HTML, display
-from ipywidgets import ValueWidget, VBox
+from ipywidgets import ValueWidget, VBox  # type: ignore[import-untyped]  # no types published
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image as Picture
@@ -30,13 +31,13 @@ T = TypeVar("T")
 
 
 def short_errors() -> None:
-    """From now on an error is shown in one line: the deliberate ones need no traceback."""
+    """Show errors in one line from now on: the deliberate ones need no traceback."""
     get_ipython().InteractiveTB.set_mode("Minimal")
 
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """A moving bar while the block runs. What the block prints goes to build/notebook.log."""
+    """Show a moving bar while the block runs; send what it prints to build/notebook.log."""
     bar = display(HTML(f"<progress></progress> {what}"), display_id=True)
     try:
         with _log() as log, _descriptors(log.fileno()), redirect_stdout(log), redirect_stderr(log):
@@ -53,7 +54,7 @@ def _log() -> TextIO:
 
 
 def progress(values: Sequence[T], what: str) -> Iterator[T]:
-    """Go through `values` with a bar that fills."""
+    """Iterate over `values` with a progress bar."""
 
     def shown(done: int) -> HTML:
         return HTML(f'<progress max="{len(values)}" value="{done}"></progress> {what}')
@@ -67,7 +68,7 @@ def progress(values: Sequence[T], what: str) -> Iterator[T]:
 
 @contextmanager
 def _descriptors(log: int) -> Iterator[None]:
-    """Send what child processes write to a log as well: they know nothing of sys.stdout."""
+    """Also send what child processes write to a log: they do not use sys.stdout."""
     sys.stdout.flush(), sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     os.dup2(log, 1), os.dup2(log, 2)
@@ -80,7 +81,7 @@ def _descriptors(log: int) -> Iterator[None]:
 
 
 def table(rows: Sequence[dict[str, object]]) -> None:
-    """Rows with the same keys, as a table. Numbers stand on the right."""
+    """Show rows with the same keys as a table, numbers aligned to the right."""
     names = list(rows[0])
     right = {n: all(isinstance(row[n], int | float) for row in rows) for n in names}
     lines = [f"| {' | '.join(names)} |"]
@@ -97,11 +98,11 @@ def document_table(name: str) -> None:
 
 
 def interactive(controls: dict[str, ValueWidget], text: Callable[..., str]) -> None:
-    """Markdown that follows some controls. Where nothing runs, that of their first values stands.
+    """Show Markdown that follows some controls; without a kernel, that of their first values.
 
     Args:
         controls: argument of `text` -> a widget with a value.
-        text: from the values of the controls to Markdown.
+        text: makes Markdown from the values of the controls.
     """
 
     def shown() -> dict[str, str]:
@@ -116,16 +117,16 @@ def interactive(controls: dict[str, ValueWidget], text: Callable[..., str]) -> N
 
 
 def markdown(text: str) -> None:
-    """Show it, and as it is where a viewer knows no Markdown."""
+    """Show Markdown; viewers without Markdown show its source."""
     display({"text/markdown": text, "text/plain": text}, raw=True)
 
 
 def show(drawing: Figure, alt: str) -> None:
-    """Put a figure into the notebook, in few bytes, with a caption.
+    """Show a figure in few bytes, with a caption.
 
     Args:
         drawing: the figure.
-        alt: one sentence that says what one sees. It is the caption as well, because neither
+        alt: one sentence that says what the figure shows. It is also the caption, because neither
             JupyterLab nor nbconvert shows the alt text of an output.
     """
     stream = io.BytesIO()
@@ -140,7 +141,7 @@ def show(drawing: Figure, alt: str) -> None:
 
 
 def _content(drawing: Figure) -> str:
-    """What is drawn, without the measured values: nbval compares this, pictures it does not."""
+    """Describe what is drawn, without measured values: nbval compares this, not the picture."""
     lines = []
     for axes in drawing.axes:
         titles = [axes.get_title("left"), axes.get_xlabel(), axes.get_ylabel()]
@@ -149,10 +150,10 @@ def _content(drawing: Figure) -> str:
         series = axes.get_legend_handles_labels()[1]
         bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
         drawn = {
-            "lines": sum(len(line.get_xdata()) > 0 for line in axes.lines),
+            "lines": sum(np.size(line.get_xdata()) > 0 for line in axes.lines),
             "bars": sum(bool(bar.get_width() * bar.get_height()) for bar in bars),
             "arrows and boxes": len(axes.patches) - len(bars),
-            "clouds": sum(len(cloud.get_offsets()) > 0 for cloud in axes.collections),
+            "clouds": sum(np.size(cloud.get_offsets()) > 0 for cloud in axes.collections),
             "words": [text.get_text() for text in axes.texts],
         }
         lines.append(f"{titles} {names} {series} {drawn}")
@@ -160,14 +161,14 @@ def _content(drawing: Figure) -> str:
 
 
 def source(thing: Callable | type | Path, start: str = "", end: str = "") -> None:
-    """Show tested code as it is: a function, a class, or a file from one line to before another.
+    """Show source code: a function, a class, or a file from one line to before another.
 
     Args:
         thing: what to show; a path is relative to the project.
         start: begin at the first line that contains this.
         end: stop before the first line after that which contains this.
     """
-    path = ROOT / thing if isinstance(thing, Path) else Path(inspect.getsourcefile(thing))
+    path = ROOT / thing if isinstance(thing, Path) else Path(inspect.getfile(thing))
     text = path.read_text() if isinstance(thing, Path) else inspect.getsource(thing)
     lines = textwrap.dedent(text).splitlines()
     if start:
@@ -182,7 +183,7 @@ def source(thing: Callable | type | Path, start: str = "", end: str = "") -> Non
 
 
 def _is_python(text: str) -> bool:
-    """Whether it can be read as code: a part of a docstring should not be coloured like some."""
+    """Whether text is valid code: a part of a docstring should not be highlighted as code."""
     try:
         ast.parse(text)
     except SyntaxError:
@@ -195,8 +196,8 @@ def result(name: str) -> dict:
     return read(name)
 
 
-def start(archive: Path, port: int, **settings: object) -> Server:
-    """Start TorchServe with one archive; it ends with the notebook at the latest."""
+def start(archive: Path, port: int, **settings: Any) -> Server:
+    """Start TorchServe with one archive; it stops with the notebook at the latest."""
     server = Server(archive, port=port, **settings)
     atexit.register(server.stop)
     with busy(f"starting TorchServe with {server.name}"):
@@ -205,7 +206,7 @@ def start(archive: Path, port: int, **settings: object) -> Server:
 
 
 def stop(server: Server) -> None:
-    """Stop a server, and make sure that nobody listens on its ports any more."""
+    """Stop a server, and check that its ports are free."""
     server.stop()
     for port in server.ports:
         assert port_holder(port) is None, f"port {port} is still taken by {port_holder(port)}"
