@@ -139,7 +139,7 @@ def offload(record: dict) -> Figure:
                 axes.set_xticks(places, [spaced(budget) for budget in budgets])
         if state == "cold":
             limit = [row["disk_limit_tokens_per_second"]["median"] for row in rows.values()]
-            speed.plot(places, limit, ":", color=GREY, label="what the disk allows")
+            speed.plot(places, limit, ":", color=GREY, label="limit of the disk")
     speed.set(yscale="log", xlabel="RAM for weights", ylabel="tokens per second", title="Speed")
     speed.set_yticks([0.1, 0.2, 0.5, 1, 2, 5], ["0.1", "0.2", "0.5", "1", "2", "5"])
     speed.minorticks_off()
@@ -194,7 +194,10 @@ def latency(record: dict) -> Figure:
                     color=colour,
                 )
     axes.set(xscale="log", yscale="log", xlabel="tokens per second, all clients together")
-    axes.set(ylabel=f"seconds for {COMPLETION} tokens", title="1, 8, 32 clients along each line")
+    axes.set(
+        ylabel=f"seconds for {COMPLETION} tokens",
+        title="Latency and throughput with 1, 8, 32 clients",
+    )
     _plain_ticks(axes, [20, 50, 100, 200, 500, 1000], [1, 2, 5, 10, 20, 50])
     axes.set_xlim(right=2000)
     made.legend(loc="outside lower center", ncol=3, fontsize=8)
@@ -257,8 +260,8 @@ def verdict(record: dict) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xticks([0.5, 1, 2, 4, 8, 16, 32])
     axes.xaxis.set_major_formatter("{x:g} x")
-    axes.set(xlabel="tokens per second of this handler, int8, divided by the other's")
-    axes.set_title("Left of the line the other is faster, right of it this handler")
+    axes.set(xlabel="tokens per second of this handler, int8, relative")
+    axes.set_title("Right of the line, this handler is faster")
     _dots_in_rows(axes)
     axes.legend(fontsize=8, frameon=True, framealpha=1, edgecolor="white")
     return made
