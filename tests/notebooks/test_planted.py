@@ -50,7 +50,7 @@ def test_skips_chapters_that_need_docker_without_it(monkeypatch):
     monkeypatch.setenv("DOCKER", "/nonexistent")
     monkeypatch.delenv("REQUIRE_DOCKER", raising=False)
     run = nbval(ROOT / "notebooks" / "05_solutions.ipynb")
-    assert run.returncode == 0 and "no container engine: /nonexistent cannot" in run.stdout
+    assert run.returncode == 0 and "no container runtime: /nonexistent cannot" in run.stdout
     assert re.search(r"= \d+ skipped in", run.stdout), run.stdout
     monkeypatch.setenv("REQUIRE_DOCKER", "1")
     assert nbval(ROOT / "notebooks" / "05_solutions.ipynb").returncode != 0
