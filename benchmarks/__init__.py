@@ -1,4 +1,5 @@
-"""Measure: systems, load shapes, results.
+"""Measurements: the systems compared, the load, the programs that measure, and their results.
 
-Tables and figures made from the results belong in `report`.
+Nothing here draws or writes documents; `report` makes tables, values and plots from results, and
+`docs.generate` puts them into the documents.
 """

@@ -1,4 +1,4 @@
-"""From `benchmarks/results/*.json` to tables and figures.
+"""Tables, single values and plots, made from `benchmarks/results/*.json`.
 
-Nothing here measures.
+Nothing here measures, and nothing but `plots` imports matplotlib.
 """
