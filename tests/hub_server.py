@@ -10,6 +10,7 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 LFS_FROM = 100_000
 """Files of this size and more are stored as LFS objects, with SHA-256 instead of git's hash."""
@@ -40,7 +41,7 @@ class Hub:
     def __enter__(self) -> "Hub":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._server.shutdown()
         self._server.server_close()
 
@@ -66,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
 
-    def log_message(self, *_) -> None:
+    def log_message(self, *_: object) -> None:
         pass
 
     def do_HEAD(self) -> None:
@@ -97,7 +98,9 @@ class _Handler(BaseHTTPRequestHandler):
                 {"error": "Repository not found"}, 401, {"X-Error-Code": "RepoNotFound"}
             )
 
-    def _send_json(self, value, status: int = 200, headers: dict | None = None) -> None:
+    def _send_json(
+        self, value: Any, status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
         data = json.dumps(value).encode()
         self.send_response(status)
         for name, text in (headers or {}).items():
@@ -119,8 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
             data = data[:-1] + bytes([data[-1] ^ 1])
         start = 0
         wanted = self.headers.get("Range")
-        if wanted:
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted).group(1))
+        if wanted and (match := re.fullmatch(r"bytes=(\d+)-", wanted)):
+            start = int(match[1])
         self.send_response(206 if start else 200)
         self.send_header("X-Repo-Commit", hub.revision)
         self.send_header("ETag", f'"{sha256 or blob}"')
