@@ -60,20 +60,20 @@ def image_lock(image: str) -> str:
     blocks = locked_blocks(LOCK.read_text())
     with tempfile.TemporaryDirectory() as temporary:
         versions = Path(temporary, "constraints.txt")
-        pins = (re.match(r"\S+", block).group().replace("+cpu", "") for block in blocks.values())
+        pins = (block.split()[0].replace("+cpu", "") for block in blocks.values())
         versions.write_text("\n".join(pins))
         left_out = Path(temporary, "overrides.txt")
         names = [name for name, images in NOT_IN_IMAGES.items() if image in images]
         left_out.write_text("\n".join(f"{name}; sys_platform == 'never'" for name in names))
-        arguments = ["--group", f"pyproject.toml:{image}", "--overrides", left_out]
-        arguments += ["--constraints", versions, "--python-platform", "x86_64-manylinux_2_28"]
+        arguments = ["--group", f"pyproject.toml:{image}", "--overrides", str(left_out)]
+        arguments += ["--constraints", str(versions), "--python-platform", "x86_64-manylinux_2_28"]
         # Without [tool.uv], which leaves CUDA out, for the image that wants CUDA.
         found = locked_blocks(_compile(*arguments, *(["--no-config"] if image == "gpu" else [])))
     own = found if image == "gpu" else {}  # its torch is PyPI's
     header = f"# Made by `make lock` from the group {image} of pyproject.toml.\n"
     if image == "cpu":
         del found["torch"]  # from an index of its own: docker/locks/torch.txt
-    return header + "".join(own.get(name, blocks.get(name)) for name in sorted(found))
+    return header + "".join((own.get(name) or blocks[name]) for name in sorted(found))
 
 
 def _compile(*arguments: str | Path) -> str:
@@ -88,13 +88,14 @@ def tidy(text: str) -> str:
     blocks = [block.replace(_PYTHON, "").replace(_EVERYWHERE, "") for block in _BLOCK.findall(text)]
     blocks = [block for block in blocks if "sys_platform == 'never'" not in block]
     at = next(i for i, block in enumerate(blocks) if block.startswith("torch=="))
-    version = re.match(r"torch==([\d.]+)", blocks[at]).group(1)
+    version = blocks[at].removeprefix("torch==").split()[0]
     cpu = [f"torch=={version}+cpu ; sys_platform == 'linux'"]
     cpu += [f"    --hash=sha256:{value}" for value in TORCH_CPU_HASHES]
     first = f"torch=={version}"
     blocks[at] = blocks[at].replace(first, f"{first} ; sys_platform == 'darwin'", 1)
     blocks.insert(at, " \\\n".join(cpu) + "\n")
-    return text[: _BLOCK.search(text).start()] + "".join(blocks)
+    header = text[: text.index(_BLOCK.findall(text)[0])]
+    return header + "".join(blocks)
 
 
 if __name__ == "__main__":

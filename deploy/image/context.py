@@ -7,7 +7,7 @@ from pathlib import Path
 from deploy.archive.build import prepare
 from deploy.archive.export import EXPORTED
 from deploy.common.paths import BUILD, ROOT, link_or_copy
-from tools.setup_env import find_links
+from tools.setup_env import pip_sources
 
 CONTEXT = BUILD / "image"
 _TORCH_LOCK = ROOT / "docker" / "locks" / "torch.txt"
@@ -36,7 +36,7 @@ def collect_wheels(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     (version,) = re.findall(r"^torch==(\S+)", _TORCH_LOCK.read_text(), re.MULTILINE)
-    for source in find_links(Path(sys.executable)):
+    for source in pip_sources(Path(sys.executable))["find-links"]:
         for wheel in Path(source).glob(f"torch-{version}-*.whl"):
             if not (folder / wheel.name).exists():
                 link_or_copy(wheel, folder / wheel.name)

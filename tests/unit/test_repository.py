@@ -113,18 +113,46 @@ def test_setup_parses_on_older_pythons():
     assert "from __future__ import annotations" in source
 
 
-def test_which_torch(monkeypatch, tmp_path):
-    python, block = Path(sys.executable), BLOCKS["torch"]
-    monkeypatch.setattr(setup_env, "find_links", lambda _: [str(tmp_path)])
+def test_chooses_the_build_of_torch(monkeypatch, tmp_path):
+    sources = {"index-url": [], "extra-index-url": [], "find-links": [str(tmp_path)]}
+    block = BLOCKS["torch"]
     monkeypatch.setattr(sys, "platform", "linux")
-    options, origin = setup_env.torch_source(python, "cpu", block)
-    assert options == ["--index-url", setup_env.CPU_INDEX] and "download.pytorch.org" in origin
+    options, origin = setup_env.torch_source(sources, "cpu", block)
+    assert options == ["--default-index", setup_env.CPU_INDEX]
+    assert "download.pytorch.org" in origin
     (tmp_path / "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").touch()
-    options, origin = setup_env.torch_source(python, "cpu", block)
-    assert options == [] and "find-links" in origin
-    assert setup_env.torch_source(python, "cuda", block)[1] == "PyPI (with CUDA)"
+    options, origin = setup_env.torch_source(sources, "cpu", block)
+    assert options == ["--offline", "--find-links", str(tmp_path)] and "find-links" in origin
+    assert setup_env.torch_source(sources, "cuda", block)[1] == "PyPI (with CUDA)"
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert setup_env.torch_source(python, "cpu", block) == ([], "PyPI (macOS)")
+    assert setup_env.torch_source(sources, "cpu", block)[1] == "PyPI (macOS)"
+
+
+def test_uv_looks_where_pip_is_configured_to_look(monkeypatch, tmp_path):
+    config = tmp_path / "pip.conf"
+    config.write_text(
+        "[global]\nindex-url = https://mirror.example/simple\n"
+        "extra-index-url = https://one.example/simple https://two.example/simple\n"
+        "find-links = file:///wheels\n"
+    )
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
+    for name in ("PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(name, raising=False)
+    options = setup_env.uv_sources(setup_env.pip_sources(Path(sys.executable)))
+    assert "--default-index=https://mirror.example/simple" in options
+    assert "--index=https://one.example/simple" in options
+    assert "--index=https://two.example/simple" in options
+    assert "--find-links=/wheels" in options
+
+
+@pytest.mark.slow
+def test_packages_without_a_matching_hash_are_an_error(tmp_path):
+    wrong = re.sub(r"sha256:[0-9a-f]{64}", "sha256:" + "0" * 64, BLOCKS["tqdm"])
+    uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--quiet"]
+    target = ["--target", str(tmp_path), "--no-cache"]
+    with pytest.raises(setup_env.SetupError, match="uv failed"):
+        setup_env._run([*uv, *target], wrong)
+    assert not list(tmp_path.glob("tqdm*"))
 
 
 def test_an_unknown_torch_is_refused():
