@@ -1,4 +1,4 @@
-"""A load generator: many clients, one server, and what each of them saw.
+"""A load generator: many clients, one server, and the latencies that each client measures.
 
     python -m benchmarks.load http://127.0.0.1:7080/predictions/smollm2-135m --clients 8
     python -m benchmarks.load http://127.0.0.1:8000/v1/completions --model m --rate 2 --stream

@@ -43,7 +43,7 @@ def tensors(weights: Path) -> list[Path]:
     return [path for path in weight_files(weights) if path.suffix == ".safetensors"]
 
 
-def forget(weights: Path) -> None:
+def drop_from_cache(weights: Path) -> None:
     """Drop the shards from the page cache, except what a process has mapped."""
     for path in tensors(weights):
         with path.open("rb") as stream:
@@ -52,7 +52,7 @@ def forget(weights: Path) -> None:
 
 def disk_speed(weights: Path) -> float:
     """Measure the bytes a second of reading the shards from end to end, not from the cache."""
-    forget(weights)
+    drop_from_cache(weights)
     began = time.perf_counter()
     for path in tensors(weights):
         with path.open("rb", buffering=0) as stream:
@@ -83,7 +83,7 @@ def measure(case: dict) -> None:
 
     def keep_cold() -> None:
         while not done.wait(0.2):
-            forget(weights)
+            drop_from_cache(weights)
 
     if case["state"] == "cold":
         threading.Thread(target=keep_cold, daemon=True).start()

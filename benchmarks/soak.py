@@ -35,7 +35,7 @@ WARM_UP_MINUTES = 6
 """Until every block of the KV cache has been used once, also on a slow processor."""
 
 EVERY_MINUTES = 2
-LEAVE_EVERY, NONSENSE_EVERY = 20, 100
+DISCONNECT_EVERY, INVALID_EVERY = 20, 100
 
 
 class Soak:
@@ -60,17 +60,17 @@ class Soak:
         while time.monotonic() < self.end:
             self.sent += 1
             length = draw.choice(LENGTHS)
-            if self.sent % NONSENSE_EVERY == 0:
+            if self.sent % INVALID_EVERY == 0:
                 body = {"instances": [next_prompt()], "parameters": {"temperature": "hot"}}
-                self.outcomes[f"nonsense {await self.send(session, body)}"] += 1
-            elif self.sent % LEAVE_EVERY == 0:
-                await self.leave(session, next_prompt())
+                self.outcomes[f"invalid {await self.send(session, body)}"] += 1
+            elif self.sent % DISCONNECT_EVERY == 0:
+                await self.disconnect(session, next_prompt())
             else:
                 began = time.perf_counter()
                 parameters = {"max_new_tokens": length, "ignore_eos": True}
                 body = {"instances": [next_prompt()], "parameters": parameters}
                 status = await self.send(session, body)
-                self.outcomes[f"good {status}"] += 1
+                self.outcomes[f"valid {status}"] += 1
                 self.times.append((self.minute(), (time.perf_counter() - began) / length))
 
     async def send(self, session: aiohttp.ClientSession, body: dict) -> str:
@@ -82,17 +82,17 @@ class Soak:
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
             return type(error).__name__
 
-    async def leave(self, session: aiohttp.ClientSession, prompt: str) -> None:
+    async def disconnect(self, session: aiohttp.ClientSession, prompt: str) -> None:
         """Disconnect from a stream after its first text."""
         parameters = {"max_new_tokens": max(LENGTHS), "ignore_eos": True, "stream": True}
         body = {"instances": [prompt], "parameters": parameters}
         try:
             async with session.post(self.url, json=body) as response:
                 await response.content.readline()
-                self.outcomes[f"left {response.status}"] += 1
+                self.outcomes[f"disconnected {response.status}"] += 1
                 response.close()
         except aiohttp.ClientError as error:
-            self.outcomes[f"left {type(error).__name__}"] += 1
+            self.outcomes[f"disconnected {type(error).__name__}"] += 1
 
     async def watch(self, progress: tqdm) -> None:
         """Sample the server's memory every ten seconds."""
@@ -111,7 +111,7 @@ class Soak:
             await asyncio.gather(self.watch(progress), *clients)
 
     def p99(self, begin: float, minutes: float) -> float | None:
-        """99th percentile, in seconds a token, of the good requests that ended in these minutes."""
+        """99th percentile, in seconds a token, of the valid requests that ended in these minutes."""
         return percentile([t for m, t in self.times if begin <= m < begin + minutes], 99)
 
     def measurements(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def main(
     shown = {name: value for name, value in measured.items() if name != "memory_mb"}
     print(json.dumps(shown, indent=2))
     print(write(output, measured, ["torchserve", "openvino", "openvino-genai"]).name)
-    if unexpected := set(soak.outcomes) - {"good 200", "nonsense 400", "left 200"}:
+    if unexpected := set(soak.outcomes) - {"valid 200", "invalid 400", "disconnected 200"}:
         raise UserError(f"unexpected responses: {', '.join(sorted(unexpected))}")
 
 

@@ -19,7 +19,7 @@ from deploy.common import cli
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#222222", "#8a8a8a"
-"""Colours that people with any kind of colour vision tell apart. Source: Okabe and Ito, 2008."""
+"""Colors that people with any kind of color vision tell apart. Source: Okabe and Ito, 2008."""
 
 STYLE: dict[Any, Any] = {
     "figure.dpi": 100,
@@ -93,7 +93,7 @@ def serving(record: dict) -> Figure:
     measured = record["measurements"]
     base = measured["baseline"]["tokens_per_second 1"]["values"]
     made, axes = figure(width=6.8, height=4.4)
-    for name, (colour, line) in LOOKS.items():
+    for name, (color, line) in LOOKS.items():
         points = []
         for clients in CLIENTS:
             if found := measured[name].get(f"tokens_per_second {clients}"):
@@ -105,7 +105,7 @@ def serving(record: dict) -> Figure:
                 [m - a for m, a in zip(y, least, strict=True)],
                 [b - m for m, b in zip(y, most, strict=True)],
             ]
-            axes.errorbar(x, y, spread, fmt=line, color=colour, label=SYSTEMS[name], capsize=2)
+            axes.errorbar(x, y, spread, fmt=line, color=color, label=SYSTEMS[name], capsize=2)
     _doubling(axes, CLIENTS)
     axes.set(
         xlabel="clients, each with one request at a time",
@@ -120,7 +120,7 @@ def offload(record: dict) -> Figure:
     """Speed and peak memory of the dolly-v2-3b shape over the RAM it was allowed."""
     measured = record["measurements"]
     made, (speed, memory) = panels(2, width=7.2, height=3.0)
-    for state, colour, label in (
+    for state, color, label in (
         ("warm", BLUE, "files in the page cache"),
         ("cold", ORANGE, "files read from the disk"),
     ):
@@ -134,7 +134,7 @@ def offload(record: dict) -> Figure:
                 [f["median"] - f["min"] for f in found],
                 [f["max"] - f["median"] for f in found],
             ]
-            axes.errorbar(places, middle, spread, fmt="o-", color=colour, label=label, capsize=2)
+            axes.errorbar(places, middle, spread, fmt="o-", color=color, label=label, capsize=2)
             if state == "warm":
                 axes.set_xticks(places, [spaced(budget) for budget in budgets])
         if state == "cold":
@@ -168,11 +168,11 @@ def soak(record: dict) -> Figure:
 def latency(record: dict) -> Figure:
     """Seconds of a completion over the throughput of the server, a line for each system.
 
-    The seconds are the mean that Little's law gives for clients that always wait for an answer:
+    The seconds are the mean that Little's law gives for clients with one request at a time:
     clients * tokens of a completion / tokens per second.
     """
     made, axes = figure(width=6.8, height=3.8)
-    for name, (colour, line) in LOOKS.items():
+    for name, (color, line) in LOOKS.items():
         found = record["measurements"][name]
         points = [
             (rate["median"], clients * COMPLETION / rate["median"], clients)
@@ -181,7 +181,7 @@ def latency(record: dict) -> Figure:
         ]
         if points:
             rates, seconds, numbers = zip(*points, strict=True)
-            axes.plot(rates, seconds, line, color=colour, label=SYSTEMS[name])
+            axes.plot(rates, seconds, line, color=color, label=SYSTEMS[name])
         if points and name == "ours int8":
             for rate, second, number in zip(rates, seconds, numbers, strict=True):
                 axes.annotate(
@@ -191,7 +191,7 @@ def latency(record: dict) -> Figure:
                     textcoords="offset points",
                     ha="right" if number == 1 else "left",
                     fontsize=8,
-                    color=colour,
+                    color=color,
                 )
     axes.set(xscale="log", yscale="log", xlabel="tokens per second, all clients together")
     axes.set(
@@ -215,9 +215,9 @@ def first_tokens(record: dict) -> Figure:
     for label, both in found.items():
         alone, busy = (1000 * seconds["median"] for seconds in both)
         axes.plot([alone, busy], [label, label], color="#cccccc", zorder=0)
-    for i, (colour, marker, label) in enumerate(((SKY, "o", "1 client"), (BLUE, "s", "8 clients"))):
+    for i, (color, marker, label) in enumerate(((SKY, "o", "1 client"), (BLUE, "s", "8 clients"))):
         values = [1000 * both[i]["median"] for both in found.values()]
-        axes.plot(values, list(found), marker, color=colour, label=label)
+        axes.plot(values, list(found), marker, color=color, label=label)
     axes.set(xlabel="ms until the first token, median", xlim=(0, None))
     axes.set_title("Time to first token")
     _dots_in_rows(axes)
@@ -240,7 +240,7 @@ def verdict(record: dict) -> Figure:
     measured = record["measurements"]
     made, axes = figure(width=6.0, height=2.7)
     looks = ((SKY, "o"), (BLUE, "s"), (BLACK, "^"))
-    for clients, (colour, marker) in zip(CLIENTS, looks, strict=True):
+    for clients, (color, marker) in zip(CLIENTS, looks, strict=True):
         quantity = f"tokens_per_second {clients}"
         ratios = {
             SYSTEMS[name]: statistics.median(
@@ -255,7 +255,7 @@ def verdict(record: dict) -> Figure:
             if quantity in measured[name]
         }
         label = f"{clients} client{'s' * (clients > 1)}"
-        axes.plot(list(ratios.values()), list(ratios), marker, color=colour, label=label)
+        axes.plot(list(ratios.values()), list(ratios), marker, color=color, label=label)
     axes.axvline(1, color=GREY)
     axes.set_xscale("log", base=2)
     axes.set_xticks([0.5, 1, 2, 4, 8, 16, 32])
@@ -273,21 +273,21 @@ def roofline(record: dict) -> Figure:
     ceilings = measured["machine"]
     made, axes = figure(width=6.0, height=3.2)
     x = [2 ** (i / 8) for i in range(-8, 89)]  # 0.5 to 2048
-    for peak, colour, label in (
+    for peak, color, label in (
         ("int8_flops", BLACK, "8-bit multiplication"),
         ("float32_flops", GREY, "float32 multiplication"),
     ):
         y = [min(ceilings["bytes_per_second"] * flop, ceilings[peak]) / 1e9 for flop in x]
-        axes.plot(x, y, color=colour, label=f"the machine, {label}")
+        axes.plot(x, y, color=color, label=f"the machine, {label}")
     for name, row in measured["points"].items():
-        colour = ORANGE if name.startswith("decode") else GREEN
+        color = ORANGE if name.startswith("decode") else GREEN
         place, reached = row["flop_per_byte"], row["flops"] / 1e9
-        axes.vlines(place, reached, row["roof"] / 1e9, color=colour, linestyle=":", linewidth=1)
-        axes.plot(place, reached, "o", color=colour, markersize=6)
+        axes.vlines(place, reached, row["roof"] / 1e9, color=color, linestyle=":", linewidth=1)
+        axes.plot(place, reached, "o", color=color, markersize=6)
         axes.annotate(
             _point_name(name),
             (place, reached),
-            xytext=(7, -8 if colour == ORANGE else 0),
+            xytext=(7, -8 if color == ORANGE else 0),
             textcoords="offset points",
             va="center",
             fontsize=8,

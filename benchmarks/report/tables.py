@@ -90,7 +90,7 @@ def quality(record: dict) -> str:
     lines = [f"| | {' | '.join(head)} |", "|---" * 5 + "|"]
     for name, row in rows.items():
         change = round(100 * (row["perplexity"] / base - 1), 2)
-        more = f"{change:+.2f} %" if change else "0.00 %"  # nothing has no sign
+        more = f"{change:+.2f} %" if change else "0.00 %"  # not +0.00 %
         same = f"{100 * row['same_choice']:.1f} % | {row['same_words']:.0f} of 64"
         lines.append(f"| {name} | {row['perplexity']:.2f} | {more} | {same} |")
     return "\n".join(lines)

@@ -40,18 +40,18 @@ def parts(models: dict[str, dict[str, int]]) -> Figure:
     made, (share, memory) = panels(2, width=7.2, height=2.6)
     totals = {title: sum(counts.values()) for title, counts in models.items()}
     left = dict.fromkeys(models, 0.0)
-    for part, colour in PARTS.items():
+    for part, color in PARTS.items():
         values = {title: 100 * counts[part] / totals[title] for title, counts in models.items()}
         share.barh(
-            list(values), list(values.values()), left=list(left.values()), color=colour, label=part
+            list(values), list(values.values()), left=list(left.values()), color=color, label=part
         )
         left = {title: left[title] + values[title] for title in left}
     share.set(xlabel="% of the parameters", title="Where the parameters are", xlim=(0, 100))
     in_rows(share)
     looks = ((BLACK, "o"), (GREY, "s"), (PURPLE, "^"), (SKY, "D"))
-    for (dtype, size), (colour, marker) in zip(BYTES.items(), looks, strict=True):
+    for (dtype, size), (color, marker) in zip(BYTES.items(), looks, strict=True):
         gigabytes = [size * total / 1e9 for total in totals.values()]
-        memory.scatter(gigabytes, list(totals), label=dtype, color=colour, marker=marker)
+        memory.scatter(gigabytes, list(totals), label=dtype, color=color, marker=marker)
     memory.set(xscale="log", xlabel="GB", title="Size of the weights", ylim=share.get_ylim())
     memory.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
     memory.tick_params(axis="y", labelleft=False, length=0)
@@ -129,9 +129,9 @@ def waiting(ways: dict[str, dict[str, tuple[float, float]]]) -> Figure:
     """Draw for each way of batching from when to when each request waited, in seconds."""
     made, columns = panels(len(ways), width=7.2, height=2.2)
     latest = max(end for times in ways.values() for _, end in times.values())
-    for axes, colour, (title, times) in zip(columns, (ORANGE, BLUE), ways.items(), strict=True):
+    for axes, color, (title, times) in zip(columns, (ORANGE, BLUE), ways.items(), strict=True):
         for name, (sent, answered) in times.items():
-            axes.barh(name, answered - sent, left=sent, color=colour)
+            axes.barh(name, answered - sent, left=sent, color=color)
         axes.set(title=heading(title), xlabel="seconds", xlim=(0, 1.05 * latest))
         in_rows(axes)
     return made
@@ -149,8 +149,8 @@ def bars(values: dict[str, float], xlabel: str, title: str) -> Figure:
 def columns(rows: Sequence[dict], name: str, quantities: Sequence[str]) -> Figure:
     """Draw the rows of a table as bars, one panel for each quantity."""
     made, places = panels(len(quantities), width=7.2, height=1.9)
-    for axes, quantity, colour in zip(places, quantities, (ORANGE, BLUE, GREY), strict=False):
-        axes.barh([row[name] for row in rows], [row[quantity] for row in rows], color=colour)
+    for axes, quantity, color in zip(places, quantities, (ORANGE, BLUE, GREY), strict=False):
+        axes.barh([row[name] for row in rows], [row[quantity] for row in rows], color=color)
         axes.set(title=heading(quantity))
         in_rows(axes)
         if axes is not places[0]:
@@ -218,10 +218,10 @@ def _box(axes: Axes, stage: str) -> Text:
     return axes.text(x, y, stage, ha="center", va="center", bbox=look)
 
 
-def _arrow(axes: Axes, boxes: dict[str, Text], ends: tuple[str, str], colour: str, s: str) -> None:
+def _arrow(axes: Axes, boxes: dict[str, Text], ends: tuple[str, str], color: str, s: str) -> None:
     """Draw an arrow from one stage's box to another's."""
     a, b = (boxes[end].get_bbox_patch() for end in ends)
-    look = {"arrowstyle": "->", "color": colour, "linestyle": s, "patchA": a, "patchB": b}
+    look = {"arrowstyle": "->", "color": color, "linestyle": s, "patchA": a, "patchB": b}
     axes.annotate("", xy=STAGES[ends[1]], xytext=STAGES[ends[0]], arrowprops=look)
 
 
@@ -248,10 +248,10 @@ def image_sizes(official: dict[str, float], ours: dict[str, dict[str, int]]) -> 
     made, axes = figure(width=7.2, height=2.9)
     axes.barh(list(official), [size / 1e9 for size in official.values()], color="#cccccc")
     left = dict.fromkeys(ours, 0.0)
-    for part, colour in CONTENTS.items():
+    for part, color in CONTENTS.items():
         sizes = {name: parts.get(part, 0) / 1e9 for name, parts in ours.items()}
         axes.barh(
-            list(sizes), list(sizes.values()), left=list(left.values()), color=colour, label=part
+            list(sizes), list(sizes.values()), left=list(left.values()), color=color, label=part
         )
         left = {name: left[name] + sizes[name] for name in left}
     axes.set(xlabel="GB")
@@ -264,9 +264,9 @@ def layers(made_by: Sequence[tuple[str, float]], new: int) -> Figure:
     """Draw the layers of an image from the bottom up, in MB; the `new` topmost ones in orange."""
     names = [shorten(command, 32, placeholder="…") for command, _ in made_by]
     made, axes = figure(width=7.2, height=0.6 + 0.3 * len(made_by))
-    colours = [BLUE] * (len(made_by) - new) + [ORANGE] * new
+    colors = [BLUE] * (len(made_by) - new) + [ORANGE] * new
     rows = range(len(made_by))
-    axes.barh(rows, [size for _, size in made_by], color=colours)
+    axes.barh(rows, [size for _, size in made_by], color=colors)
     axes.set_yticks(rows, names, family="monospace", fontsize=8)
     axes.set(xlabel="MB")
     axes.grid(axis="x")
@@ -291,12 +291,12 @@ def load_curve(reports: dict[int, Report]) -> Figure:
         )
     latency.set(xlabel="tokens per second", ylabel="seconds", title="Latency, by number of clients")
     names = [str(clients) for clients in reports]
-    for quantity, colour, label in (
+    for quantity, color, label in (
         ("first_token_p50", BLUE, "median"),
         ("first_token_p95", ORANGE, "95th percentile"),
     ):
         values = [1000 * getattr(report, quantity) for report in reports.values()]
-        first.plot(names, values, "o-", color=colour, label=label)
+        first.plot(names, values, "o-", color=color, label=label)
     first.set(xlabel="clients", ylabel="ms", title="Time to first token")
     first.legend(fontsize=8)
     latency.set_ylim(0, 1.25 * max(waits))
@@ -316,10 +316,10 @@ def shares(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
     """Draw stacked bars in per cent. `rows`: name -> part -> share of 1."""
     made, axes = figure(width=6.4, height=1.0 + 0.35 * len(rows))
     left = dict.fromkeys(rows, 0.0)
-    for part, colour in zip(next(iter(rows.values())), (BLUE, GREEN, ORANGE, GREY), strict=False):
+    for part, color in zip(next(iter(rows.values())), (BLUE, GREEN, ORANGE, GREY), strict=False):
         values = {name: 100 * parts[part] for name, parts in rows.items()}
         axes.barh(
-            list(values), list(values.values()), left=list(left.values()), color=colour, label=part
+            list(values), list(values.values()), left=list(left.values()), color=color, label=part
         )
         left = {name: left[name] + values[name] for name in rows}
     axes.set(xlabel=xlabel, xlim=(0, 100))

@@ -17,13 +17,13 @@ def timeline(spans: Sequence[Span]) -> Figure:
     names = [*(span.step for span in whole), *(f"  {_words(span.stage)}" for span in stages)]
     made, axes = figure(width=7.2, height=1.0 + 0.28 * len(names))
     for row, span in enumerate([*whole, *stages]):
-        colour = SKY if span.stage else BLUE
-        axes.barh(row, max(span.ended - span.began, 0.05), left=span.began, color=colour)
+        color = SKY if span.stage else BLUE
+        axes.barh(row, max(span.ended - span.began, 0.05), left=span.began, color=color)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set(xlabel="seconds since the first call")
     in_rows(axes)
-    for colour, label in ((BLUE, "a call"), (SKY, "a stage of the deployment")):
-        axes.barh(0, 0, color=colour, label=label)
+    for color, label in ((BLUE, "a call"), (SKY, "a stage of the deployment")):
+        axes.barh(0, 0, color=color, label=label)
     made.legend(loc="outside upper center", ncol=2, fontsize=8)
     return made
 

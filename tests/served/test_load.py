@@ -36,11 +36,11 @@ def test_rejected_requests_are_counted(smollm2_server):
 def test_short_soak_sends_every_kind_of_request(smollm2_server, monkeypatch: pytest.MonkeyPatch):
     """In a few seconds every kind of request is sent and has the expected response."""
 
-    monkeypatch.setattr("benchmarks.soak.NONSENSE_EVERY", 7)
-    monkeypatch.setattr("benchmarks.soak.LEAVE_EVERY", 5)
+    monkeypatch.setattr("benchmarks.soak.INVALID_EVERY", 7)
+    monkeypatch.setattr("benchmarks.soak.DISCONNECT_EVERY", 5)
     soak = Soak(smollm2_server.url, smollm2_server.process.pid, minutes=0.1)
     with tqdm(total=0.1, disable=True) as progress:
         asyncio.run(soak.run(progress))
-    assert set(soak.outcomes) == {"good 200", "nonsense 400", "left 200"}, soak.outcomes
+    assert set(soak.outcomes) == {"valid 200", "invalid 400", "disconnected 200"}, soak.outcomes
     assert sum(soak.outcomes.values()) == soak.sent
     assert soak.samples and soak.times
