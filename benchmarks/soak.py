@@ -111,7 +111,7 @@ class Soak:
             await asyncio.gather(self.watch(progress), *clients)
 
     def p99(self, begin: float, minutes: float) -> float | None:
-        """99th percentile, in seconds a token, of the valid requests that ended in these minutes."""
+        """99th percentile, in seconds a token, of valid requests that ended in these minutes."""
         return percentile([t for m, t in self.times if begin <= m < begin + minutes], 99)
 
     def measurements(self) -> dict[str, Any]:
