@@ -164,24 +164,24 @@ push: setup ## Push the image of APP (REGISTRY=host/project/repository, TAG=pro)
 image-report: setup ## Show what is in the image of APP, by part
 	@$(PY) -m deploy.image.report "$(APP)" --tag "$(TAG)"
 
-plan: setup ## Show what deploy would make on Vertex AI, and its price (PROJECT=, REGION=)
+plan: setup ## Show what deploy creates on Vertex AI, and its price (PROJECT=, REGION=)
 	@$(PY) -m deploy.vertex plan "$(APP)" $(GOOGLE)
 
 deploy: setup ## Push the image of APP and deploy it on Vertex AI (CANARY=20 for 20 %)
 	@exec $(PY) -m deploy.vertex deploy "$(APP)" $(GOOGLE) $(if $(CANARY),--canary "$(CANARY)") \
 	  $(if $(filter file,$(origin TAG)),,--tag "$(TAG)")
 
-test-vertex: setup ## Ask the endpoint of APP in three ways and print the answers
+test-vertex: setup ## Send a request to the endpoint of APP in three ways
 	@$(PY) -m deploy.vertex test "$(APP)" $(GOOGLE)
 
-undeploy: setup ## Stop the replicas of APP on Vertex AI, and with them the bill
+undeploy: setup ## Stop the replicas of APP on Vertex AI, so that you no longer pay
 	@$(PY) -m deploy.vertex undeploy "$(APP)" $(GOOGLE)
 
-cleanup: setup ## Remove everything of APP on Vertex AI and prove that it is gone
+cleanup: setup ## Remove everything of APP on Vertex AI, and prove it
 	@$(PY) -m deploy.vertex cleanup "$(APP)" $(GOOGLE)
 
 standin: setup ## Start the local stand-in for Vertex AI, until Ctrl-C
 	@exec $(PY) -m standin
 
-rehearse: setup ## Deploy, ask, canary, roll back, clean up on the stand-in (no Google account)
+rehearse: setup ## Deploy, predict, roll back and clean up on the stand-in (no Google account)
 	@$(PY) -m standin.rehearse "$(APP)"

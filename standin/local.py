@@ -13,6 +13,7 @@ import atexit
 import functools
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -32,6 +33,8 @@ from standin.settings import PROJECT_NUMBER, READY, write_private
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 """For a busy machine; usually it takes one or two seconds."""
+ARCHITECTURES = {"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}
+"""Of this machine -> as images name it."""
 
 
 class Standin:
@@ -234,10 +237,13 @@ def environment(standin: Standin, ports: dict[str, Any]) -> dict[str, str]:
         "CLOUDSDK_PROXY_TYPE": "http",
         "CLOUDSDK_PROXY_ADDRESS": "127.0.0.1",
         "CLOUDSDK_PROXY_PORT": str(port),
+        "MACHINE_ARCHITECTURE": ARCHITECTURES.get(platform.machine().lower(), "amd64"),
         "VERTEX_STANDIN": str(folder),
     }
     if "registry" in ports:
-        result["VERTEX_REGISTRY"] = ports["registry"]
+        result["PUSH_REGISTRY"] = ports["registry"]
+    else:  # the archives in model_store are the images
+        result["PUSH_IMAGES"] = "false"
     return result
 
 

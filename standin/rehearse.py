@@ -1,22 +1,23 @@
-"""The whole life of a deployment, on the stand-in for Vertex AI: `make rehearse`.
+"""Rehearse a deployment on the stand-in for Vertex AI, from plan to cleanup (`make rehearse`).
 
     python -m standin.rehearse smollm2-135m
 
-Runs the commands behind `make plan`, `make deploy`, ... as they are, each in a process of its own.
-They know nothing of the stand-in but the environment variables that lead to it. Then it counts the
-requests that they made. With Docker the image of `make build-pro` is pushed and started, without
-the archive of `make archive`.
+Runs the commands behind `make plan`, `make deploy`, ... unchanged, each in its own process. They
+reach the stand-in through environment variables alone. At the end it counts their requests. With
+Docker it pushes and starts the image of `make build-pro`, without Docker it needs `make archive`.
 """
 
-import argparse
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
-from deploy.common.cli import app_parser, command
+import typer
+
+from deploy.common import cli
 from deploy.common.paths import UserError
 from deploy.image.lookup import image_name, inspect_image
 from deploy.image.runtime import container_runtime
@@ -26,12 +27,12 @@ CANARY_TAG = "canary"
 
 
 def rehearse(app: str, tag: str, scale: float) -> None:
-    """From `plan` to `cleanup`; prints what each command prints, the seconds, and the requests.
+    """Run every command and print its output, then the seconds and the requests of them all.
 
     Args:
         app: the APP.
-        tag: of its image, if there is Docker.
-        scale: what the platform's own waiting is multiplied by.
+        tag: of its image, with Docker.
+        scale: what the platform's own durations are multiplied by.
 
     Raises:
         UserError: a command failed; it has printed why.
@@ -65,27 +66,37 @@ def _run(arguments: list[str]) -> None:
 
 @contextmanager
 def _another_tag(app: str, tag: str, runner: str) -> Iterator[None]:
-    """Another name for the same image: for Vertex AI it is another image, enough to rehearse."""
+    """Give the image a second tag: for Vertex AI that is another image."""
     if runner != "docker":
         yield
         return
     names = image_name(app, tag), image_name(app, CANARY_TAG)
-    inspect_image(app, tag)  # says how to build one that is missing
+    inspect_image(app, tag)  # its error says how to build a missing one
     subprocess.run([container_runtime(), "tag", *names], check=True)
     try:
         yield
-    finally:  # takes away the name, not the image
+    finally:  # removes the name, not the image
         subprocess.run([container_runtime(), "rmi", names[1]], capture_output=True)
 
 
-@command
-def main(arguments: list[str] | None) -> None:
-    """The command line; see the module's docstring."""
-    parser: argparse.ArgumentParser = app_parser("standin.rehearse", "rehearse a deployment")
-    parser.add_argument("--tag", default="pro", help="of the image")
-    parser.add_argument("--scale", type=float, default=0.02, help="of the platform's waiting")
-    options = parser.parse_args(arguments)
-    rehearse(options.app, options.tag, options.scale)
+command_line = cli.app(__doc__)
+
+
+@command_line.command()
+def command(
+    app: cli.App,
+    tag: Annotated[str, typer.Option(help="The image's tag, with Docker.")] = "pro",
+    scale: Annotated[
+        float, typer.Option(help="What the platform's own durations are multiplied by.")
+    ] = 0.02,
+) -> None:
+    """Rehearse a deployment on the stand-in for Vertex AI."""
+    rehearse(app, tag, scale)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command and return its exit status."""
+    return cli.run(command_line, "standin.rehearse", arguments)
 
 
 if __name__ == "__main__":

@@ -1,29 +1,29 @@
-"""From traffic to replicas and cost: the arithmetic behind chapter 07's calculator.
+"""Compute replicas and cost from traffic: the arithmetic behind chapter 07's calculator.
 
-A replica is described by what was measured on it: tokens per second at several numbers of clients
-that always wait for an answer (`benchmarks.load`), and tokens per second of the prefill
-(`benchmarks.roofline`). All else follows:
+Two measurements describe a replica: tokens per second for several numbers of clients that always
+wait for a response (`benchmarks.load`), and tokens per second of the prefill
+(`benchmarks.roofline`). The rest follows:
 
     seconds of one replica for one request, n of them in flight
         s(n) = prompt / prefill rate + completion * d(n)
         d(n) = 1 / curve(n) - measured prompt / measured completion / prefill rate
                + context seconds * (context - measured context)
-        context = prompt + completion / 2, which is what a token looks back on, on average
-    requests per second that a replica carries    r(n) = 1 / s(n), a straight line between two n
+        context = prompt + completion / 2, the tokens before a token, on average
+    requests per second that a replica serves     r(n) = 1 / s(n), a straight line between two n
     replicas                                      ceil(all requests per second / utilization / most)
-        most is the greatest r(n): a full replica
+        most is the largest r(n): a full replica
     requests per second of each                   q = all requests per second / replicas
     chance that n are in flight in it             p(n) = p(n - 1) * q / r(n)
     in flight in it                               the sum of n * p(n)
     latency, Little's law                         in flight / q
 
-The chances are those of requests that come at random, independently of each other, and share the
-replica (a processor-sharing queue whose speed depends on how many share it). Then only the means of
-the lengths matter, not how they are spread. Source: Cohen, The multiple phase service network with
-generalized processor sharing, 1979. Where more wait than a replica takes in, this is approximate.
+The requests arrive at random, independently of each other, and share the replica: a processor-
+sharing queue whose speed depends on how many share it. Then only the means of the lengths matter,
+not their distribution. Source: Cohen, The multiple phase service network with generalized processor
+sharing, 1979. If more requests wait than a replica admits, the result is approximate.
 
-Not here: bunches that are worse than chance; a slow tenth of the requests (these are means);
-following the traffic up and down (`deploy/vertex/autoscaling.py`); prices: the reader gives them.
+Not covered: bursts that are worse than random; the slowest tenth of the requests (these are means);
+scaling with the traffic (`deploy/vertex/autoscaling.py`); prices, which you provide.
 """
 
 import math
@@ -31,26 +31,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
+from typing import Protocol
 
 from deploy.common.paths import UserError
 
 UTILIZATION = 0.6
-"""How full a replica may be on average. Source: Vertex AI's default target for autoscaling."""
+"""The average load of a replica. Source: Vertex AI's default target for autoscaling."""
 
 
 @dataclass(frozen=True)
-class Replica:
-    """What was measured on one replica.
+class ReplicaCapacity:
+    """The measurements of one replica.
 
     Args:
-        curve: clients that always wait for an answer -> completion tokens per second of them all.
-        prefill_tokens_per_second: how fast it reads prompts.
+        curve: clients that always wait for a response -> completion tokens per second of them all.
+        prefill_tokens_per_second: the throughput of the prefill.
         prompt_tokens: mean prompt of the curve's requests. 0 leaves the prefill in the curve: then
-            plan for traffic with prompts of 0 tokens and mean the measured ones.
+            plan for traffic with prompts of 0 tokens, which stand for the measured ones.
         completion_tokens: mean completion of the curve's requests.
-        context_seconds: what one more token of context adds to the time of a token that is written:
-            `kv_bytes_per_token` / bytes per second of the memory. 0 leaves it out.
-        cache_tokens: tokens of all requests together that the KV cache holds.
+        context_seconds: what one more token of context adds to the time of each generated token:
+            `kv_bytes_per_token` / bytes per second of the memory. 0 ignores it.
+        cache_tokens: tokens of all requests together that fit into the KV cache.
     """
 
     curve: Mapping[int, float]
@@ -81,19 +82,19 @@ class Replica:
             )
 
     def _reading_limit(self) -> float:
-        """Completion tokens per second if only prompts took time."""
+        """Completion tokens per second if only the prefill took time."""
         if not self.prompt_tokens:
             return math.inf
         return self.prefill_tokens_per_second * self.completion_tokens / self.prompt_tokens
 
     def requests_per_second(self, traffic: "Traffic") -> dict[int, float]:
-        """Requests in flight -> requests of this shape that the replica finishes in a second.
+        """Requests in flight -> requests of this shape that the replica finishes per second.
 
-        From 1 to as many as it is worth to let in: until the measured curve no longer grows, or
-        the cache is full. Below the first measured number a request is as slow as there.
+        From 1 up to the number at which the measured curve no longer grows or the cache is full.
+        Below the first measured number, a request is as slow as there.
 
         Raises:
-            UserError: not one request fits into the cache.
+            UserError: one request does not fit into the cache.
         """
         measured: dict[int, float] = {}
         for clients in sorted(self.curve):
@@ -104,7 +105,7 @@ class Replica:
         if each > self.cache_tokens:
             raise UserError(
                 f"prompt_tokens, completion_tokens: {each:g} together, and the cache holds "
-                f"{self.cache_tokens:g}; ask for less, or raise cache_gb"
+                f"{self.cache_tokens:g}; use shorter ones, or raise cache_gb"
             )
         most = int(min(max(measured), self.cache_tokens // each))
         first = min(measured)
@@ -115,7 +116,7 @@ class Replica:
         return {n: carried[n] for n in range(1, most + 1)}
 
     def _seconds(self, clients: int, traffic: "Traffic") -> float:
-        """Of the replica's time, for one request beside others."""
+        """The replica's time for one request beside others."""
         decode = 1 / self.curve[clients] - 1 / self._reading_limit()
         context = traffic.prompt_tokens + traffic.completion_tokens / 2
         measured = self.prompt_tokens + self.completion_tokens / 2
@@ -126,7 +127,7 @@ class Replica:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What comes in: requests a minute, and their mean lengths in tokens."""
+    """Requests per minute, and their mean lengths in tokens."""
 
     requests_per_minute: float
     prompt_tokens: float
@@ -139,18 +140,18 @@ class Traffic:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What it takes.
+class CapacityPlan:
+    """The replicas that some traffic needs, and their cost.
 
     Args:
-        replicas: how many.
-        most_requests_per_second: what one replica carries at the most, with `clients` in flight.
+        replicas: their number.
+        most_requests_per_second: the most that one replica serves, with `clients` in flight.
         clients: that number.
-        utilization: share of it that is used on average.
-        in_flight: requests that one replica holds at a time, on average.
-        latency_seconds: from request to the last token, on average, waiting included.
+        utilization: the share of it that is used on average.
+        in_flight: requests in flight in one replica, on average.
+        latency_seconds: from the request to the last token, on average, with the queue.
         per_hour: price of all replicas.
-        per_million_tokens: price of a million completion tokens, idle time included.
+        per_million_tokens: price of a million completion tokens, with idle time.
     """
 
     replicas: int
@@ -165,20 +166,20 @@ class Plan:
 
 def plan(
     traffic: Traffic,
-    replica: Replica,
+    replica: ReplicaCapacity,
     price_per_hour: float,
     *,
     utilization: float = UTILIZATION,
     seconds_at_most: float = math.inf,
-) -> Plan:
-    """How many replicas some traffic needs, and what they cost.
+) -> CapacityPlan:
+    """Compute how many replicas some traffic needs, and what they cost.
 
     Args:
-        traffic: what comes in.
-        replica: what one replica can do.
+        traffic: the requests.
+        replica: the measurements of one replica.
         price_per_hour: of one replica, in any currency; costs are in the same.
-        utilization: how full a replica may be on average, over 0 and under 1.
-        seconds_at_most: the mean latency must not be above this.
+        utilization: the highest average load of a replica, over 0 and under 1.
+        seconds_at_most: the highest mean latency.
 
     Raises:
         UserError: a value is out of range, or no replica is fast enough; names the field.
@@ -188,14 +189,14 @@ def plan(
     _check("utilization", utilization)
     if utilization >= 1:
         raise UserError(
-            f"utilization: should be under 1, not {utilization:g}: where a replica is always busy, "
-            "the queue grows for ever"
+            f"utilization: should be under 1, not {utilization:g}: if a replica is always busy, "
+            "its queue never stops growing"
         )
     carried = replica.requests_per_second(traffic)
     if 1 / carried[1] >= seconds_at_most:
         raise UserError(
-            f"seconds_at_most: a request takes {1 / carried[1]:.3g} s if it is alone, not "
-            f"{seconds_at_most:g}; allow more, ask for less text, or take a faster replica"
+            f"seconds_at_most: a single request takes {1 / carried[1]:.3g} s, not "
+            f"{seconds_at_most:g}; allow more, use shorter completions, or a faster replica"
         )
     arriving = traffic.requests_per_minute / 60
 
@@ -215,7 +216,7 @@ def plan(
     held = in_flight(each, carried)
     per_hour = replicas * price_per_hour
     tokens_per_hour = arriving * 3600 * traffic.completion_tokens
-    return Plan(
+    return CapacityPlan(
         replicas=replicas,
         most_requests_per_second=carried[clients],
         clients=clients,
@@ -228,12 +229,12 @@ def plan(
 
 
 def in_flight(requests_per_second: float, carried: Mapping[int, float]) -> float:
-    """Requests that a replica holds on average; see the module's docstring.
+    """Average number of requests in flight in a replica; see the module's docstring.
 
     Args:
-        requests_per_second: what comes in; under the last of `carried`.
-        carried: requests in flight, from 1 on -> requests that are finished in a second. What is
-            beyond the last waits.
+        requests_per_second: arriving requests; below the last value of `carried`.
+        carried: requests in flight, from 1 on -> requests finished per second. Requests beyond the
+            last key wait.
     """
     most = max(carried)
     full = requests_per_second / carried[most]
@@ -247,10 +248,18 @@ def in_flight(requests_per_second: float, carried: Mapping[int, float]) -> float
     return held / (sum(chances) + waiting)
 
 
-def kv_bytes_per_token(config: object, bytes_per_number: float = 2) -> float:
-    """Bytes that the keys and values of one token take in the KV cache.
+class AttentionConfig(Protocol):
+    """What a transformers config says about the keys and values of a model."""
 
-        2 (key, value) * layers * heads that have keys of their own * head size * bytes per number
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_size: int
+
+
+def kv_bytes_per_token(config: AttentionConfig, bytes_per_number: float = 2) -> float:
+    """Bytes that the keys and values of one token need in the KV cache.
+
+        2 (key, value) * layers * heads with their own keys * head size * bytes per number
 
     Args:
         config: a transformers config.
@@ -263,12 +272,13 @@ def kv_bytes_per_token(config: object, bytes_per_number: float = 2) -> float:
 
 
 def _check(
-    field: str, value: float, *, zero: bool = False, least: float = 0, finite: bool = True
+    field: str, value: object, *, zero: bool = False, least: float = 0, finite: bool = True
 ) -> None:
-    """A number in its range, or an error that names it."""
+    """Make sure that a value is a number in its range."""
     wanted = "0 or more" if zero else f"at least {least:g}" if least else "over 0"
     if isinstance(value, bool) or not isinstance(value, Real):
         raise UserError(f"{field}: should be a number, {wanted}, not {value!r}")
-    good = value >= 0 if zero else value >= least if least else value > 0
-    if not good or math.isnan(value) or (finite and math.isinf(value)):
-        raise UserError(f"{field}: should be {wanted}{' and finite' * finite}, not {value:g}")
+    number = float(value)
+    good = number >= 0 if zero else number >= least if least else number > 0
+    if not good or math.isnan(number) or (finite and math.isinf(number)):
+        raise UserError(f"{field}: should be {wanted}{' and finite' * finite}, not {number:g}")

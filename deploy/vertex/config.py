@@ -1,9 +1,9 @@
-"""`vertex.yaml`, read and checked: where things go on Vertex AI, how large, what they cost.
+"""Read and check `vertex.yaml`: the resources on Vertex AI, their sizes and prices.
 
     load_settings(region="us-central1", max_replicas=4)
 
-Limits are those of the API's reference (https://cloud.google.com/vertex-ai/docs/reference/rest/v1).
-Whether a machine type exists in a region, and whether there is quota for it, only Google can say.
+The limits are from the API's reference (https://cloud.google.com/vertex-ai/docs/reference/rest/v1).
+Only Google knows whether a machine type exists in a region, and whether you have quota for it.
 """
 
 import datetime
@@ -21,15 +21,24 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from deploy.common.paths import UserError, shown
 
 CONFIG = Path(__file__).parent / "vertex.yaml"
 MANAGED_BY = "serving-llms"
+ENVIRONMENT = {
+    "project": "GCP_PROJECT",
+    "region": "GCP_REGION",
+    "push_images": "PUSH_IMAGES",
+    "push_registry": "PUSH_REGISTRY",
+    "architecture": "MACHINE_ARCHITECTURE",
+}
+"""Field -> the environment variable that replaces the file's value."""
 
 Percent = Annotated[int, Field(ge=1, le=100)]
 Route = Annotated[str, Field(pattern="^/")]
-# no `.`, `..` or wildcards: the container would look for a folder of exactly this name
+# No `.`, `..` or wildcards: the container looks for a folder of exactly this name.
 Folder = Annotated[
     str,
     Field(pattern=r"^gs://[a-z0-9][a-z0-9._-]+(/[^/\s.*?#\[\]][^/\s*?#\[\]]*)*/?$"),
@@ -51,14 +60,17 @@ class Prices(_Strict):
     per_hour: dict[str, Annotated[float, Field(gt=0)]]
 
 
-class Settings(_Strict):
-    """Everything a deployment needs to know beside the APP and its image."""
+class VertexSettings(_Strict):
+    """Everything that a deployment needs besides the APP and its image."""
 
     project: Annotated[str, Field(pattern=r"^[a-z][a-z0-9:.-]{4,}[a-z0-9]$")] | None = None
     region: Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
     repository: Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+    push_images: bool = True
+    push_registry: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+(:[0-9]+)?$")] | None = None
     service_account: Annotated[str, Field(pattern=r"^[^@\s]+@[^@\s]+$")] | None = None
     machine_type: Annotated[str, Field(pattern=r"^[a-z][a-z0-9]*-[a-z0-9-]+$")]
+    architecture: Literal["amd64", "arm64"] = "amd64"
     accelerator_type: (
         Literal[
             "NVIDIA_L4",
@@ -94,7 +106,7 @@ class Settings(_Strict):
     prices: Prices
 
     @model_validator(mode="after")
-    def _check(self) -> "Settings":
+    def _check(self) -> "VertexSettings":
         if self.max_replicas < self.min_replicas:
             raise ValueError(
                 f"max_replicas: {self.max_replicas} is less than min_replicas, {self.min_replicas}"
@@ -107,11 +119,11 @@ class Settings(_Strict):
         if self.machine_type.startswith("g2-") and self.accelerator_type != "NVIDIA_L4":
             raise ValueError(
                 f"accelerator_type: {self.accelerator_type or 'none'}; "
-                f"{self.machine_type} has NVIDIA_L4 and no other"
+                f"{self.machine_type} has NVIDIA_L4 only"
             )
         for name in self.environment:
             if name.startswith("AIP_"):
-                raise ValueError(f"environment.{name}: names with AIP_ are set by the platform")
+                raise ValueError(f"environment.{name}: the platform sets names with AIP_")
         if self.startup_probe_timeout > self.startup_probe_period:
             raise ValueError(
                 f"startup_probe_timeout: {self.startup_probe_timeout} is more than "
@@ -120,23 +132,32 @@ class Settings(_Strict):
         return self
 
     @property
-    def parent(self) -> str:
-        """What all resources here are under: `projects/P/locations/R`.
+    def project_id(self) -> str:
+        """The project.
 
         Raises:
-            UserError: no project is known.
+            UserError: it is not given.
         """
         if not self.project:
             raise UserError(
                 "project: not given; export GCP_PROJECT=..., or set it in deploy/vertex/vertex.yaml"
             )
-        return f"projects/{self.project}/locations/{self.region}"
+        return self.project
+
+    @property
+    def parent(self) -> str:
+        """The parent of all resources: `projects/P/locations/R`.
+
+        Raises:
+            UserError: the project is not given.
+        """
+        return f"projects/{self.project_id}/locations/{self.region}"
 
     def resource_id(self, app: str) -> str:
-        """The id of an app's model and of its endpoint.
+        """The ID of an app's model and of its endpoint.
 
-        Chosen by us, not by Google: a creation that is repeated after a crash then finds the first
-        one, and its operations can be listed although nobody remembers their names.
+        We choose it, not Google. So a creation that is repeated after a crash finds the first one,
+        and its operations can be listed although nothing stores their names.
         """
         plain = re.sub(r"[^a-z0-9]+", "-", app.lower()).strip("-")
         return f"{MANAGED_BY}-{plain}"[:63].rstrip("-")
@@ -150,15 +171,13 @@ class Settings(_Strict):
         return f"{self.parent}/models/{self.resource_id(app)}"
 
     def labels_for(self, app: str) -> dict[str, str]:
-        """The labels of everything that is made for an app. Cleanup goes by them."""
+        """The labels of an app's resources, by which `cleanup` finds them."""
         plain = re.sub(r"[^a-z0-9_-]", "-", app.lower())[:63]
         return {**self.labels, "managed-by": MANAGED_BY, "app": plain}
 
     def image_folder(self) -> str:
         """The address of the repository: `REGION-docker.pkg.dev/PROJECT/REPOSITORY`."""
-        project = self.parent.split("/")[1].replace(
-            ":", "/"
-        )  # example.com:name is example.com/name
+        project = self.project_id.replace(":", "/")  # example.com:name is example.com/name there
         return f"{self.region}-docker.pkg.dev/{project}/{self.repository}"
 
     def image_uri(self, app: str, tag: str) -> str:
@@ -166,20 +185,20 @@ class Settings(_Strict):
         return f"{self.image_folder()}/{app.lower()}:{tag}"
 
     def route_for(self, app: str) -> str:
-        """Where the container takes predictions."""
+        """The path at which the container takes predictions."""
         return self.predict_route or f"/predictions/{app}"
 
 
-def load_settings(path: Path = CONFIG, **overrides: Any) -> Settings:
-    """Read the file, put GCP_PROJECT, GCP_REGION and the keywords over it, and check all of it.
+def load_settings(path: Path = CONFIG, **overrides: Any) -> VertexSettings:
+    """Read the settings. Keywords replace environment variables, and these the file's values.
 
     Args:
-        path: a YAML file with the fields of `Settings`.
-        overrides: fields; None leaves the file's value.
+        path: a YAML file with the fields of `VertexSettings`.
+        overrides: fields; None keeps the value.
 
     Raises:
-        UserError: no such file or field, or a wrong value; it names the field, what was given and
-            what is allowed.
+        UserError: no such file or field, or a wrong value; it names the field, the value and what
+            is allowed.
     """
     try:
         given = yaml.safe_load(path.read_text()) or {}
@@ -187,20 +206,20 @@ def load_settings(path: Path = CONFIG, **overrides: Any) -> Settings:
         raise UserError(f"{shown(path)}: {error}") from error
     if not isinstance(given, dict):
         raise UserError(f"{shown(path)}: should be a mapping of fields, not {given!r}")
-    for name, variable in {"project": "GCP_PROJECT", "region": "GCP_REGION"}.items():
+    for name, variable in ENVIRONMENT.items():
         if os.environ.get(variable):
             given[name] = os.environ[variable]
     given |= {name: value for name, value in overrides.items() if value is not None}
     try:
-        return Settings(**given)
+        return VertexSettings(**given)
     except ValidationError as error:
         raise UserError("; ".join(_complaint(e) for e in error.errors())) from error
 
 
-def _complaint(error: dict) -> str:
-    """One of pydantic's errors: the field, what was given, what is allowed."""
+def _complaint(error: ErrorDetails) -> str:
+    """One of pydantic's errors: the field, the value, what is allowed."""
     if error["type"] == "extra_forbidden":
-        known = ", ".join(Settings.model_fields)
+        known = ", ".join(VertexSettings.model_fields)
         return f"{_field(error)}: there is no such field; there are {known}"
     if not error["loc"]:  # from `_check`, which names the field itself
         return str(error["ctx"]["error"])
@@ -209,6 +228,6 @@ def _complaint(error: dict) -> str:
     return f"{_field(error)}: {error['input']!r} given; {error['msg']}"
 
 
-def _field(error: dict) -> str:
+def _field(error: ErrorDetails) -> str:
     names = [str(part) for part in error["loc"]]
     return ".".join(name for name in names if not name.startswith(("constrained", "literal")))

@@ -1,296 +1,378 @@
-"""The life of a deployment: deploy, roll back, undeploy, clean up. Each may be killed and repeated.
+"""Deploy an app, roll back, undeploy, clean up: read the state, compare it, apply the changes.
 
-Nothing is remembered on this machine. Ids follow from the APP, everything carries labels, and every
-step begins by looking at what is there and at what is still going on from an earlier run.
+Every command can be killed and repeated, because nothing is stored on this machine. IDs follow from
+the APP, every resource has labels, and each command begins with what is there and with what an
+earlier run still does. `changes` decides what to do; this module talks to Vertex AI.
 
-What a step costs: replicas bill from the deployment until `undeploy` or `cleanup`, idle or not. A
-model in the registry and an endpoint without a deployed model cost nothing.
+You pay for replicas from `deploy` to `undeploy` or `cleanup`, even when they are idle. A model in
+the registry and an endpoint without a deployed model cost nothing.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from google.api_core.client_options import ClientOptions
+from google.api_core.exceptions import AlreadyExists, BadRequest, NotFound
+from google.api_core.operation import Operation
+from google.cloud import aiplatform
+from google.cloud.aiplatform_v1 import types
+from google.cloud.aiplatform_v1.services.endpoint_service import EndpointServiceClient
+from google.cloud.aiplatform_v1.services.model_service import ModelServiceClient
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from deploy.common.paths import UserError
-from deploy.vertex.client import Event, Span, Vertex, exceptions, kind_of, timeline
-from deploy.vertex.resources import (
-    BACK,
-    brought_back,
-    check_endpoint,
-    create_endpoint,
-    delete,
-    deploy_model,
-    deployed_at,
-    find_or_upload,
-    get_endpoint,
-    matching,
-    ours,
-    previous_of,
-    set_traffic,
-    traffic_of,
-    types,
-    undeploy_all,
-    undeploy_model,
-    version_of,
-    versions,
-    wanted_deployment,
+from deploy.vertex import artifacts, changes, messages
+from deploy.vertex.changes import (
+    Change,
+    CreateEndpoint,
+    DeleteEndpoint,
+    DeleteModel,
+    DeployVersion,
+    SetTraffic,
+    Undeploy,
+    UploadVersion,
+    Wanted,
+    check_canary,
+)
+from deploy.vertex.config import MANAGED_BY, VertexSettings
+from deploy.vertex.credentials import default_credentials
+from deploy.vertex.operations import READ_TIMEOUT, RETRY, Operations
+from deploy.vertex.state import (
+    Endpoint,
+    Inventory,
+    ModelVersion,
+    Resource,
+    RunningOperation,
+    State,
 )
 
-__all__ = [
-    "Event",
-    "Resource",
-    "Span",
-    "Vertex",
-    "check_canary",
-    "cleanup",
-    "deploy",
-    "rollback",
-    "timeline",
-    "undeploy",
-    "what_is_there",
-]
+CANCELLED = ("DeployModel", "UploadModel")
+"""Operations that `undeploy` and `cleanup` cancel: their results would be removed anyway."""
 
 
-class Resource(NamedTuple):
-    """Something of ours on Vertex AI."""
-
-    kind: str
-    """`endpoint`, `deployed model`, `model` or `operation`."""
-    name: str
-    app: str
-    detail: str
-    bills: bool
-
-
-def deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None = None) -> types.Endpoint:
-    """Bring an image to an app's endpoint; what is there already is left as it is.
+class Deployer:
+    """One app in one project and region.
 
     Args:
-        vertex: the project and region.
+        settings: from `load_settings`.
         app: the APP.
-        image_uri: in Artifact Registry, in the settings' region. Another image than before becomes
-            another version of the model.
-        canary: per cent of the requests that this image gets; the image that had most keeps the
-            rest. None gives it all, and undeploys the others.
-
-    Returns:
-        The endpoint as it is now.
+        report: takes one line for every step.
+        progress: takes a line that replaces the one before, about every second of a long step.
 
     Raises:
-        UserError: a wrong argument, or a canary with nothing beside it.
-        GoogleAPICallError: Google refused, or the model server never became ready.
+        UserError: no project, or no application-default credentials.
     """
-    check_canary(canary)
-    if not image_uri.startswith(f"{vertex.settings.region}-docker.pkg.dev/"):
-        raise UserError(
-            f"image_uri: {image_uri} given; should be in Artifact Registry in the same region, "
-            f"{vertex.settings.image_folder()}/..."
-        )
-    vertex.begun.clear()
-    try:
-        return _deploy(vertex, app, image_uri, canary)
-    except exceptions.AlreadyExists:
-        # Begun by a run that was killed a moment ago, and not listed until now.
-        return _deploy(vertex, app, image_uri, canary)
 
+    def __init__(
+        self,
+        settings: VertexSettings,
+        app: str,
+        report: Callable[[str], object] = print,
+        progress: Callable[[str], object] | None = None,
+    ) -> None:
+        self.settings, self.app, self.report = settings, app, report
+        self.parent, project = settings.parent, settings.project_id
+        self.credentials = default_credentials()
+        # For the SDK's own classes, such as aiplatform.Endpoint.
+        aiplatform.init(project=project, location=settings.region, credentials=self.credentials)
+        options = ClientOptions(api_endpoint=f"{settings.region}-aiplatform.googleapis.com")
+        self.endpoints = EndpointServiceClient(credentials=self.credentials, client_options=options)
+        self.models = ModelServiceClient(credentials=self.credentials, client_options=options)
+        self.operations = Operations(self.endpoints, report, progress or (lambda line: None))
+        self.begun: list[str] = []
+        """The changes of this run, in words."""
 
-def check_canary(canary: int | None) -> None:
-    """Refuse what is no share.
+    # ---- commands
 
-    Raises:
-        UserError: it is neither None nor a whole number from 1 to 99.
-    """
-    if canary is not None and not (type(canary) is int and 1 <= canary <= 99):
-        raise UserError(f"canary: {canary!r} given; should be a whole number from 1 to 99, or none")
+    def deploy(self, image_uri: str, canary: int | None = None) -> str:
+        """Deploy an image at the app's endpoint, and leave what is already as wanted.
 
+        Args:
+            image_uri: in Artifact Registry, in the settings' region. Another image than before
+                becomes another version of the model.
+            canary: percent of the requests that this image gets; the version that had most keeps
+                the rest. None gives it all requests, and undeploys the others.
 
-def _deploy(vertex: Vertex, app: str, image_uri: str, canary: int | None) -> types.Endpoint:
-    settle(vertex, app)
-    endpoint = get_endpoint(vertex, app)
-    if endpoint:
-        check_endpoint(vertex, endpoint)
-    if canary and not deployed_at(endpoint):
-        raise UserError(f"canary: {canary} given, and nothing is deployed that could take the rest")
-    version = find_or_upload(vertex, app, image_uri)
-    return _serve(vertex, app, endpoint or create_endpoint(vertex, app), version, canary)
+        Returns:
+            The endpoint's host name.
 
-
-def rollback(vertex: Vertex, app: str) -> types.Endpoint:
-    """Go back to what served before what was deployed last.
-
-    A canary goes away, and what is beside it gets all requests. Where all requests go to one
-    version already, the one before it is deployed again, which takes minutes: the one that had most
-    of them when it was deployed; where that is not known, the next lower number. So rolling back
-    twice goes back by two. The version that is left stays in the model registry.
-
-    Raises:
-        UserError: there is nothing to go back to.
-    """
-    settle(vertex, app)
-    endpoint = get_endpoint(vertex, app)
-    deployed = deployed_at(endpoint)
-    if not deployed:
-        raise UserError(f"rollback: nothing of {app} is deployed")
-    *others, newest = deployed
-    if others and brought_back(newest):
-        vertex.report(f"back to version {version_of(newest)}, as begun in an earlier run")
-        return _give(vertex, app, endpoint, {newest.id: 100})
-    if others:
-        before = max(others, key=lambda one: traffic_of(endpoint, one))
-        vertex.report(f"back from version {version_of(newest)} to {version_of(before)}")
-        return _give(vertex, app, endpoint, {before.id: 100})
-    current, known = version_of(newest), versions(vertex, app)
-    lower = [number for number in known if number < int(current)]
-    number = int(previous_of(newest) or current)
-    if number not in known or number == int(current):
-        number = max(lower, default=None)
-    if number is None:
-        raise UserError(
-            f"rollback: version {current} of {app} is the first, as far as is known here; deploy "
-            "the image that you want instead"
-        )
-    vertex.report(f"back from version {current} to {number}, which is deployed again")
-    return _serve(vertex, app, endpoint, str(number), None, back=True)
-
-
-def undeploy(vertex: Vertex, app: str) -> None:
-    """Stop all replicas of an app, and with them the bill. Endpoint and model stay."""
-    settle(vertex, app, cancel=True)
-    endpoint = get_endpoint(vertex, app)
-    if endpoint:
-        undeploy_all(vertex, endpoint)
-    else:
-        vertex.report(f"{app} has no endpoint in {vertex.settings.region}")
-
-
-def cleanup(vertex: Vertex, app: str, attempts: int = 3) -> None:
-    """Remove everything of an app in the region, then list again to prove that nothing is left.
-
-    Args:
-        vertex: the project and region.
-        app: the APP.
-        attempts: how often to look and remove; more than one for what appears meanwhile, such as
-            the model of an upload that could not be cancelled.
-
-    Raises:
-        UserError: something is left; it says what.
-    """
-    for _ in range(attempts):
-        settle(vertex, app, cancel=True)
-        for endpoint in ours(vertex, app, "endpoints"):
-            undeploy_all(vertex, endpoint)
-            delete(vertex, "endpoint", endpoint.name)
-        for model in ours(vertex, app, "models"):
-            delete(vertex, "model", model.name)
-        left = list(what_is_there(vertex, app))
-        if not left:
-            vertex.report(f"listed {vertex.parent} again: nothing of {app} is left")
-            return
-    listed = "; ".join(f"{one.kind} {one.name}" for one in left)
-    raise UserError(f"cleanup: still there, and perhaps billing: {listed}")
-
-
-def what_is_there(vertex: Vertex, app: str | None = None) -> Iterator[Resource]:
-    """Everything of ours in the region, by its labels, and what is being made or removed.
-
-    Args:
-        vertex: the project and region.
-        app: the APP. None lists all of them.
-    """
-    endpoints, models = ours(vertex, app, "endpoints"), ours(vertex, app, "models")
-    for endpoint in endpoints:
-        owner = endpoint.labels["app"]
-        yield Resource("endpoint", endpoint.name, owner, endpoint.dedicated_endpoint_dns, False)
-        for one in deployed_at(endpoint):
-            size = one.dedicated_resources
-            detail = (
-                f"version {version_of(one)}, {traffic_of(endpoint, one)} % of requests, "
-                f"{size.min_replica_count} to {size.max_replica_count} x "
-                f"{size.machine_spec.machine_type}"
+        Raises:
+            UserError: a wrong argument, or a canary with nothing beside it.
+            GoogleAPICallError: Google rejected it, or the model server never became ready.
+        """
+        check_canary(canary)
+        if not image_uri.startswith(f"{self.settings.region}-docker.pkg.dev/"):
+            raise UserError(
+                f"image_uri: {image_uri} given; should be in Artifact Registry in the same region, "
+                f"{self.settings.image_folder()}/..."
             )
-            yield Resource("deployed model", f"{endpoint.name} {one.id}", owner, detail, True)
-    for model in models:
-        default = f"default version {model.version_id}"
-        yield Resource("model", model.name, model.labels["app"], default, False)
-    for one in _going_on(vertex, app, [*endpoints, *models]):
-        bills = kind_of(one) == "DeployModel"
-        yield Resource("operation", one.name, app or "", kind_of(one), bills)
+        self.begun.clear()
+        wanted = self._wanted(image_uri, canary)
+        try:
+            return self._deploy(wanted)
+        except AlreadyExists:
+            # Begun by a run that was killed a moment ago, and not listed until now.
+            return self._deploy(wanted)
 
+    def rollback(self) -> None:
+        """Go back to what served before the last deployment.
 
-def settle(vertex: Vertex, app: str, cancel: bool = False) -> None:
-    """Wait until nothing that an earlier run began is going on any more.
+        A canary is undeployed, and the version beside it gets all requests. If all requests go to
+        one version already, the version before it is deployed again, which takes minutes: the one
+        that had most requests when it was deployed, or if that is unknown, the next lower number.
+        So two rollbacks go back by two. The version that is left stays in the model registry.
 
-    Args:
-        vertex: the project and region.
-        app: the APP.
-        cancel: whether to ask for deployments and uploads to stop, and to look by labels too.
-    """
-    labelled = ours(vertex, app, "endpoints") + ours(vertex, app, "models") if cancel else []
-    for one in list(_going_on(vertex, app, labelled)):
-        step = f"{kind_of(one)} from an earlier run"
-        stop = cancel and kind_of(one) in ("DeployModel", "UploadModel")
-        vertex.report(f"{step}: {'cancelled, ' if stop else ''}waiting for its end")
-        if stop:
-            vertex.cancel(one)
-        vertex.wait(step, one)
+        Raises:
+            UserError: there is nothing to go back to.
+        """
+        line, plan = changes.rollback(self._observe_when_idle(), self.app)
+        self.report(line)
+        self._apply_or_report(plan)
 
+    def undeploy(self) -> None:
+        """Stop all replicas of the app, so that you no longer pay. Endpoint and model stay."""
+        endpoint = self._observe_when_idle(cancel=True).endpoint
+        if endpoint:
+            self.apply(changes.undeploy(endpoint))
+        else:
+            self.report(f"{self.app} has no endpoint in {self.settings.region}")
 
-def _going_on(vertex: Vertex, app: str | None, found: list) -> Iterator:
-    """The operations of some resources, and of those that may not be listed yet."""
-    names = [one.name for one in found]
-    if app:
-        names += [vertex.settings.endpoint_name(app), vertex.settings.model_name(app)]
-    # Google answers with the project's number where we say its id: the same name, twice
-    for name in {name.split("/", 2)[2]: name for name in names}.values():
-        yield from vertex.running(name)
+    def cleanup(self, attempts: int = 3) -> None:
+        """Remove everything of the app in the region, and list again to prove it.
 
+        Args:
+            attempts: how often to list and remove. More than one is for what appears meanwhile,
+                such as the model of an upload that could not be cancelled.
 
-def _serve(
-    vertex: Vertex,
-    app: str,
-    endpoint: types.Endpoint,
-    version: str,
-    canary: int | None,
-    back: bool = False,
-) -> types.Endpoint:
-    """Have a version deployed as the settings say, with its share of the requests.
+        Raises:
+            UserError: something is left; it says what.
+        """
+        found = self.inventory()
+        for _ in range(attempts):
+            while found.operations:
+                self.wait_for_earlier_operations(found.operations, cancel=True)
+                found = self.inventory()
+            self.apply(changes.removal(found))
+            found = self.inventory()
+            left = list(found.resources(self.app))
+            if not left:
+                self.report(f"listed {self.parent} again: nothing of {self.app} is left")
+                return
+        listed = "; ".join(f"{resource.kind} {resource.name}" for resource in left)
+        raise UserError(f"cleanup: still there, and you may be paying for it: {listed}")
 
-    Its name says for `rollback` what had most of them, or that it is itself brought `back`.
-    """
-    wanted = wanted_deployment(vertex, app, version)
-    there = matching(endpoint, wanted)
-    others = [one for one in deployed_at(endpoint) if not there or one.id != there.id]
-    most = max(others, key=lambda one: traffic_of(endpoint, one), default=None)
-    if back:
-        wanted.display_name += BACK
-    elif most:  # the same version on other machines stands where the one on the old ones stood
-        inherited = previous_of(most) if version_of(most) == version else None
-        wanted.display_name += f" after {inherited or version_of(most)}"
-    split = {there.id if there else "0": canary or 100}
-    if canary and most:
-        split[most.id] = 100 - canary
-    elif canary:
-        raise UserError(
-            f"canary: {canary} given, and version {version} is alone already, with this image; "
-            "build another, or name one (TAG=)"
+    def resources(self, every_app: bool = False) -> list[Resource]:
+        """List what this program made in the region, by its labels, and what is still running.
+
+        Args:
+            every_app: list the resources of all apps, not only of this one.
+        """
+        return list(self.inventory(every_app).resources("" if every_app else self.app))
+
+    # ---- observe
+
+    def observe(self) -> State:
+        """Read the app's endpoint, versions and running operations, each of them once."""
+        endpoint, model = self.settings.endpoint_name(self.app), self.settings.model_name(self.app)
+        # First the operations: an endpoint that is read after they have ended shows their result.
+        operations = self._running([endpoint, model])
+        return State(self._get_endpoint(), self._versions(model), operations)
+
+    def inventory(self, every_app: bool = False) -> Inventory:
+        """List all resources with our labels, and the operations that run on them.
+
+        The labels are compared here, not in the request's filter. If a filter meant something else
+        than we think, the list would be empty, and `cleanup` would believe it.
+        """
+        owner = {"managed-by": MANAGED_BY}
+        if not every_app:
+            owner["app"] = self.settings.labels_for(self.app)["app"]
+        endpoints = tuple(
+            messages.endpoint_state(message)
+            for message in self.endpoints.list_endpoints(
+                parent=self.parent, retry=RETRY, timeout=READ_TIMEOUT
+            )
+            if owner.items() <= dict(message.labels).items()
         )
-    if not there:
-        rest = {one.id: 0 for one in others}
-        deploy_model(vertex, endpoint, wanted, rest | split)
-        endpoint = get_endpoint(vertex, app)
-        new = matching(endpoint, wanted)
-        split = {new.id if key == "0" else key: share for key, share in split.items()}
-    return _give(vertex, app, endpoint, split)
+        models = tuple(
+            messages.model_state(message)
+            for message in self.models.list_models(
+                parent=self.parent, retry=RETRY, timeout=READ_TIMEOUT
+            )
+            if owner.items() <= dict(message.labels).items()
+        )
+        names = [endpoint.name for endpoint in endpoints] + [model.name for model in models]
+        if not every_app:  # they may be created right now, and not be listed yet
+            names += [self.settings.endpoint_name(self.app), self.settings.model_name(self.app)]
+        return Inventory(endpoints, models, self._running(names))
 
+    def wait_for_earlier_operations(
+        self, operations: Iterable[RunningOperation], cancel: bool = False
+    ) -> None:
+        """Wait until the operations of an earlier run are done.
 
-def _give(
-    vertex: Vertex, app: str, endpoint: types.Endpoint, split: dict[str, int]
-) -> types.Endpoint:
-    """Share the requests out as said, and stop what gets none: it would bill for nothing."""
-    if {key: share for key, share in endpoint.traffic_split.items() if share} != split:
-        set_traffic(vertex, endpoint, split)
-    for one in endpoint.deployed_models:
-        if one.id not in split:
-            undeploy_model(vertex, endpoint, one)
-    if not vertex.begun:
-        vertex.report(f"{app} is deployed like this already: nothing to do")
-    return get_endpoint(vertex, app)
+        Args:
+            operations: which ones.
+            cancel: whether to cancel deployments and uploads first.
+        """
+        for operation in operations:
+            step = f"{operation.kind} from an earlier run"
+            stop = cancel and operation.kind in CANCELLED
+            self.report(f"{step}: {'cancelled, ' if stop else ''}waiting for its end")
+            if stop:
+                self.operations.cancel(operation)
+            self.operations.wait(step, operation)
+
+    def _observe_when_idle(self, cancel: bool = False) -> State:
+        state = self.observe()
+        while state.operations:
+            self.wait_for_earlier_operations(state.operations, cancel)
+            state = self.observe()
+        return state
+
+    def _get_endpoint(self) -> Endpoint | None:
+        name = self.settings.endpoint_name(self.app)
+        try:
+            message = self.endpoints.get_endpoint(name=name, retry=RETRY, timeout=READ_TIMEOUT)
+        except NotFound:
+            return None
+        return messages.endpoint_state(message)
+
+    def _versions(self, model: str) -> tuple[ModelVersion, ...]:
+        try:
+            pages = self.models.list_model_versions(name=model, retry=RETRY, timeout=READ_TIMEOUT)
+        except NotFound:
+            return ()
+        versions = [messages.version_state(message) for message in pages]
+        return tuple(sorted(versions, key=lambda version: version.number, reverse=True))
+
+    def _running(self, names: Iterable[str]) -> tuple[RunningOperation, ...]:
+        # Google answers with the project's number where we use its ID: one resource, two names.
+        unique = {name.split("/", 2)[2]: name for name in names}.values()
+        return tuple(operation for name in unique for operation in self.operations.running(name))
+
+    # ---- compare
+
+    def _wanted(self, image_uri: str, canary: int | None) -> Wanted:
+        """What the settings say about an image; reads the digest of its archive, if it has one."""
+        settings, digest = self.settings, ""
+        if settings.artifact_uri:
+            digest = artifacts.digest_of(
+                settings.artifact_uri, settings.project_id, self.credentials
+            )
+        return Wanted(
+            container=messages.fields(
+                messages.container_spec(settings, self.app, image_uri, digest)
+            ),
+            artifact_uri=settings.artifact_uri or "",
+            machines=messages.fields(messages.dedicated_resources(settings)),
+            service_account=settings.service_account or "",
+            inference_timeout=settings.inference_timeout,
+            canary=canary,
+        )
+
+    def _deploy(self, wanted: Wanted) -> str:
+        state = self._observe_when_idle()
+        self._apply_or_report(changes.deployment(state, wanted))
+        endpoint = state.endpoint or self._get_endpoint()
+        return endpoint.host if endpoint else ""
+
+    def _apply_or_report(self, plan: list[Change]) -> None:
+        if plan:
+            self.apply(plan)
+        else:
+            self.report(f"{self.app} is deployed like this already: nothing to do")
+
+    # ---- apply
+
+    def apply(self, plan: Iterable[Change]) -> None:
+        """Make changes in their order, and wait for the end of each."""
+        uploaded = 0
+        for change in plan:
+            match change:
+                case UploadVersion():
+                    uploaded = self._upload(change)
+                case CreateEndpoint():
+                    self._create_endpoint()
+                case DeployVersion():
+                    self._deploy_version(change, change.version or uploaded)
+                case SetTraffic():
+                    self._set_traffic(change)
+                case Undeploy():
+                    self._undeploy(change)
+                case DeleteEndpoint():
+                    self._delete("endpoint", change.name, self.endpoints.delete_endpoint)
+                case DeleteModel():
+                    self._delete("model", change.name, self.models.delete_model)
+
+    def _finish(self, step: str, started: Operation) -> Any:
+        self.begun.append(step)
+        return self.operations.finish(step, started)
+
+    def _upload(self, change: UploadVersion) -> int:
+        name = self.settings.resource_id(self.app)
+        model = messages.model_to_upload(
+            self.settings, self.app, change.container, change.artifact_uri
+        )
+        request = types.UploadModelRequest(parent=self.parent, model=model)
+        if change.number == 1:
+            request.model_id = name
+        else:
+            request.parent_model = self.settings.model_name(self.app)
+        step = f"upload version {change.number} of model {name}"
+        return int(self._finish(step, self.models.upload_model(request)).model_version_id)
+
+    def _create_endpoint(self) -> None:
+        name = self.settings.resource_id(self.app)
+        request = types.CreateEndpointRequest(
+            parent=self.parent,
+            endpoint_id=name,
+            endpoint=messages.endpoint_to_create(self.settings, self.app),
+        )
+        self._finish(f"create endpoint {name}", self.endpoints.create_endpoint(request))
+
+    def _deploy_version(self, change: DeployVersion, version: int) -> None:
+        model = messages.model_to_deploy(self.settings, self.app, version, change.name_suffix)
+        size = model.dedicated_resources
+        step = (
+            f"deploy version {version} on {size.min_replica_count} x "
+            f"{size.machine_spec.machine_type}, {change.traffic[changes.NEW]} % of requests"
+        )
+        request = types.DeployModelRequest(
+            endpoint=self.settings.endpoint_name(self.app),
+            deployed_model=model,
+            traffic_split=change.traffic,
+        )
+        self._finish(step, self.endpoints.deploy_model(request))
+
+    def _set_traffic(self, change: SetTraffic) -> None:
+        shares = ", ".join(
+            f"version {version} {change.traffic[id]} %" for id, version in change.versions.items()
+        )
+        self.begun.append(f"requests: {shares}")
+        self.report(self.begun[-1])
+        self.endpoints.update_endpoint(
+            endpoint=types.Endpoint(
+                name=self.settings.endpoint_name(self.app), traffic_split=change.traffic
+            ),
+            update_mask=FieldMask(paths=["traffic_split"]),
+        )
+
+    def _undeploy(self, change: Undeploy) -> None:
+        request = types.UndeployModelRequest(
+            endpoint=change.endpoint,
+            deployed_model_id=change.id,
+            traffic_split=change.traffic or {},
+        )
+        step = f"undeploy version {change.version}"
+        self._finish(step, self.endpoints.undeploy_model(request))
+
+    def _delete(self, kind: str, name: str, call: Callable[..., Operation]) -> None:
+        """Delete a resource. One that is gone already is fine; `cleanup` lists what is left."""
+        identifier = name.rsplit("/", 1)[1]
+        try:
+            self._finish(f"delete {kind} {identifier}", call(name=name))
+        except NotFound:
+            pass
+        except BadRequest as error:  # FAILED_PRECONDITION: in use
+            self.report(f"{kind} {identifier} cannot be deleted: {error.message}")

@@ -1,11 +1,13 @@
-"""What the settings alone say of a deployment: no network, no credentials, no SDK."""
+"""Texts about a deployment that need no network, no credentials and no SDK."""
 
 import textwrap
+from collections.abc import Sequence
 
-from deploy.vertex.config import Settings
+from deploy.vertex.config import VertexSettings
+from deploy.vertex.state import Resource
 
 WIDTH = 90
-"""Of the plan's lines, as far as names allow: a notebook and a terminal show it without a break."""
+"""Columns of the plan's lines, if the names allow it: notebooks and terminals do not wrap them."""
 
 QUOTA_NAMES = {
     accelerator: f"custom_model_serving_nvidia_{short}_gpus"
@@ -20,13 +22,13 @@ QUOTA_NAMES = {
         "NVIDIA_H100_80GB": "h100",
     }.items()
 }
-"""Accelerator -> the quota that its replicas take. Source: gcloud 528, model_garden_utils.py."""
+"""Accelerator -> the quota that its replicas use. Source: gcloud 528, model_garden_utils.py."""
 
 
-def plan(settings: Settings, app: str) -> str:
-    """Every resource that `deploy` makes, what it costs as far as known, and the quota to check.
+def plan(settings: VertexSettings, app: str) -> str:
+    """Describe every resource that `deploy` creates, its cost if known, and the quota to check.
 
-    Needs no network, no credentials, and not even a project.
+    Works without a project.
     """
     notes = []
     if not settings.project:
@@ -57,17 +59,17 @@ def plan(settings: Settings, app: str) -> str:
         f"labels: {labels}",
         f"quota to check: aiplatform.googleapis.com/{quota} in {region},",
         "  at https://console.cloud.google.com/iam-admin/quotas",
-        "replicas bill from deploy until undeploy or cleanup, also when nobody asks",
+        "You pay for replicas from deploy to undeploy or cleanup, even when they are idle.",
     ]
     return "\n".join(lines)
 
 
-def hourly(settings: Settings) -> str:
-    """What the replicas cost per hour, with how well that is known."""
+def hourly(settings: VertexSettings) -> str:
+    """Describe what the replicas cost per hour, and the source of the price."""
     prices = settings.prices
     each = prices.per_hour.get(settings.machine_type)
     if each is None or (settings.accelerator_type and not settings.machine_type.startswith("g2-")):
-        return f"price of {settings.machine_type} not known here; see the price list"
+        return f"price of {settings.machine_type} unknown; see the price list"
     least, most = (f"${each * n:.2f}" for n in (settings.min_replicas, settings.max_replicas))
     state = "verified" if prices.verified else "unverified"
     spot = ", before the discount for spot" if settings.spot else ""
@@ -76,21 +78,43 @@ def hourly(settings: Settings) -> str:
     return f"{least} to {most} per hour ({source})"
 
 
-def how_to_read_logs(settings: Settings, app: str) -> str:
-    """The commands that show what an app's replicas wrote. stderr shows as ERROR there."""
+def how_to_read_logs(settings: VertexSettings, app: str) -> str:
+    """The commands that show the logs of an app's replicas. stderr is shown as ERROR there."""
     place = (
         'resource.type="aiplatform.googleapis.com/Endpoint" '
         f'resource.labels.endpoint_id="{settings.resource_id(app)}" '
         f'resource.labels.location="{settings.region}"'
     )
-    project = settings.parent.split("/")[1]
+    project = settings.project_id
     return (
         f"gcloud logging read '{place}' --project={project} --limit=50 --freshness=1h\n"
         f"gcloud beta logging tail '{place}' --project={project}"
     )
 
 
-def delete_images(settings: Settings, app: str) -> str:
-    """The command that removes an app's images, which cost storage until then."""
+def delete_images(settings: VertexSettings, app: str) -> str:
+    """The command that removes an app's images. Until then you pay for their storage."""
     address = settings.image_uri(app, "").rstrip(":")
     return f"gcloud artifacts docker images delete {address} --delete-tags"
+
+
+def status(settings: VertexSettings, app: str, resources: Sequence[Resource]) -> str:
+    """Describe an app's resources, what is running on them, and what you pay for."""
+    if not resources:
+        return f"nothing of {app} in {settings.parent}"
+    lines = [f"{resource.kind}: {resource.name}, {resource.detail}" for resource in resources]
+    if billed := sum(resource.billed for resource in resources):
+        lines.append(f"you pay for {billed} of these; with these settings, {hourly(settings)} each")
+    return "\n".join(lines)
+
+
+def what_cleanup_keeps(settings: VertexSettings, app: str) -> str:
+    """What `cleanup` leaves, because others may use it, and the commands that remove it."""
+    lines = [f"Artifact Registry keeps the images: {delete_images(settings, app)}"]
+    if settings.artifact_uri:
+        remove = f"gcloud storage rm --recursive {settings.artifact_uri}"
+        lines.append(
+            "Cloud Storage keeps the archive. You pay for its storage until you remove the folder "
+            f"and everything in it: {remove}"
+        )
+    return "\n".join(lines)

@@ -24,7 +24,7 @@ from benchmarks.report.plots import (
     in_rows,
     panels,
 )
-from deploy.vertex.capacity import Plan
+from deploy.vertex.capacity import CapacityPlan
 
 PARTS = {"embeddings": ORANGE, "attention": BLUE, "MLP": GREEN}
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}
@@ -328,7 +328,7 @@ def shares(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
     return made
 
 
-def capacity(plans: dict[float, Plan], unit: str) -> Figure:
+def capacity(plans: dict[float, CapacityPlan], unit: str) -> Figure:
     """Draw replicas and the cost of a million tokens over the traffic.
 
     Args:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.report.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY, figure, in_rows, panels
 from deploy.vertex.autoscaling import State
-from deploy.vertex.deployer import Span
+from deploy.vertex.operations import Span
 
 
 def timeline(spans: Sequence[Span]) -> Figure:

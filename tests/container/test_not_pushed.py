@@ -12,8 +12,8 @@ import pytest
 from deploy.common.paths import UserError
 from deploy.image.lookup import WEIGHTS_LABEL, image_name
 from deploy.image.runtime import container_runtime
-from deploy.vertex.commands import push
 from deploy.vertex.config import load_settings
+from deploy.vertex.push import push
 from tests.container.conftest import docker
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def load() -> Iterator[Callable]:
 def test_rejects_another_architecture(load):
     load("arm64", {WEIGHTS_LABEL: "baked"})
     reports = []
-    with pytest.raises(UserError, match=r"foreign:pro is for arm64, and .* are amd64"):
+    with pytest.raises(UserError, match=r"foreign:pro is for arm64, and the replicas.* are amd64"):
         push(load_settings(project="a-project"), APP, TAG, reports.append)
     assert reports == []
 
@@ -73,7 +73,7 @@ def test_rejects_image_with_weights_and_artifact_uri(load):
     reports = []
     settings = load_settings(project="a-project", artifact_uri="gs://bucket/folder")
     message = (
-        r"artifact_uri: gs://bucket/folder given, and .*foreign:pro has weights in it.* build it "
+        r"artifact_uri: gs://bucket/folder given, and .*foreign:pro contains weights.* build it "
         r"without: `make build-pro APP=foreign BAKED=no`"
     )
     with pytest.raises(UserError, match=message):
@@ -89,13 +89,14 @@ def test_rejects_image_with_weights_and_artifact_uri(load):
         (None,) * 2,
     ],
 )
-def test_pushes_other_images(load, monkeypatch, labels, artifact_uri):
+def test_pushes_other_images(load, labels, artifact_uri):
     """The registry is port 9 of this machine, where no server listens."""
-    monkeypatch.setenv("VERTEX_REGISTRY", "127.0.0.1:9")
     load("amd64", labels)
     reports = []
     with pytest.raises(UserError, match=r"push 127\.0\.0\.1:9/a-project/serving/foreign:pro-"):
-        settings = load_settings(project="a-project", artifact_uri=artifact_uri)
+        settings = load_settings(
+            project="a-project", artifact_uri=artifact_uri, push_registry="127.0.0.1:9"
+        )
         push(settings, APP, TAG, reports.append)
     assert len(reports) == 1 and "foreign:pro" in reports[0]
 

@@ -1,4 +1,4 @@
-"""The settings and the plan: no network, no credentials, no SDK."""
+"""The settings, the plan and the command line: no network, no credentials, no SDK."""
 
 import re
 import subprocess
@@ -8,20 +8,21 @@ import pytest
 import yaml
 
 from deploy.common.paths import ROOT, UserError
-from deploy.vertex import commands
-from deploy.vertex.config import CONFIG, load_settings
-from deploy.vertex.plan import WIDTH
+from deploy.vertex.__main__ import main
+from deploy.vertex.config import CONFIG, ENVIRONMENT, load_settings
+from deploy.vertex.plan import WIDTH, hourly, how_to_read_logs, plan, what_cleanup_keeps
+from deploy.vertex.push import push
 
 APP = "smollm2-135m"
 
 
 @pytest.fixture(autouse=True)
-def no_project(monkeypatch):
-    monkeypatch.delenv("GCP_PROJECT", raising=False)
-    monkeypatch.delenv("GCP_REGION", raising=False)
+def no_variables(monkeypatch):
+    for name in ENVIRONMENT.values():
+        monkeypatch.delenv(name, raising=False)
 
 
-def test_the_environment_and_keywords_win_over_the_file(monkeypatch, tmp_path):
+def test_environment_and_keywords_win_over_the_file(monkeypatch, tmp_path):
     file = tmp_path / "vertex.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(CONFIG.read_text()) | {"project": "from-file"}))
     assert load_settings(file).project == "from-file"
@@ -29,9 +30,11 @@ def test_the_environment_and_keywords_win_over_the_file(monkeypatch, tmp_path):
     assert load_settings(file).project == "from-environment"
     assert load_settings(file, project="from-keyword").project == "from-keyword"
     assert load_settings(file, region=None).region == load_settings(file).region
+    monkeypatch.setenv("PUSH_IMAGES", "false")
+    assert load_settings().push_images is False
 
 
-def test_settings_cannot_be_changed():
+def test_settings_are_immutable():
     with pytest.raises(ValueError, match="frozen"):
         load_settings().region = "us-central1"
 
@@ -64,21 +67,24 @@ def test_settings_cannot_be_changed():
             )
         ),
         ({"project": "X"}, r"project: 'X' given"),
+        ({"push_registry": "http://host"}, r"push_registry: 'http://host' given"),
+        ({"push_images": "perhaps"}, r"push_images: 'perhaps' given; .*boolean"),
+        ({"architecture": "x86"}, r"architecture: 'x86' given; .*'amd64'"),
     ],
 )
-def test_wrong_values_name_field_value_and_what_is_allowed(wrong, message):
+def test_rejects_wrong_values_with_field_value_and_what_is_allowed(wrong, message):
     with pytest.raises(UserError, match=message):
         load_settings(**wrong)
 
 
-def test_a_folder_may_end_with_a_slash():
+def test_accepts_a_folder_with_a_slash_at_the_end():
     """As in the command that fills it; two spellings of one folder would be two versions."""
     for uri in ("gs://bucket", "gs://my.bucket_1/a/b.c-d/v1"):
         assert load_settings(artifact_uri=uri).artifact_uri == uri
         assert load_settings(artifact_uri=f"{uri}/").artifact_uri == uri
 
 
-def test_a_file_that_is_not_there_or_no_mapping_is_named(tmp_path):
+def test_names_a_file_that_is_missing_or_not_a_mapping(tmp_path):
     with pytest.raises(UserError, match=r"absent\.yaml: .*No such file"):
         load_settings(tmp_path / "absent.yaml")
     (tmp_path / "list.yaml").write_text("[1]")
@@ -86,7 +92,7 @@ def test_a_file_that_is_not_there_or_no_mapping_is_named(tmp_path):
         load_settings(tmp_path / "list.yaml")
 
 
-def test_ids_and_labels_are_what_google_allows():
+def test_ids_and_labels_are_valid_for_google():
     settings = load_settings(project="a-project")
     for app in (APP, "dolly-v2-3b", "My.Model_2", "x" * 200):
         name, labels = settings.resource_id(app), settings.labels_for(app)
@@ -98,7 +104,7 @@ def test_ids_and_labels_are_what_google_allows():
     )
 
 
-def test_a_label_of_ours_cannot_be_replaced():
+def test_our_labels_cannot_be_replaced():
     settings = load_settings(labels={"managed-by": "me", "team": "nlp"})
     assert settings.labels_for(APP) == {
         "managed-by": "serving-llms",
@@ -107,9 +113,9 @@ def test_a_label_of_ours_cannot_be_replaced():
     }
 
 
-def test_the_plan_names_everything_and_says_how_well_the_price_is_known():
+def test_plan_names_every_resource_and_the_source_of_the_price():
     settings = load_settings(project="a-project", min_replicas=2, max_replicas=4)
-    text = commands.plan(settings, APP)
+    text = plan(settings, APP)
     assert max(map(len, text.splitlines())) <= WIDTH
     for part in (
         "region     europe-west4",
@@ -126,47 +132,47 @@ def test_the_plan_names_everything_and_says_how_well_the_price_is_known():
     assert f"${2 * price:.2f} to ${4 * price:.2f} per hour" in text
 
 
-def test_a_price_says_whose_it_is():
+def test_price_names_its_region():
     """The list has one region's prices; a deployment may be in another."""
-    away = commands.hourly(load_settings(region="europe-west4"))
+    away = hourly(load_settings(region="europe-west4"))
     assert "(us-central1 on " in away and away.endswith("; europe-west4 may differ)")
-    at_home = commands.hourly(load_settings(region="us-central1", spot=True))
+    at_home = hourly(load_settings(region="us-central1", spot=True))
     assert "differ" not in at_home and at_home.endswith("discount for spot)")
 
 
-def test_each_resource_has_its_cost_below():
-    text = commands.plan(load_settings(), APP)
+def test_plan_shows_the_cost_of_each_resource():
+    text = plan(load_settings(), APP)
     for name in ("image", "model", "endpoint", "replicas", "logs"):
         assert re.search(rf"^{name} .*\n +cost: ", text, re.MULTILINE), name
 
 
-def test_the_plan_names_what_is_in_cloud_storage():
-    assert "artifacts" not in commands.plan(load_settings(), APP)
-    assert "gs://bucket/b\n" in commands.plan(load_settings(artifact_uri="gs://bucket/b"), APP)
+def test_plan_names_the_folder_in_cloud_storage():
+    assert "artifacts" not in plan(load_settings(), APP)
+    assert "gs://bucket/b\n" in plan(load_settings(artifact_uri="gs://bucket/b"), APP)
 
 
-def test_cleanup_says_what_it_leaves_and_how_to_remove_it():
+def test_cleanup_names_what_it_keeps_and_how_to_remove_it():
     settings = load_settings(project="a-project")
     images = "gcloud artifacts docker images delete europe-west4-docker.pkg.dev/a-project/serving/"
-    assert images in commands.what_is_kept(settings, APP)
-    assert "storage" not in commands.what_is_kept(settings, APP)
+    assert images in what_cleanup_keeps(settings, APP)
+    assert "storage" not in what_cleanup_keeps(settings, APP)
     settings = load_settings(project="a-project", artifact_uri="gs://bucket/b/")
-    said = commands.what_is_kept(settings, APP)
-    assert images in said and said.endswith(": gcloud storage rm --recursive gs://bucket/b")
-    assert "bucket bills until" in said
+    text = what_cleanup_keeps(settings, APP)
+    assert images in text and text.endswith(": gcloud storage rm --recursive gs://bucket/b")
+    assert "You pay for its storage until" in text
 
 
-def test_a_price_that_is_not_known_is_not_made_up():
+def test_unknown_price_is_not_invented():
     settings = load_settings(machine_type="c3-standard-22")
-    assert commands.hourly(settings) == "price of c3-standard-22 not known here; see the price list"
+    assert hourly(settings) == "price of c3-standard-22 unknown; see the price list"
     gpu = load_settings(
         machine_type="n1-standard-4", accelerator_type="NVIDIA_TESLA_T4", accelerator_count=1
     )
-    assert "not known" in commands.hourly(gpu)  # the table has the machine without the card
+    assert "unknown" in hourly(gpu)  # the table has the machine without the accelerator
 
 
 @pytest.mark.parametrize("arguments", [["plan", APP], ["deploy", APP, "--dry-run"]])
-def test_the_plan_needs_no_credentials_no_project_and_no_sdk(arguments, tmp_path):
+def test_plan_needs_no_credentials_no_project_and_no_sdk(arguments, tmp_path):
     """The SDK cannot be imported, no network is there, and no home with credentials."""
     (tmp_path / "google").mkdir()
     (tmp_path / "google" / "__init__.py").write_text("raise ImportError('not in this test')")
@@ -183,37 +189,70 @@ def test_the_plan_needs_no_credentials_no_project_and_no_sdk(arguments, tmp_path
     assert "project: not given yet" in run.stdout and "replicas" in run.stdout
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["rollback", APP, "--shape-only"],
+        ["rollback", APP, "--canary", "20"],
+        ["status", APP, "--tag", "pro"],
+        ["cleanup", APP, "--dry-run"],
+        ["token", APP],
+        ["deploy", APP, "--canary", "many"],
+        ["deploy"],
+        ["deploy", "../other"],
+    ],
+)
+def test_rejects_options_of_other_commands_and_wrong_values(arguments, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("canary", ["0", "100", "-1"])
+def test_rejects_a_canary_before_it_pushes(canary, capsys):
+    assert main(["deploy", APP, "--canary", canary]) == 1
+    assert f"canary: {canary} given; should be a whole number from 1 to 99" in (
+        capsys.readouterr().err
+    )
+
+
+def test_takes_an_image_that_another_program_pushed(capsys):
+    settings = load_settings(project="a-project", push_images=False)
+    assert push(settings, APP, "v1") == settings.image_uri(APP, "v1")
+    assert "not pushed, because push_images is false" in capsys.readouterr().out
+
+
 @pytest.mark.slow
-def test_no_project_is_an_error_of_one_line(capsys):
-    assert commands.main(["status", APP]) == 1
+def test_missing_project_is_an_error_in_one_line(capsys):
+    assert main(["status", APP]) == 1
     assert capsys.readouterr().err.startswith("error: project: not given; export GCP_PROJECT")
 
 
 @pytest.mark.slow
-def test_without_credentials_it_says_how_to_get_some(monkeypatch, tmp_path, capsys):
+def test_missing_credentials_are_an_error_that_says_how_to_get_them(monkeypatch, tmp_path, capsys):
     for name in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
-    assert commands.main(["status", APP, "--project", "a-project"]) == 1
+    assert main(["status", APP, "--project", "a-project"]) == 1
     error = capsys.readouterr().err
     assert "no application-default credentials; run `gcloud auth application-default" in error
     assert error.count("\n") == 1
 
 
-def test_how_to_read_the_logs_names_the_endpoint():
-    text = commands.how_to_read_logs(load_settings(project="a-project"), APP)
+def test_log_commands_name_the_endpoint():
+    text = how_to_read_logs(load_settings(project="a-project"), APP)
     assert 'endpoint_id="serving-llms-smollm2-135m"' in text and "--project=a-project" in text
 
 
-def test_the_startup_probe_may_fail_as_long_as_the_deployment_may_take():
+def test_startup_probe_may_fail_until_the_deployment_timeout():
     """Google's default of 3 failures would restart the container after half a minute."""
     settings = load_settings()
     window = settings.startup_probe_failures * settings.startup_probe_period
     assert window >= settings.deployment_timeout
 
 
-def test_the_plan_names_googles_quota_of_an_accelerator():
+def test_plan_names_the_quota_of_an_accelerator():
     gpu = {"accelerator_type": "NVIDIA_H100_80GB", "accelerator_count": 8}
-    text = commands.plan(load_settings(machine_type="a3-highgpu-8g", **gpu), "gpt2")
+    text = plan(load_settings(machine_type="a3-highgpu-8g", **gpu), "gpt2")
     assert "custom_model_serving_nvidia_h100_gpus in" in text

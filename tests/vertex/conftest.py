@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy.common.paths import UserError
-from deploy.vertex import client as vertex_client
+from deploy.vertex import operations
 from standin.local import Standin
 from tests.vertex.gapic import Client
 
@@ -22,7 +22,7 @@ SCALE, LIMIT_SCALE = 0.001, 0.05
 def looks_often() -> Iterator[None]:
     """The stand-ins are hundreds of times as fast as the platform: the deployer looks oftener."""
     with pytest.MonkeyPatch.context() as patch:  # not the fixture: a test's own undoes itself first
-        patch.setattr(vertex_client, "FIRST_POLL", 0.02)
+        patch.setattr(operations, "FIRST_POLL", 0.02)
         yield
 
 

@@ -1,4 +1,4 @@
-"""What the tests of the deployer share: settings for a small server, and one app for each test."""
+"""What the tests of the deployer share: settings for a small server, and one app per test."""
 
 import sys
 from pathlib import Path
@@ -6,8 +6,9 @@ from typing import Any
 
 from google.cloud import aiplatform
 
-from deploy.vertex.config import Settings, load_settings
-from deploy.vertex.deployer import Vertex, deploy
+from deploy.vertex.config import VertexSettings, load_settings
+from deploy.vertex.deployer import Deployer
+from deploy.vertex.predict import predict_in_three_ways
 from standin.local import Standin
 
 SERVER = Path(__file__).parent / "small_server.py"
@@ -18,7 +19,7 @@ CHANGES = {
 }
 
 
-def small(**overrides: Any) -> Settings:
+def small(**overrides: Any) -> VertexSettings:
     """The settings of deploy/vertex/vertex.yaml, with a server that is ready at once."""
     given = {
         "command": [sys.executable, str(SERVER)],
@@ -31,33 +32,37 @@ def small(**overrides: Any) -> Settings:
 
 
 class Rehearsed:
-    """An app of one test: what is done to it, and what the platform was asked."""
+    """The app of one test: commands on it, and the requests that they made."""
 
     def __init__(self, standin: Standin, app: str) -> None:
-        self.standin, self.app, self.lines = standin, app, []
+        self.standin, self.app = standin, app
+        self.lines: list[str] = []
         standin.add_image(app)
 
-    def vertex(self, **overrides: Any) -> Vertex:
-        return Vertex(small(**overrides), self.lines.append)
+    def deployer(self, **overrides: Any) -> Deployer:
+        return Deployer(small(**overrides), self.app, self.lines.append)
 
     def image(self, tag: str = "1") -> str:
         return small().image_uri(self.app, tag)
 
-    def deploy(self, tag: str = "1", canary: int | None = None, **overrides: Any) -> Any:
-        return deploy(self.vertex(**overrides), self.app, self.image(tag), canary)
+    def deploy(self, tag: str = "1", canary: int | None = None, **overrides: Any) -> str:
+        return self.deployer(**overrides).deploy(self.image(tag), canary)
+
+    def predict(self, body: dict[str, Any]) -> dict[str, Any]:
+        return predict_in_three_ways(small(), self.app, body)
 
     def changes(self) -> list[str]:
-        """The calls so far that changed something."""
+        """The methods of all calls so far that changed something."""
         return [c["method"] for c in self.standin.calls() if c["method"] in CHANGES]
 
     def shares(self) -> dict[str, int]:
-        """Version -> per cent, of what is deployed."""
+        """Version -> percent of the requests, for every deployed model."""
         endpoint = aiplatform.Endpoint(small().endpoint_name(self.app))
         split = endpoint.traffic_split
-        return {one.model_version_id: split.get(one.id, 0) for one in endpoint.list_models()}
+        return {model.model_version_id: split.get(model.id, 0) for model in endpoint.list_models()}
 
     def answers(self, count: int) -> dict[str, int]:
-        """Version -> how many of some requests it answered."""
+        """Version -> how many of `count` requests it answered."""
         endpoint = aiplatform.Endpoint(small().endpoint_name(self.app))
         seen: dict[str, int] = {}
         for _ in range(count):

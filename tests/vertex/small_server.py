@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for number in range(count):
-            line = f"data: {number}\n\n".encode()
+            line = b"data: %s\n\n" % json.dumps({"number": number}).encode()
             self.wfile.write(b"%x\r\n%s\r\n" % (len(line), line))
             self.wfile.flush()
             time.sleep(0.3)

@@ -16,8 +16,8 @@ import pytest
 from google.cloud import aiplatform
 
 from deploy.common.paths import UserError
-from deploy.vertex import commands
-from deploy.vertex.deployer import cleanup, undeploy, what_is_there
+from deploy.vertex import __main__ as command_line
+from deploy.vertex.credentials import access_token
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 pytestmark = pytest.mark.slow
@@ -29,11 +29,11 @@ HEADERS = {"Content-Type": "application/json"}
 def app(quick_standin, request: pytest.FixtureRequest) -> Iterator[Rehearsed]:
     rehearsed = Rehearsed(quick_standin, "clients")
     yield rehearsed
-    cleanup(rehearsed.vertex(), rehearsed.app)
+    rehearsed.deployer().cleanup()
 
 
 def nothing_is_left(app: Rehearsed) -> bool:
-    return not list(what_is_there(app.vertex(), app.app))
+    return not app.deployer().resources()
 
 
 def test_the_sdk_by_its_convenient_classes(app: Rehearsed):
@@ -110,7 +110,7 @@ class Curl:
     def __init__(self) -> None:
         self.parent = small().parent
         self.host = f"https://{small().region}-aiplatform.googleapis.com"
-        self.token = commands.token()
+        self.token = access_token()
 
     def __call__(self, verb: str, path: str, body: dict | None = None, host: str = "") -> Any:
         url = f"{host or self.host}/v1/{path}"
@@ -165,16 +165,16 @@ def test_the_command_line(app: Rehearsed, tmp_path, capsys):
     config = tmp_path / "vertex.json"
     config.write_text(small().model_dump_json())  # JSON is YAML
     given = [app.app, "--config", str(config)]
-    assert commands.main(["deploy", *given, "--image", app.image("1")]) == 0
+    assert command_line.main(["deploy", *given, "--image", app.image("1")]) == 0
     assert "https://serving-llms-clients.europe-west4-" in capsys.readouterr().out
-    assert commands.main(["deploy", *given, "--image", app.image("2"), "--canary", "20"]) == 0
-    assert commands.main(["status", *given]) == 0
-    assert "2 of these bill" in capsys.readouterr().out
-    assert commands.main(["rollback", *given]) == 0
-    assert commands.main(["test", *given]) == 0
+    assert command_line.main(["deploy", *given, "--image", app.image("2"), "--canary", "20"]) == 0
+    assert command_line.main(["status", *given]) == 0
+    assert "you pay for 2 of these" in capsys.readouterr().out
+    assert command_line.main(["rollback", *given]) == 0
+    assert command_line.main(["test", *given]) == 0
     assert "stream_raw_predict:" in capsys.readouterr().out
-    assert commands.main(["undeploy", *given]) == 0
-    assert commands.main(["cleanup", *given]) == 0
+    assert command_line.main(["undeploy", *given]) == 0
+    assert command_line.main(["cleanup", *given]) == 0
     assert "nothing of clients is left" in capsys.readouterr().out
     assert nothing_is_left(app)
 
@@ -185,11 +185,11 @@ def test_errors_of_google_are_one_line(
     config = tmp_path / "vertex.json"
     config.write_text(small(machine_type="n7-standard-4").model_dump_json())
     given = [app.app, "--config", str(config), "--image", app.image()]
-    assert commands.main(["deploy", *given]) == 1
+    assert command_line.main(["deploy", *given]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: INVALID_ARGUMENT: ") and "n7-standard-4" in error
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(quick_standin.folder / "viewer.json"))
-    assert commands.main(["deploy", *given]) == 1
+    assert command_line.main(["deploy", *given]) == 1
     assert capsys.readouterr().err.startswith("error: PERMISSION_DENIED: ")
 
 
@@ -202,14 +202,13 @@ def test_ctrl_c_says_what_still_bills(app: Rehearsed, monkeypatch, tmp_path, cap
         if line.startswith("deploy version 1"):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "reporters", lambda: (interrupted, None))
+    monkeypatch.setattr(command_line, "_reporters", lambda: (interrupted, None))
     given = [app.app, "--config", str(config)]
-    assert commands.main(["deploy", *given, "--image", app.image()]) == 130
+    assert command_line.main(["deploy", *given, "--image", app.image()]) == 130
     error = capsys.readouterr().err
-    assert "Stopping here stops nothing at Google" in error and "deploy version 1 on 1 x" in error
+    assert "This does not stop Google" in error and "deploy version 1 on 1 x" in error
     assert f"python -m deploy.vertex cleanup {app.app}" in error
-    kinds = {one.kind for one in what_is_there(app.vertex(), app.app) if one.bills}
-    assert kinds  # it goes on indeed
+    assert any(resource.billed for resource in app.deployer().resources())  # it continues
 
 
 def test_no_authentication(app: Rehearsed):
@@ -223,17 +222,17 @@ def test_no_authentication(app: Rehearsed):
 
 def test_asking_after_undeploy_says_how_to_deploy(app: Rehearsed):
     app.deploy()
-    undeploy(app.vertex(), app.app)
-    with pytest.raises(UserError, match="deployed any more; `make deploy APP=clients` does it"):
-        commands.ask(app.vertex(), app.app, BODY)
+    app.deployer().undeploy()
+    with pytest.raises(UserError, match="deployed any more; run `make deploy APP=clients`"):
+        app.predict(BODY)
 
 
 def test_a_wrong_canary_is_refused_before_anything_is_pushed(app: Rehearsed, capsys):
-    assert commands.main(["deploy", app.app, "--canary", "200"]) == 1
+    assert command_line.main(["deploy", app.app, "--canary", "200"]) == 1
     shown = capsys.readouterr()
     assert "push" not in shown.out and shown.err.startswith("error: canary: 200 given")
 
 
 def test_asking_what_is_not_there_names_it(app: Rehearsed):
     with pytest.raises(UserError, match="nothing of clients is deployed"):
-        commands.ask(app.vertex(), app.app, BODY)
+        app.predict(BODY)

@@ -1,10 +1,10 @@
-"""What the deployer relies on, asked of the stand-in and, if you say so, of the real Vertex AI.
+"""What the deployer relies on, tested on the stand-in and, if you want, on the real Vertex AI.
 
     GCP_PROJECT=my-project VERTEX_REAL=1 pytest tests/vertex/test_contract.py -k google
 
-That costs about half an hour of one machine; it needs credentials, and Docker with the image of
-`make build-pro`. Each test says the same of both: where the stand-in guesses, the real run tells.
-Nobody has run them on the real service yet.
+The real run costs about half an hour of one machine. It needs credentials, and Docker with the
+image of `make build-pro`. Each test asserts the same of both, so a real run shows where the
+stand-in guesses wrong. These tests were never run on the real service.
 """
 
 import json
@@ -18,11 +18,12 @@ from google.api_core import exceptions as errors
 from google.cloud import aiplatform
 from google.cloud.aiplatform_v1 import types
 
-from deploy.vertex import commands
-from deploy.vertex.client import kind_of
-from deploy.vertex.config import Settings, load_settings
-from deploy.vertex.deployer import Vertex, cleanup, deploy, what_is_there
-from deploy.vertex.resources import get_endpoint
+from deploy.vertex.config import VertexSettings, load_settings
+from deploy.vertex.credentials import access_token
+from deploy.vertex.deployer import Deployer
+from deploy.vertex.operations import kind_of
+from deploy.vertex.predict import EXAMPLE
+from deploy.vertex.push import push
 from tests.vertex.rehearsed import BODY, small
 
 pytestmark = pytest.mark.slow
@@ -31,20 +32,20 @@ APP = "contract"
 
 
 class Platform(NamedTuple):
-    """Where the tests run: an app that is deployed there, and what to ask of it."""
+    """Where the tests run: an app that is deployed there, and a request for it."""
 
-    settings: Settings
-    vertex: Vertex
+    settings: VertexSettings
+    deployer: Deployer
     image: str
     body: dict[str, Any]
 
 
-def on_the_stand_in(request: pytest.FixtureRequest) -> tuple[Settings, str, dict]:
+def on_the_stand_in(request: pytest.FixtureRequest) -> tuple[VertexSettings, str, dict]:
     request.getfixturevalue("quick_standin").add_image(APP)
     return small(), small().image_uri(APP, "1"), BODY
 
 
-def on_google() -> tuple[Settings, str, dict]:
+def on_google() -> tuple[VertexSettings, str, dict]:
     if os.environ.get("VERTEX_REAL") != "1":
         pytest.skip("the real Vertex AI costs money: VERTEX_REAL=1 tests it")
     if "VERTEX_STANDIN" in os.environ:
@@ -53,7 +54,7 @@ def on_google() -> tuple[Settings, str, dict]:
         pytest.skip("the real Vertex AI needs a project: set GCP_PROJECT")
     served = "smollm2-135m"
     settings = load_settings(predict_route=f"/predictions/{served}", max_replicas=1)
-    return settings, commands.push(settings, served), commands.ASKED
+    return settings, push(settings, served), EXAMPLE
 
 
 @pytest.fixture(scope="module", params=["stand-in", "google"])
@@ -62,21 +63,25 @@ def platform(request: pytest.FixtureRequest) -> Iterator[Platform]:
         settings, image, body = on_google()
     else:
         settings, image, body = on_the_stand_in(request)
-    vertex = Vertex(settings)
+    deployer = Deployer(settings, APP)
     try:
-        deploy(vertex, APP, image)
-        yield Platform(settings, vertex, image, body)
+        deployer.deploy(image)
+        yield Platform(settings, deployer, image, body)
     finally:
-        cleanup(vertex, APP)
-    assert list(what_is_there(vertex, APP)) == []
+        deployer.cleanup()
+    assert deployer.resources() == []
 
 
 def endpoint_of(platform: Platform) -> aiplatform.Endpoint:
     return aiplatform.Endpoint(platform.settings.endpoint_name(APP))
 
 
+def read_endpoint(platform: Platform) -> types.Endpoint:
+    return platform.deployer.endpoints.get_endpoint(name=platform.settings.endpoint_name(APP))
+
+
 def upload(platform: Platform, **wrong: Any) -> aiplatform.Model:
-    """Upload something that is to be refused."""
+    """Upload something that Vertex AI should reject."""
     given = {
         "serving_container_image_uri": platform.image,
         "serving_container_predict_route": "/predict",
@@ -89,59 +94,61 @@ def upload(platform: Platform, **wrong: Any) -> aiplatform.Model:
 # ---- names, versions, operations
 
 
-def test_names_come_back_with_the_projects_number(platform: Platform):
-    name = get_endpoint(platform.vertex, APP).name.split("/")
+def test_names_contain_the_projects_number(platform: Platform):
+    name = read_endpoint(platform).name.split("/")
     assert name[1].isdigit() and name[2:] == platform.settings.endpoint_name(APP).split("/")[2:]
 
 
-def test_ids_and_labels_are_the_ones_we_chose(platform: Platform):
+def test_ids_and_labels_are_ours(platform: Platform):
     endpoint, model = endpoint_of(platform), aiplatform.Model(platform.settings.model_name(APP))
     wanted = platform.settings.labels_for(APP)
     assert wanted.items() <= endpoint.labels.items() and wanted.items() <= model.labels.items()
 
 
-def test_an_id_that_is_taken_is_refused(platform: Platform):
+def test_rejects_an_id_that_exists(platform: Platform):
     name = platform.settings.resource_id(APP)
     with pytest.raises(errors.AlreadyExists):
         aiplatform.Endpoint.create(display_name=APP, endpoint_id=name)
 
 
-def test_a_model_gives_its_container_back(platform: Platform):
-    model = platform.vertex.models.get_model(name=f"{platform.settings.model_name(APP)}@1")
+def test_versions_are_listed_with_their_containers(platform: Platform):
+    (model,) = platform.deployer.models.list_model_versions(name=platform.settings.model_name(APP))
     assert model.container_spec.image_uri == platform.image
     assert model.container_spec.predict_route == platform.settings.predict_route
     assert model.container_spec.ports[0].container_port == platform.settings.port
     assert model.version_id == "1" and "default" in model.version_aliases
 
 
-def test_a_dedicated_endpoint_has_a_host_of_its_own(platform: Platform):
+def test_dedicated_endpoint_has_its_own_host(platform: Platform):
     host = endpoint_of(platform).dedicated_endpoint_dns
     assert host.endswith(".prediction.vertexai.goog") and platform.settings.region in host
 
 
 def test_operations_of_a_resource_are_listed_with_their_times(platform: Platform):
     name = platform.settings.endpoint_name(APP)
-    found = list(platform.vertex.endpoints.list_operations({"name": name}).operations)
-    kinds = {kind_of(one) for one in found}
-    assert {"CreateEndpoint", "DeployModel"} <= kinds and all(one.done for one in found)
-    assert platform.vertex.running(name) == []
+    found = list(platform.deployer.endpoints.list_operations({"name": name}).operations)
+    kinds = {kind_of(operation) for operation in found}
+    assert {"CreateEndpoint", "DeployModel"} <= kinds
+    assert all(operation.done for operation in found)
+    assert platform.deployer.operations.running(name) == []
 
 
-def test_operations_of_what_does_not_exist_are_none(platform: Platform):
+def test_a_missing_resource_has_no_operations(platform: Platform):
     parent = platform.settings.parent
-    assert platform.vertex.running(f"{parent}/endpoints/there-is-no-such-endpoint") == []
-    assert platform.vertex.running(f"{parent}/models/there-is-no-such-model") == []
+    running = platform.deployer.operations.running
+    assert running(f"{parent}/endpoints/there-is-no-such-endpoint") == []
+    assert running(f"{parent}/models/there-is-no-such-model") == []
 
 
-def test_a_deployed_model_says_version_machine_and_traffic(platform: Platform):
-    endpoint = get_endpoint(platform.vertex, APP)
+def test_deployed_model_has_version_machine_and_traffic(platform: Platform):
+    endpoint = read_endpoint(platform)
     (deployed,) = endpoint.deployed_models
     machine = deployed.dedicated_resources.machine_spec.machine_type
     assert machine == platform.settings.machine_type and deployed.model_version_id == "1"
     assert dict(endpoint.traffic_split) == {deployed.id: 100}
 
 
-# ---- asking
+# ---- predictions
 
 
 def test_predict(platform: Platform):
@@ -153,11 +160,11 @@ def test_predict(platform: Platform):
     assert answer.model_resource_name.endswith(f"/models/{platform.settings.resource_id(APP)}")
 
 
-def test_raw_predict_passes_the_body_on_and_says_who_answered(platform: Platform):
+def test_raw_predict_names_the_deployed_model(platform: Platform):
     body, headers = json.dumps(platform.body).encode(), {"Content-Type": "application/json"}
     reply = endpoint_of(platform).raw_predict(body, headers)
     assert reply.status_code == 200 and "predictions" in reply.json()
-    (deployed,) = get_endpoint(platform.vertex, APP).deployed_models
+    (deployed,) = read_endpoint(platform).deployed_models
     assert reply.headers["X-Vertex-AI-Deployed-Model-Id"] == deployed.id
 
 
@@ -168,48 +175,48 @@ def test_stream_raw_predict(platform: Platform):
     assert any(line.startswith(b"data: ") for line in lines)
 
 
-def test_a_body_of_11_mb_is_refused(platform: Platform):
+def test_rejects_a_body_of_11_mb(platform: Platform):
     body, headers = b'"' + b"x" * 11_000_000 + b'"', {"Content-Type": "application/json"}
     reply = endpoint_of(platform).raw_predict(body, headers)
     assert reply.status_code in (400, 413)
 
 
-# ---- what is refused
+# ---- errors
 
 
-def test_a_reserved_variable(platform: Platform):
+def test_rejects_a_reserved_variable(platform: Platform):
     with pytest.raises(errors.InvalidArgument):
         upload(platform, serving_container_environment_variables={"AIP_HTTP_PORT": "1"})
 
 
-def test_an_image_from_elsewhere(platform: Platform):
+def test_rejects_an_image_in_another_registry(platform: Platform):
     with pytest.raises(errors.BadRequest):
         upload(platform, serving_container_image_uri="docker.io/library/busybox:latest")
 
 
-def test_an_image_that_is_not_there(platform: Platform):
+def test_rejects_an_image_that_does_not_exist(platform: Platform):
     absent = f"{platform.settings.image_folder()}/there-is-no-such-image:1"
     with pytest.raises((errors.NotFound, errors.BadRequest)):
         upload(platform, serving_container_image_uri=absent)
 
 
-def test_more_than_two_hours_to_become_ready(platform: Platform):
+def test_rejects_a_deployment_timeout_over_two_hours(platform: Platform):
     with pytest.raises(errors.InvalidArgument):
         upload(platform, serving_container_deployment_timeout=7201)
 
 
-def test_a_field_that_is_misspelt(platform: Platform):
+def test_rejects_an_unknown_field(platform: Platform):
     host = f"https://{platform.settings.region}-aiplatform.googleapis.com"
     reply = requests.post(
         f"{host}/v1/{platform.settings.parent}/models:upload",
         json={"model": {"displayName": APP, "containerSpec": {"imageURI": platform.image}}},
-        headers={"Authorization": f"Bearer {commands.token()}"},
+        headers={"Authorization": f"Bearer {access_token()}"},
         timeout=60,
     )
     assert reply.status_code == 400 and reply.json()["error"]["status"] == "INVALID_ARGUMENT"
 
 
-def test_no_credentials(platform: Platform):
+def test_rejects_a_request_without_credentials(platform: Platform):
     host = f"https://{platform.settings.region}-aiplatform.googleapis.com"
     reply = requests.get(f"{host}/v1/{platform.settings.parent}/models", timeout=60)
     assert reply.status_code == 401 and reply.json()["error"]["status"] == "UNAUTHENTICATED"
@@ -222,32 +229,32 @@ def test_no_credentials(platform: Platform):
         {"machine_type": "n2-standard-4", "accelerator_type": "NVIDIA_L4", "accelerator_count": 1},
     ],
 )
-def test_machines_that_do_not_exist(platform: Platform, wrong: dict):
+def test_rejects_machines_that_do_not_exist(platform: Platform, wrong: dict):
     model = aiplatform.Model(platform.settings.model_name(APP))
     with pytest.raises((errors.BadRequest, ValueError)):
         endpoint_of(platform).deploy(model, traffic_percentage=0, **wrong)
 
 
-def test_traffic_that_does_not_add_up(platform: Platform):
-    (deployed,) = get_endpoint(platform.vertex, APP).deployed_models
+def test_rejects_traffic_that_does_not_add_up_to_100(platform: Platform):
+    (deployed,) = read_endpoint(platform).deployed_models
     name = platform.settings.endpoint_name(APP)
     with pytest.raises(errors.InvalidArgument):
-        platform.vertex.endpoints.update_endpoint(
+        platform.deployer.endpoints.update_endpoint(
             endpoint=types.Endpoint(name=name, traffic_split={deployed.id: 90}),
             update_mask={"paths": ["traffic_split"]},
         )
 
 
-def test_deleting_what_is_in_use(platform: Platform):
+def test_rejects_the_deletion_of_resources_in_use(platform: Platform):
     with pytest.raises(errors.FailedPrecondition):
-        platform.vertex.endpoints.delete_endpoint(name=platform.settings.endpoint_name(APP))
+        platform.deployer.endpoints.delete_endpoint(name=platform.settings.endpoint_name(APP))
     with pytest.raises(errors.FailedPrecondition):
-        platform.vertex.models.delete_model(name=platform.settings.model_name(APP))
+        platform.deployer.models.delete_model(name=platform.settings.model_name(APP))
 
 
-def test_what_is_not_there(platform: Platform):
+def test_missing_resources_are_not_found(platform: Platform):
     parent = platform.settings.parent
     with pytest.raises(errors.NotFound):
-        platform.vertex.endpoints.get_endpoint(name=f"{parent}/endpoints/no-such-endpoint")
+        platform.deployer.endpoints.get_endpoint(name=f"{parent}/endpoints/no-such-endpoint")
     with pytest.raises(errors.NotFound):
-        platform.vertex.models.get_model(name=f"{parent}/models/no-such-model")
+        platform.deployer.models.get_model(name=f"{parent}/models/no-such-model")

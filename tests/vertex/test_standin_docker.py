@@ -43,7 +43,7 @@ def only(standin: Standin) -> list[str]:
 
 def push(name: str, standin: Standin, path: str) -> str:
     """Push an image to the stand-in's registry; return its address for Vertex AI."""
-    local = f"{os.environ['VERTEX_REGISTRY']}/{standin.project}/serving/{path}"
+    local = f"{os.environ['PUSH_REGISTRY']}/{standin.project}/serving/{path}"
     docker("tag", name, local)
     docker("push", "--quiet", local)
     return f"{standin.region}-docker.pkg.dev/{standin.project}/serving/{path}"
@@ -245,7 +245,7 @@ def test_gcloud_and_curl_end_to_end_with_the_real_image(docker_standin, real, tm
 def test_stop_leaves_no_container_network_or_name(base, code):
     """Its own stand-in, inside the module's."""
     standin = Standin(0.001, runner="docker").start()
-    address, mine = os.environ["VERTEX_REGISTRY"], only(standin)
+    address, mine = os.environ["PUSH_REGISTRY"], only(standin)
     try:
         client = Client(standin, "grpc", push(base, standin, "small:1"), code)
         client.running()

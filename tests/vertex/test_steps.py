@@ -1,4 +1,4 @@
-"""The life of a deployment on the stand-in: twice the same, canary, rollback, failures, cleanup."""
+"""The deployer on the stand-in: repeated runs, canary, rollback, failures, cleanup."""
 
 import itertools
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.api_core import exceptions as errors
@@ -14,13 +15,19 @@ from google.cloud.aiplatform_v1 import types
 
 from deploy.common.paths import ROOT, UserError
 from deploy.common.ports import can_connect, free_port
-from deploy.vertex import commands, deployer
-from deploy.vertex.deployer import cleanup, deploy, rollback, timeline, undeploy, what_is_there
-from deploy.vertex.resources import within
+from deploy.vertex.changes import includes
+from deploy.vertex.deployer import Deployer
+from deploy.vertex.messages import fields
+from deploy.vertex.operations import timeline
 from standin.local import Standin
 from tests.vertex.rehearsed import BODY, Rehearsed, small
 
 pytestmark = pytest.mark.slow
+
+
+def covers(wanted: Any, actual: Any) -> bool:
+    """Whether the service's message is what ours asks for."""
+    return includes(fields(actual), fields(wanted))
 
 
 @pytest.fixture
@@ -28,44 +35,44 @@ def app(quick_standin: Standin, request: pytest.FixtureRequest) -> Iterator[Rehe
     name = request.node.name.split("[")[0].removeprefix("test_").replace("_", "-")[:30]
     rehearsed = Rehearsed(quick_standin, name.strip("-"))
     yield rehearsed
-    cleanup(rehearsed.vertex(), rehearsed.app)
-    assert list(what_is_there(rehearsed.vertex(), rehearsed.app)) == []
+    rehearsed.deployer().cleanup()
+    assert rehearsed.deployer().resources() == []
 
 
-def test_a_second_deploy_changes_nothing(app: Rehearsed):
-    vertex = app.vertex()
-    deploy(vertex, app.app, app.image())
+def test_second_deploy_changes_nothing(app: Rehearsed):
+    deployer = app.deployer()
+    deployer.deploy(app.image())
     assert app.shares() == {"1": 100}
     before = app.changes()
     app.lines.clear()
-    deploy(vertex, app.app, app.image())
+    deployer.deploy(app.image())
     assert app.changes() == before
     assert app.lines == [f"{app.app} is deployed like this already: nothing to do"]
 
 
-def test_all_three_ways_of_asking(app: Rehearsed):
+def test_predicts_in_three_ways(app: Rehearsed):
     app.deploy()
-    answers = commands.ask(app.vertex(), app.app, BODY)
+    answers = app.predict(BODY)
     assert list(answers) == ["predict", "raw_predict", "stream_raw_predict"]
-    assert [one["instance"] for one in answers["predict"]] == ["a", "b"]
+    assert [prediction["instance"] for prediction in answers["predict"]] == ["a", "b"]
     assert answers["raw_predict"]["predictions"] == answers["predict"]
     assert len(answers["stream_raw_predict"]) == 1
 
 
-def test_an_error_of_the_server_is_shown(app: Rehearsed):
+def test_shows_an_error_of_the_server(app: Rehearsed):
     app.deploy()
     with pytest.raises(UserError, match=r"predict: .*400.*as asked"):
-        commands.ask(app.vertex(), app.app, {"instances": ["a"], "parameters": {"status": 400}})
+        app.predict({"instances": ["a"], "parameters": {"status": 400}})
 
 
-def test_another_image_takes_over_and_the_old_one_stops_billing(app: Rehearsed):
+def test_another_image_replaces_the_old_one(app: Rehearsed):
     app.deploy("1")
     app.deploy("2")
     assert app.shares() == {"2": 100}
     assert app.answers(5) == {"2": 5}
 
 
-def test_other_machines_are_another_deployment_of_the_same_version(app: Rehearsed):
+def test_other_machines_deploy_the_same_version_again(app: Rehearsed):
     app.deploy()
     app.deploy(min_replicas=2, max_replicas=2)
     assert app.shares() == {"1": 100}
@@ -73,11 +80,11 @@ def test_other_machines_are_another_deployment_of_the_same_version(app: Rehearse
     assert deployed.dedicated_resources.min_replica_count == 2
 
 
-def test_other_settings_of_the_container_are_another_version(app: Rehearsed):
+def test_other_container_settings_are_another_version(app: Rehearsed):
     app.deploy()
     app.deploy(environment={"NAME": "two"})
     assert app.shares() == {"2": 100}
-    answer = commands.ask(app.vertex(), app.app, BODY)["predict"][0]
+    answer = app.predict(BODY)["predict"][0]
     assert answer["name"] == "two"
 
 
@@ -90,7 +97,7 @@ def test_other_settings_of_the_container_are_another_version(app: Rehearsed):
     ],
     ids=lambda setting: next(iter(setting)),
 )
-def test_a_setting_of_the_container_is_taken_away_again(app: Rehearsed, setting):
+def test_removing_a_container_setting_is_another_version(app: Rehearsed, setting):
     app.deploy(**setting)
     app.deploy()
     assert app.shares() == {"2": 100}
@@ -98,17 +105,17 @@ def test_a_setting_of_the_container_is_taken_away_again(app: Rehearsed, setting)
     assert app.shares() == {"1": 100}
 
 
-def test_what_the_service_fills_in_is_no_difference():
+def test_ignores_fields_that_the_service_fills_in():
     spec = types.ModelContainerSpec
     probe = {"exec_": {"command": ["true"]}, "period_seconds": 10}
     filled = {"health_probe": {"period_seconds": 10}, "grpc_ports": [{"container_port": 8500}]}
     default = {"startup_probe": {"period_seconds": 10, "failure_threshold": 3}}
-    assert within(spec(image_uri="a"), spec(image_uri="a", **filled | default))
-    assert within(
+    assert covers(spec(image_uri="a"), spec(image_uri="a", **filled | default))
+    assert covers(
         spec(startup_probe=probe), spec(startup_probe=probe | {"success_threshold": 1}, **filled)
     )
-    assert not within(spec(image_uri="a"), spec(image_uri="a", command=["x"]))
-    assert not within(spec(image_uri="a"), spec(image_uri="a", startup_probe=probe))
+    assert not covers(spec(image_uri="a"), spec(image_uri="a", command=["x"]))
+    assert not covers(spec(image_uri="a"), spec(image_uri="a", startup_probe=probe))
 
 
 @pytest.mark.parametrize(
@@ -122,21 +129,10 @@ def test_what_the_service_fills_in_is_no_difference():
         ),
     ],
 )
-def test_machines_that_lose_or_gain_a_setting_are_others(before, now):
+def test_adding_or_removing_a_machine_setting_is_a_difference(before, now):
     dedicated = {"min_replica_count": 1}
     before = types.DedicatedResources(dedicated | before)
-    assert not within(types.DedicatedResources(dedicated | now), before)
-
-
-def test_another_folder_in_cloud_storage_is_another_version(app: Rehearsed):
-    app.deploy()
-    for _ in range(2):
-        app.deploy(artifact_uri="gs://bucket/folder")
-    assert app.shares() == {"2": 100}
-    answer = commands.ask(app.vertex(), app.app, BODY)["predict"][0]
-    assert answer["env"]["AIP_STORAGE_URI"] == "gs://bucket/folder"
-    app.deploy()
-    assert app.shares() == {"1": 100}
+    assert not covers(types.DedicatedResources(dedicated | now), before)
 
 
 @pytest.fixture
@@ -158,6 +154,25 @@ def buckets(monkeypatch, tmp_path) -> Iterator[Path]:
     process.wait()
 
 
+def test_another_folder_in_cloud_storage_is_another_version(app: Rehearsed, buckets: Path):
+    app.deploy()
+    for _ in range(2):
+        app.deploy(artifact_uri="gs://artifacts/folder")
+    assert app.shares() == {"2": 100}
+    answer = app.predict(BODY)["predict"][0]
+    assert answer["env"]["AIP_STORAGE_URI"] == "gs://artifacts/folder"
+    app.deploy()
+    assert app.shares() == {"1": 100}
+
+
+def test_rejects_a_folder_where_there_is_no_cloud_storage(app: Rehearsed):
+    """The stand-in has none, and lets no request out to Google's."""
+    before = app.changes()
+    with pytest.raises(UserError, match=r"artifact_uri: gs://bucket/folder cannot be listed"):
+        app.deploy(artifact_uri="gs://bucket/folder")
+    assert app.changes() == before
+
+
 def test_another_archive_in_the_same_folder_is_another_version(app: Rehearsed, buckets: Path):
     uri = "gs://artifacts/folder"
     for _ in range(2):
@@ -171,16 +186,16 @@ def test_another_archive_in_the_same_folder_is_another_version(app: Rehearsed, b
     assert app.shares() == {"1": 100}
 
 
-def test_a_folder_with_nothing_to_serve_is_refused_before_anything_is_made(app, buckets):
+def test_rejects_an_empty_or_unknown_folder_before_any_change(app, buckets):
     before = app.changes()
-    with pytest.raises(UserError, match="artifact_uri: gs://artifacts/fold given, and there is no"):
+    with pytest.raises(UserError, match="artifact_uri: gs://artifacts/fold given, but it is empty"):
         app.deploy(artifact_uri="gs://artifacts/fold")
     with pytest.raises(UserError, match=r"artifact_uri: gs://unknown/a cannot be listed: 404 "):
         app.deploy(artifact_uri="gs://unknown/a")
     assert app.changes() == before
 
 
-def test_a_canary_gets_its_share_and_is_promoted(app: Rehearsed):
+def test_canary_gets_its_share_and_is_promoted(app: Rehearsed):
     app.deploy("1")
     app.deploy("2", canary=20)
     assert app.shares() == {"1": 80, "2": 20}
@@ -198,32 +213,32 @@ def test_a_canary_gets_its_share_and_is_promoted(app: Rehearsed):
 
 def test_rollback_of_a_canary_and_of_a_full_deployment(app: Rehearsed):
     app.deploy("1")
-    with pytest.raises(UserError, match=r"version 1 of .* is the first"):
-        rollback(app.vertex(), app.app)
+    with pytest.raises(UserError, match=r"version 1 of .* is the first one known"):
+        app.deployer().rollback()
     app.deploy("2", canary=20)
-    rollback(app.vertex(), app.app)
+    app.deployer().rollback()
     assert app.shares() == {"1": 100}
     app.deploy("2")
-    rollback(app.vertex(), app.app)
+    app.deployer().rollback()
     assert app.shares() == {"1": 100} and app.answers(3) == {"1": 3}
     uploads = app.changes().count("UploadModel")
     app.deploy("2")
     assert app.shares() == {"2": 100} and app.changes().count("UploadModel") == uploads
 
 
-def test_rollback_goes_to_what_served_before_whatever_its_number(app: Rehearsed):
+def test_rollback_goes_to_what_served_before_not_to_the_lower_number(app: Rehearsed):
     """A, B, A: version 1 serves after version 2."""
     app.deploy("1")
     app.deploy("2")
     app.deploy("1")
     app.deploy("1", max_replicas=2)  # on other machines: still after version 2
     assert app.shares() == {"1": 100}
-    rollback(app.vertex(), app.app)
+    app.deployer().rollback()
     assert app.shares() == {"2": 100}
-    rollback(app.vertex(), app.app)
+    app.deployer().rollback()
     assert app.shares() == {"1": 100}
-    with pytest.raises(UserError, match=r"version 1 of .* is the first, as far as is known here"):
-        rollback(app.vertex(), app.app)
+    with pytest.raises(UserError, match=r"version 1 of .* is the first one known"):
+        app.deployer().rollback()
 
 
 def test_rollback_of_an_old_version_as_canary(app: Rehearsed):
@@ -231,53 +246,53 @@ def test_rollback_of_an_old_version_as_canary(app: Rehearsed):
     app.deploy("2")
     app.deploy("1", canary=20)
     assert app.shares() == {"1": 20, "2": 80}
-    rollback(app.vertex(), app.app)
+    app.deployer().rollback()
     assert app.shares() == {"2": 100}
     app.deploy("1", canary=90)  # also of one that has most by now
-    rollback(app.vertex(), app.app)
+    app.deployer().rollback()
     assert app.shares() == {"2": 100}
 
 
 def test_rollback_of_other_machines_as_canary(app: Rehearsed):
     app.deploy()
     app.deploy(canary=20, max_replicas=2)
-    rollback(app.vertex(), app.app)
+    app.deployer().rollback()
     (deployed,) = aiplatform.Endpoint(small().endpoint_name(app.app)).list_models()
     assert deployed.dedicated_resources.max_replica_count == 1
 
 
-def test_rollback_that_was_cut_off_is_taken_up(app: Rehearsed, monkeypatch):
+def test_continues_an_interrupted_rollback(app: Rehearsed, monkeypatch):
     """The version that comes back is deployed last: it is not taken for a canary."""
     app.deploy("1")
     app.deploy("2")
     with monkeypatch.context() as patched:
-        patched.setattr(deployer, "undeploy_model", cut_off)
+        patched.setattr(Deployer, "_undeploy", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            rollback(app.vertex(), app.app)
+            app.deployer().rollback()
     assert app.shares() == {"1": 100, "2": 0}
-    rollback(app.vertex(), app.app)
+    app.deployer().rollback()
     assert app.shares() == {"1": 100}
 
 
-def test_rollback_of_a_deployment_that_was_cut_off(app: Rehearsed, monkeypatch):
+def test_rollback_of_an_interrupted_deployment(app: Rehearsed, monkeypatch):
     app.deploy("1")
     with monkeypatch.context() as patched:
-        patched.setattr(deployer, "undeploy_model", cut_off)
+        patched.setattr(Deployer, "_undeploy", interrupt)
         with pytest.raises(KeyboardInterrupt):
             app.deploy("2")
     assert app.shares() == {"1": 0, "2": 100}
-    rollback(app.vertex(), app.app)
+    app.deployer().rollback()
     assert app.shares() == {"1": 100}
 
 
-def cut_off(*_) -> None:
+def interrupt(*_) -> None:
     raise KeyboardInterrupt
 
 
-def test_what_cannot_be_done_is_refused_before_anything_is_made(app: Rehearsed):
+def test_rejects_impossible_commands_before_any_change(app: Rehearsed):
     before = app.changes()
     with pytest.raises(UserError, match=r"nothing of .* is deployed"):
-        rollback(app.vertex(), app.app)
+        app.deployer().rollback()
     with pytest.raises(UserError, match="canary: 20 given, and nothing is deployed"):
         app.deploy(canary=20)
     for wrong in (0, 100, -1, "20", 0.2, True):
@@ -285,23 +300,23 @@ def test_what_cannot_be_done_is_refused_before_anything_is_made(app: Rehearsed):
             app.deploy(canary=wrong)
     elsewhere = app.image().replace("europe-west4", "us-central1")
     with pytest.raises(UserError, match=r"image_uri: us-central1-.* in the same region, europe"):
-        deploy(app.vertex(), app.app, elsewhere)
-    undeploy(app.vertex(), app.app)
+        app.deployer().deploy(elsewhere)
+    app.deployer().undeploy()
     assert app.changes() == before
 
 
-def test_a_canary_of_what_is_alone_already_is_refused(app: Rehearsed):
+def test_rejects_a_canary_of_the_only_deployed_version(app: Rehearsed):
     app.deploy()
-    with pytest.raises(UserError, match="version 1 is alone already"):
+    with pytest.raises(UserError, match="version 1 of this image is the only one deployed"):
         app.deploy(canary=20)
 
 
-def test_an_image_that_is_not_there(app: Rehearsed):
+def test_rejects_an_image_that_does_not_exist(app: Rehearsed):
     with pytest.raises(errors.NotFound, match=r"not found"):
-        deploy(app.vertex(), app.app, small().image_uri("no-such-image", "1"))
+        app.deployer().deploy(small().image_uri("no-such-image", "1"))
 
 
-def test_a_server_that_crashes_leaves_the_old_one_alone(app: Rehearsed):
+def test_crash_of_the_new_server_leaves_the_old_one_alone(app: Rehearsed):
     app.deploy()
     with pytest.raises(errors.BadRequest, match="Model server"):
         app.deploy(environment={"CRASH": "3"})
@@ -310,89 +325,90 @@ def test_a_server_that_crashes_leaves_the_old_one_alone(app: Rehearsed):
     assert app.shares() == {"3": 100}
 
 
-def test_undeploy_stops_the_bill_and_deploy_starts_it_again(app: Rehearsed):
+def test_undeploy_stops_all_replicas_and_deploy_starts_them_again(app: Rehearsed):
     app.deploy("1")
     app.deploy("2", canary=20)
-    undeploy(app.vertex(), app.app)
-    left = list(what_is_there(app.vertex(), app.app))
-    assert {one.kind for one in left} == {"endpoint", "model"}
-    assert not any(one.bills for one in left)
+    app.deployer().undeploy()
+    left = app.deployer().resources()
+    assert {resource.kind for resource in left} == {"endpoint", "model"}
+    assert not any(resource.billed for resource in left)
     app.deploy("2")
     assert app.shares() == {"2": 100}
 
 
-def test_cleanup_goes_by_labels_and_touches_nothing_else(app: Rehearsed):
+def test_cleanup_removes_what_has_our_labels_and_nothing_else(app: Rehearsed):
     app.deploy()
     labels = small().labels_for(app.app)
-    vertex = app.vertex()
+    deployer = app.deployer()
     made = aiplatform.Endpoint.create(display_name="by hand", labels=labels)
     kept = [
         aiplatform.Endpoint.create(display_name="unlabelled"),
         aiplatform.Endpoint.create(display_name="other app", labels=labels | {"app": "other"}),
         aiplatform.Endpoint.create(display_name="others'", labels={"app": app.app}),
     ]
-    assert made.resource_name in {one.name for one in what_is_there(vertex, app.app)}
-    cleanup(vertex, app.app)
-    assert list(what_is_there(vertex, app.app)) == []
-    there = {one.resource_name for one in aiplatform.Endpoint.list()}
-    assert {one.resource_name for one in kept} <= there
-    for one in kept:
-        one.delete()
+    assert made.resource_name in {resource.name for resource in deployer.resources()}
+    deployer.cleanup()
+    assert deployer.resources() == []
+    listed = {endpoint.resource_name for endpoint in aiplatform.Endpoint.list()}
+    assert {endpoint.resource_name for endpoint in kept} <= listed
+    for endpoint in kept:
+        endpoint.delete()
 
 
-def test_cleanup_says_what_it_cannot_remove(app: Rehearsed):
-    """The model is deployed at an endpoint that is not ours: Google refuses to delete it."""
+def test_cleanup_names_what_it_cannot_remove(app: Rehearsed):
+    """Google rejects the deletion of a model that is deployed at another endpoint."""
     app.deploy()
-    vertex = app.vertex()
+    deployer = app.deployer()
     foreign = aiplatform.Endpoint.create(display_name="not ours")
     model = aiplatform.Model(small().model_name(app.app))
     foreign.deploy(model, machine_type="n2-standard-4", traffic_percentage=100)
-    with pytest.raises(UserError, match=r"cleanup: still there, and perhaps billing: model .*/mod"):
-        cleanup(vertex, app.app, attempts=1)
+    with pytest.raises(
+        UserError, match=r"cleanup: still there, and you may be paying for it: model .*/mod"
+    ):
+        deployer.cleanup(attempts=1)
     assert any("cannot be deleted" in line for line in app.lines)
     foreign.delete(force=True)
 
 
 @pytest.mark.parametrize("canary", [None, 20])
-def test_cleanup_of_a_deployment_that_is_going_on(app: Rehearsed, canary: int | None):
-    """Nobody waits for it: as after a kill, and as when two people work on one app."""
+def test_cleanup_of_a_running_deployment(app: Rehearsed, canary: int | None):
+    """As after a kill, or when two people work on one app: nothing waits for the operation."""
     app.deploy("1")
-    vertex = app.vertex()
-    endpoint = vertex.endpoints.get_endpoint(name=small().endpoint_name(app.app))
+    deployer = app.deployer()
+    endpoint = deployer.endpoints.get_endpoint(name=small().endpoint_name(app.app))
     split = {"0": canary or 100, endpoint.deployed_models[0].id: 100 - (canary or 100)}
     wanted = endpoint.deployed_models[0]
     wanted.id, wanted.create_time = "", None
     request = {"endpoint": endpoint.name, "deployed_model": wanted, "traffic_split": split}
-    vertex.endpoints.deploy_model(request)
-    kinds = {one.kind for one in what_is_there(vertex, app.app)}
-    assert "operation" in kinds
-    cleanup(vertex, app.app)
-    assert list(what_is_there(vertex, app.app)) == []
+    deployer.endpoints.deploy_model(request)
+    assert "operation" in {resource.kind for resource in deployer.resources()}
+    deployer.cleanup()
+    assert deployer.resources() == []
 
 
-def test_an_endpoint_that_is_not_as_the_settings_say_is_left_alone(app: Rehearsed):
+def test_rejects_an_endpoint_with_another_timeout(app: Rehearsed):
     app.deploy()
     with pytest.raises(UserError, match="inference_timeout: 5 in the settings, 600 at"):
         app.deploy(inference_timeout=5)
 
 
-def test_an_endpoint_of_somebody_else_is_left_alone(app: Rehearsed):
+def test_rejects_an_endpoint_that_it_did_not_create(app: Rehearsed):
     name = small().resource_id(app.app)
     endpoint = aiplatform.Endpoint.create(display_name="theirs", endpoint_id=name)
     with pytest.raises(UserError, match="was not made by this program"):
         app.deploy()
-    cleanup(app.vertex(), app.app)
+    app.deployer().cleanup()
     endpoint.delete()
 
 
-def test_the_timeline_is_in_order(app: Rehearsed):
-    vertex = app.vertex()
-    deploy(vertex, app.app, app.image())
-    whole = [span for span in timeline(vertex.events) if not span.stage]
+def test_timeline_is_in_order(app: Rehearsed):
+    deployer = app.deployer()
+    deployer.deploy(app.image())
+    whole = [span for span in timeline(deployer.operations.events) if not span.stage]
     assert [span.step.split()[0] for span in whole] == ["upload", "create", "deploy"]
     assert whole[0].began == 0
-    for one, following in itertools.pairwise(whole):
-        assert one.began < one.ended <= following.began
-    stages = [span for span in timeline(vertex.events) if span.stage]
+    for span, following in itertools.pairwise(whole):
+        assert span.began < span.ended <= following.began
+    stages = [span for span in timeline(deployer.operations.events) if span.stage]
     assert stages == sorted(stages, key=lambda span: span.began)
     assert timeline([]) == []

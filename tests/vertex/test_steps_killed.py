@@ -1,14 +1,12 @@
-"""`python -m deploy.vertex deploy`, and `cleanup`, are killed at every kind of point: no matter.
+"""`deploy` and `cleanup` are killed at every kind of point, and the next run continues.
 
-The points are calls that the stand-in has seen; the process gets SIGKILL milliseconds later, while
-it waits for the reply, writes a line, or sleeps between two looks at an operation.
+The points are requests that the stand-in received. The process gets SIGKILL milliseconds later,
+while it waits for the response, writes a line, or sleeps between two looks at an operation.
 """
 
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.common.paths import ROOT
-from deploy.vertex.deployer import cleanup, deploy, what_is_there
 from standin.local import Standin
+from tests.vertex.preloaded import Preloaded
 from tests.vertex.rehearsed import Rehearsed, small
 
 pytestmark = pytest.mark.slow
@@ -31,101 +28,125 @@ POINTS = [
     "UploadModel GetOperation",
     "CreateEndpoint",
     "CreateEndpoint GetOperation",
-    "CreateEndpoint GetOperation GetEndpoint",
+    "CreateEndpoint GetOperation GetOperation",
     "DeployModel",
     "DeployModel GetOperation",
     "DeployModel GetOperation GetOperation",
     "DeployModel GetOperation GetEndpoint",
 ]
-"""Calls that must have been seen, in this order, before the process is killed."""
+"""Methods that the stand-in must have received, in this order, before the process is killed."""
 
 SECOND = ["UploadModel", "DeployModel", "DeployModel GetOperation", "UndeployModel"]
 """The same for a deployment of another image beside one that serves."""
-
 
 CLEANUP = ["UndeployModel", "UndeployModel GetOperation", "DeleteEndpoint", "DeleteModel"]
 """The same for `cleanup`."""
 
 
-def kill_at(app: Rehearsed, action: list[str], point: str, folder: Path) -> None:
-    """Start a command as a user does, and kill it when it has made some calls."""
-    config = folder / "vertex.yaml"
-    config.write_text(yaml.safe_dump(json.loads(small().model_dump_json())))
-    log = app.standin.folder / "calls.jsonl"
-    seen = log.stat().st_size if log.exists() else 0
-    command = [sys.executable, "-m", "deploy.vertex", action[0], app.app, *action[1:]]
-    command += ["--config", str(config)]
-    with (folder / "output").open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
-    waited_for = point.split()
-    with log.open() as calls:
-        calls.seek(seen)
-        line = ""
-        while waited_for:
-            line += calls.readline()
-            if line.endswith("\n"):  # it may be read while it is being written
-                if json.loads(line)["method"] == waited_for[0]:
-                    waited_for.pop(0)
-                line = ""
-            else:
-                assert process.poll() is None, (folder / "output").read_text()
-                time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, (folder / "output").read_text()
+@pytest.fixture(scope="module")
+def preloaded(quick_standin: Standin) -> Iterator[Preloaded]:
+    with Preloaded() as preloaded:
+        yield preloaded
+
+
+class Killer:
+    """Starts commands as a user does, and kills them.
+
+    Args:
+        standin: where the requests arrive.
+        preloaded: starts the processes.
+        folder: for the settings and the output.
+    """
+
+    def __init__(self, standin: Standin, preloaded: Preloaded, folder: Path) -> None:
+        self.standin, self.preloaded = standin, preloaded
+        self.config, self.output = folder / "vertex.yaml", folder / "output"
+        self.config.write_text(yaml.safe_dump(json.loads(small().model_dump_json())))
+
+    def kill_at(self, point: str, *command: str) -> None:
+        """Start a command, and kill it when it has sent some requests."""
+        log = self.standin.folder / "calls.jsonl"
+        seen = log.stat().st_size if log.exists() else 0
+        arguments = [*command, "--config", str(self.config)]
+        process = self.preloaded.start(arguments, self.output)
+        waited_for = point.split()
+        deadline = time.monotonic() + 120
+        with log.open() as calls:
+            calls.seek(seen)
+            line = ""
+            while waited_for:
+                assert time.monotonic() < deadline, self.output.read_text()
+                line += calls.readline()
+                if line.endswith("\n"):  # it may be read while it is being written
+                    if json.loads(line)["method"] == waited_for[0]:
+                        waited_for.pop(0)
+                    line = ""
+                else:
+                    time.sleep(0.001)
+        os.kill(process, signal.SIGKILL)
+        assert self.preloaded.wait() == -signal.SIGKILL, self.output.read_text()
+
+
+@pytest.fixture
+def killer(quick_standin: Standin, preloaded: Preloaded, tmp_path: Path) -> Killer:
+    return Killer(quick_standin, preloaded, tmp_path)
 
 
 @pytest.fixture
 def app(quick_standin: Standin) -> Iterator[Rehearsed]:
     rehearsed = Rehearsed(quick_standin, "killed")
     yield rehearsed
-    cleanup(rehearsed.vertex(), rehearsed.app)
+    rehearsed.deployer().cleanup()
 
 
 def nothing_is_left(app: Rehearsed) -> bool:
-    """By listing everything in the region, labels or not, and by the processes on this machine."""
-    vertex = app.vertex()
-    found = list(what_is_there(vertex, app.app))
-    found += vertex.endpoints.list_endpoints(parent=vertex.parent)
-    found += vertex.models.list_models(parent=vertex.parent)
-    started = {
-        e["deployed_model"] for e in app.standin.events() if e["event"] == "container started"
-    }
-    stopped = {
-        e["deployed_model"] for e in app.standin.events() if e["event"] == "container stopped"
-    }
+    """Whether the region is empty, labels or not, and no replica's process is left."""
+    deployer = app.deployer()
+    found = [
+        *deployer.resources(),
+        *deployer.endpoints.list_endpoints(parent=deployer.parent),
+        *deployer.models.list_models(parent=deployer.parent),
+    ]
+    events = app.standin.events()
+    started, stopped = (
+        {event["deployed_model"] for event in events if event["event"] == f"container {end}"}
+        for end in ("started", "stopped")
+    )
     return not found and started == stopped
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_cleanup_after_a_kill_leaves_nothing(app: Rehearsed, point: str, tmp_path: Path):
-    kill_at(app, ["deploy", "--image", app.image("1")], point, tmp_path)
-    cleanup(app.vertex(), app.app)
+def test_cleanup_after_a_killed_deploy_leaves_nothing(app: Rehearsed, killer: Killer, point: str):
+    killer.kill_at(point, "deploy", app.app, "--image", app.image("1"))
+    app.deployer().cleanup()
     assert nothing_is_left(app)
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_deploy_after_a_kill_takes_up_where_it_was(app: Rehearsed, point: str, tmp_path: Path):
+def test_deploy_continues_a_killed_deploy(app: Rehearsed, killer: Killer, point: str):
     before = app.changes()
-    kill_at(app, ["deploy", "--image", app.image("1")], point, tmp_path)
-    deploy(app.vertex(), app.app, app.image("1"))
+    killer.kill_at(point, "deploy", app.app, "--image", app.image("1"))
+    app.deploy("1")
     assert app.shares() == {"1": 100} and app.answers(1) == {"1": 1}
     made = app.changes()[len(before) :]
     assert sorted(made) == ["CreateEndpoint", "DeployModel", "UploadModel"]  # nothing twice
 
 
 @pytest.mark.parametrize("point", SECOND)
-def test_a_second_image_after_a_kill(app: Rehearsed, point: str, tmp_path: Path):
-    """The old one answers all the time; then the new one has all requests, and is alone."""
-    deploy(app.vertex(), app.app, app.image("1"))
-    kill_at(app, ["deploy", "--image", app.image("2")], point, tmp_path)
+def test_deploy_continues_a_killed_deploy_of_a_second_image(
+    app: Rehearsed, killer: Killer, point: str
+):
+    """The old version serves all the time. Then the new one gets all requests, and is alone."""
+    app.deploy("1")
+    killer.kill_at(point, "deploy", app.app, "--image", app.image("2"))
     assert sum(app.answers(2).values()) == 2
-    deploy(app.vertex(), app.app, app.image("2"))
+    app.deploy("2")
     assert app.shares() == {"2": 100}
 
 
 @pytest.mark.parametrize("point", CLEANUP)
-def test_cleanup_after_a_kill_of_cleanup(app: Rehearsed, point: str, tmp_path: Path):
-    deploy(app.vertex(), app.app, app.image("1"))
-    kill_at(app, ["cleanup"], point, tmp_path)
-    cleanup(app.vertex(), app.app)
+def test_cleanup_continues_a_killed_cleanup(app: Rehearsed, killer: Killer, point: str):
+    app.deploy("1")
+    killer.kill_at(point, "cleanup", app.app)
+    app.deployer().cleanup()
     assert nothing_is_left(app)
