@@ -4,31 +4,31 @@ Vertex AI's shape: `{"instances": [...], "parameters": {...}}`. An instance is a
 `{"prompt": ...}` or `{"messages": [...]}`, and may have `parameters` of its own, which win over the
 shared ones. Nothing here knows about models or TorchServe.
 
-A field is declared once: its type and bounds, and where these do not say it all, a `Rule`. From
-this declaration come pydantic's checks, the error messages and `parameter_table`.
+Each field is declared once (`fields.py`). From its declaration come pydantic's checks, the error
+messages and `parameter_table`.
 """
 
-import json
-import types
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema, from_json
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError, from_json
 
 from handler.config import App, Limits, load_app, show
 from handler.engine import Messages, Sampling
+from handler.fields import (
+    AppLimit,
+    Doc,
+    Input,
+    Location,
+    Rule,
+    WholeNumber,
+    ZeroOrAtLeast,
+    declaration_at,
+    describe,
+    in_a_list,
+    markdown_table,
+)
 
 _STATUS = {
     400: "INVALID_ARGUMENT",
@@ -40,10 +40,6 @@ _STATUS = {
 """Google's names for HTTP codes. Source: google/rpc/code.proto; it has none of its own for 413."""
 
 Model = TypeVar("Model", bound=BaseModel)
-Location = tuple[int | str, ...]
-"""Where a value stands in the body: names and list indices, as pydantic reports them."""
-Declaration = tuple[Any, list[Any]]
-"""A field's type without `| None`, and the metadata from its `Annotated`."""
 
 
 class RequestError(Exception):
@@ -65,87 +61,6 @@ class RequestError(Exception):
         return {"error": error | ({"field": self.field} if self.field else {})}
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a field should be, where its type and bounds do not say it.
-
-    `{ge}`, `{gt}`, `{le}`, `{min_length}` and `{max_length}` stand for the field's bounds.
-    """
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Doc:
-    """The effect of a parameter, and what is the default if no value says it."""
-
-    effect: str
-    default: str = ""
-
-
-@dataclass(frozen=True)
-class AppLimit:
-    """An upper bound that each app sets under `limits:`; `name` is the field's name there."""
-
-    name: str
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        def check(value: int, info: core_schema.ValidationInfo) -> int:
-            if value > getattr(info.context, self.name):
-                raise PydanticCustomError("too_large", "is too large")
-            return value
-
-        return core_schema.with_info_after_validator_function(check, handler(source))
-
-
-@dataclass(frozen=True)
-class ZeroOrAtLeast:
-    """A lower bound, `ge`, that 0 may go below."""
-
-    ge: float
-
-    def __get_pydantic_core_schema__(
-        self, source: Any, handler: GetCoreSchemaHandler
-    ) -> CoreSchema:
-        def check(value: float) -> float:
-            if value < self.ge and value != 0:
-                raise PydanticCustomError("too_small", "is too small")
-            return value
-
-        return core_schema.no_info_after_validator_function(check, handler(source))
-
-
-class _Input(BaseModel):
-    """No unknown names, no silent conversion ("5" is not 5, true is not 1), no NaN, no null."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    rule: ClassVar[str] = "an object"
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _reject_null(cls, value: Any) -> Any:
-        # None stands for "not given" here. A client leaves such a field out.
-        if value is None:
-            raise PydanticCustomError("null", "is null")
-        return value
-
-
-def _integral(value: Any) -> Any:
-    """Read 50.0 as 50. Every number is a double in `google.protobuf.Value`, so that is what comes
-    from Vertex AI for a client that uses gRPC.
-    """
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
-        return int(value)
-    return value
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-WholeNumber = Annotated[int, BeforeValidator(_integral)]
 StopString = Annotated[
     str,
     Field(min_length=1, max_length=100),
@@ -154,12 +69,12 @@ StopString = Annotated[
 StopStrings = Annotated[
     list[StopString],
     Field(max_length=8, fail_fast=True),
-    BeforeValidator(_listed),
+    BeforeValidator(in_a_list),
     Rule("a string, or a list of up to {max_length}"),
 ]
 
 
-class Parameters(_Input):
+class Parameters(Input):
     """What shapes one completion. A field that is not given falls back to the app's default."""
 
     max_new_tokens: Annotated[
@@ -216,7 +131,7 @@ class SharedParameters(Parameters):
     stream: Annotated[bool, Doc("Send events as text is generated. Shared only.")] = False
 
 
-class Message(_Input):
+class Message(Input):
     """One turn of a conversation."""
 
     rule = 'an object, {"role": ..., "content": ...}'
@@ -232,7 +147,7 @@ Conversation = Annotated[
 ]
 
 
-class InstanceBody(_Input):
+class InstanceBody(Input):
     """One prompt, or one conversation."""
 
     rule = 'a string, {"prompt": ...} or {"messages": [...]}'
@@ -251,7 +166,7 @@ class InstanceBody(_Input):
         return value
 
 
-class Body(_Input):
+class Body(Input):
     """The whole request."""
 
     instances: Annotated[
@@ -363,7 +278,7 @@ def _validate(model: type[Model], value: Any, limits: Limits, where: str = "") -
     elif kind == "one_of":
         problem = first["msg"] + _unknown(first["input"], _names_at(model, location))
     else:
-        rule = _rule(*_declaration_at(model, location), limits)
+        rule = describe(declaration_at(model, location), limits)
         problem = f"should be {rule}, not {show(first['input'])}"
     raise RequestError(400, f"{field}: {problem}", field)
 
@@ -381,7 +296,7 @@ def _path(where: str, location: Location) -> str:
 
 def _names_at(model: type[BaseModel], location: Location) -> list[str]:
     """The names allowed in the object at `location`."""
-    kind, _ = _declaration_at(model, location)
+    kind, _ = declaration_at(model, location)
     return list(kind.model_fields)
 
 
@@ -391,72 +306,7 @@ def _unknown(given: dict[str, Any], allowed: list[str]) -> str:
     return f"; {show(name)} is not known here" if name is not None else ""
 
 
-def _declaration_at(model: type[BaseModel], location: Location) -> Declaration:
-    """How the field at `location` is declared in `model`."""
-    kind: Any = model
-    metadata: list[Any] = []
-    for part in location:
-        if isinstance(part, int):
-            kind, metadata = _declaration(get_args(kind)[0])
-        else:
-            field = kind.model_fields[part]
-            kind, metadata = _declaration(field.annotation, field.metadata)
-    return kind, metadata
-
-
-def _declaration(annotation: Any, metadata: Iterable[Any] = ()) -> Declaration:
-    """Split `Annotated[... | None, ...]` into the type and its metadata."""
-    while get_origin(annotation) in (Annotated, Union, types.UnionType):
-        if get_origin(annotation) is Annotated:
-            annotation, *inner = get_args(annotation)
-            metadata = [*inner, *metadata]
-        else:
-            (annotation,) = (a for a in get_args(annotation) if a is not types.NoneType)
-    flat: list[Any] = []
-    for item in metadata:
-        flat += item.metadata if isinstance(item, FieldInfo) else [item]
-    return annotation, flat
-
-
-def _rule(kind: Any, metadata: list[Any], limits: Limits) -> str:
-    """What a field with this declaration should be."""
-    bounds: dict[str, Any] = {}
-    text = {
-        bool: "true or false",
-        int: "a whole number from {ge} to {le}",
-        float: "a number from {ge} to {le}",
-        str: "a string",
-    }.get(kind, "")
-    for item in metadata:
-        if isinstance(item, Rule):
-            text = item.text
-        elif isinstance(item, AppLimit):
-            bounds["le"] = getattr(limits, item.name)
-        for name in ("ge", "gt", "le", "min_length", "max_length"):
-            if hasattr(item, name):
-                bounds[name] = getattr(item, name)
-    if text:
-        return text.format(**bounds)
-    if get_origin(kind) is Literal:
-        *first, last = (json.dumps(value) for value in get_args(kind))
-        return f"{', '.join(first)} or {last}"
-    return kind.rule
-
-
 def parameter_table(model: type[Parameters] = SharedParameters) -> str:
-    """Write the parameters as a Markdown table: what each may be, its default, its effect.
-
-    Limits and defaults are those of an app that changes none.
-    """
+    """Write the parameters as a Markdown table, with the limits and defaults of a plain app."""
     app = load_app("an-app-without-a-yaml", local=True)
-    defaults = asdict(Sampling()) | app.parameters
-    lines = ["| parameter | value | default | effect |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
-        kind, metadata = _declaration(field.annotation, field.metadata)
-        value = _rule(kind, metadata, app.limits)
-        if get_origin(kind) is list:
-            value += f", each {_rule(*_declaration(get_args(kind)[0]), app.limits)}"
-        doc = next(item for item in metadata if isinstance(item, Doc))
-        default = doc.default or json.dumps(defaults.get(name, field.default)).removesuffix(".0")
-        lines.append(f"| `{name}` | {value} | {default} | {doc.effect} |")
-    return "\n".join(lines)
+    return markdown_table(model, app.limits, asdict(Sampling()) | app.parameters)

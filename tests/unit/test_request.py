@@ -9,8 +9,8 @@ from pydantic import Field
 
 from handler.config import App, load_app
 from handler.engine import Sampling
+from handler.fields import Doc
 from handler.request import (
-    Doc,
     Parameters,
     RequestError,
     SharedParameters,
