@@ -33,7 +33,7 @@ lab chapters notebooks: export OMP_WAIT_POLICY = passive
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check fast lint types unit model archive serve test quality bench bench-peers \
         bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
-        chapters site site-check build-dev build-pro run stop delete shell logs push image-report \
+        chapters site links site-check build-dev build-pro run stop delete shell logs push image-report \
         plan deploy test-vertex undeploy cleanup standin rehearse
 
 help: ## Show the targets
@@ -46,7 +46,7 @@ setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 quickstart: setup ## Set up, serve APP, send it one request, print the response, stop
 	@$(PY) -m deploy.torchserve quickstart $(ARCHIVE) --port "$(PORT)"
 
-check: setup lint ## Set up and pass every check (JOBS=2 at a time)
+check: setup lint types ## Set up and pass every check (JOBS=3 at a time)
 	@exec $(PY) -m tests --jobs "$(JOBS)"
 
 fast: lint types ## Lint, types and the quick tests: what to run while you work (30 seconds)
@@ -58,6 +58,7 @@ lint: setup ## Check style, Dockerfile, layers of imports and declared dependenc
 	@$(VENV)/bin/hadolint docker/Dockerfile
 	@$(VENV)/bin/lint-imports
 	@$(VENV)/bin/deptry .
+	@$(PY) -m docs.generate --check
 
 types: setup ## Check types (mypy)
 	@$(VENV)/bin/mypy
@@ -85,6 +86,9 @@ lab: setup ## Open the course in JupyterLab
 
 site: setup ## Build the course as a website into build/site, from the stored outputs
 	@$(PY) -m docs.build
+
+links: site ## Check that every link to another host leads somewhere
+	@$(PY) -m sphinx -q -b linkcheck -c docs -d build/site-doctrees build/site-pages build/links
 
 site-check: site ## Look at it in Chromium at two widths, light and dark, with axe-core (node, npm)
 	@docs/check/run build/site

@@ -1,8 +1,11 @@
-"""Every check, some side by side: `python -m tests` (make check), or only the parts that are named.
+"""Run every check, some side by side: `python -m tests` (make check), or only the parts you name.
 
-A part is a folder of tests, or a chapter with its solutions. Each has ports and containers of its
-own, so that it can run beside any other part. Much of their time they wait, mostly for a server to
-start: two at a time are done sooner than one after the other, on two cores as well.
+A part is a folder of tests, or a chapter with its solutions. Each part has its own ports and
+containers, so it can run beside any other. Parts often wait, mostly for a server to start, so some
+run at the same time, even on two cores.
+
+`make -j -k -O` does not replace this module: on SIGTERM it ends the tests before they stop their
+servers, and macOS ships make 3.81, which has no `-O`.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 from deploy.common.paths import BUILD, ROOT
 
@@ -22,33 +26,34 @@ LONGEST_FIRST = [
     *("tests/vertex", "tests/served", "notebooks/05", "tests/container", "notebooks/06"),
     *("tests/unit", "notebooks/07"),
 ]
-"""So that no long part is left for the end, with nothing beside it."""
+"""The first parts to start, so that no long one runs alone at the end."""
 
 MAKES = ("APP", "MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL")
-"""What make passes on to the programs that it starts, and they to the make that they start."""
+"""Variables that make passes on to the programs it starts."""
 
 LOGS = BUILD / "check"
-"""What each part prints, while it runs and after."""
+"""Holds the output of each part, while it runs and afterwards."""
 
 NOTEBOOKS = sorted(ROOT.glob("notebooks/0*.ipynb"))
 
 
 def parts() -> list[str]:
-    """All parts, as paths below the project's folder, in the order in which they are begun."""
+    """List all parts, as paths below the project's folder, in the order in which they start."""
     tests = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
     chapters = {f"notebooks/{path.name[:2]}" for path in NOTEBOOKS}
     return [*LONGEST_FIRST, *sorted((tests | chapters) - {*LONGEST_FIRST})]
 
 
 def start(part: str, log: Path) -> subprocess.Popen[bytes]:
-    """Begin a part, away from the terminal's Ctrl-C: `run` passes it on."""
+    """Start a part in its own session: Ctrl-C does not reach it, `run` passes it on."""
     chapters = [str(path) for path in NOTEBOOKS if str(path).startswith(f"{ROOT / part}_")]
     command = [sys.executable, "-m", "pytest", *(["--nbval", *chapters] if chapters else [part])]
-    # torch's threads wait asleep, not spinning: the cores are for whoever has work (LOG.md).
+    command.append("--durations=20")
+    # torch's threads sleep while they wait, so that other parts can use the cores (LOG.md).
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
-    for name in MAKES:  # `make check APP=gpt2`: tests and chapters are about the default
+    for name in MAKES:  # for `make check APP=gpt2`: tests and chapters use the default app
         environment.pop(name, None)
-    # Not a pipe: a server that a failed part left behind would hold it open for ever.
+    # Not a pipe: a server that a failed part left running would keep it open.
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
@@ -60,23 +65,38 @@ def start(part: str, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def run(names: list[str], jobs: int) -> Iterator[tuple[str, int, str, float]]:
-    """Run parts, `jobs` at a time: name, pytest's exit status, output, seconds; as each ends.
+class Result(NamedTuple):
+    """The result of one part."""
 
-    If the caller leaves early (Ctrl-C), what runs is interrupted, so that it stops its servers.
+    name: str
+    status: int
+    """pytest's exit status."""
+    output: str
+    seconds: float
+    cpu_seconds: float
+    """Time on all cores, of the part and the processes it waited for."""
+
+
+def run(names: list[str], jobs: int) -> Iterator[Result]:
+    """Run parts, `jobs` at a time; yield a `Result` as each ends.
+
+    If the caller leaves early (Ctrl-C), running parts are interrupted, so that they stop their
+    servers.
     """
     LOGS.mkdir(parents=True, exist_ok=True)
     running: list[subprocess.Popen[bytes]] = []
     stopping = threading.Event()
 
-    def one(name: str) -> tuple[str, int, str, float]:
+    def one(name: str) -> Result:
         began, log = time.monotonic(), LOGS / f"{name.strip('/').replace('/', '-')}.log"
         process = start(name, log)
         running.append(process)
-        if stopping.is_set():  # it began while the others were being interrupted
+        if stopping.is_set():  # it started while the others were being interrupted
             process.send_signal(signal.SIGINT)
-        status = process.wait()
-        return name, status, log.read_text(errors="replace"), time.monotonic() - began
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output, seconds = log.read_text(errors="replace"), time.monotonic() - began
+        return Result(name, process.returncode, output, seconds, used.ru_utime + used.ru_stime)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
@@ -91,16 +111,16 @@ def run(names: list[str], jobs: int) -> Iterator[tuple[str, int, str, float]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 1 if a part failed, 130 after Ctrl-C."""
+    """Parse the command line; return 1 if a part failed, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m tests", description="run the project's checks")
     parser.add_argument("parts", nargs="*", metavar="PART", help="such as tests/unit, notebooks/04")
-    parser.add_argument("--jobs", default="2", help="parts at a time, 1 or more")
+    parser.add_argument("--jobs", default="3", help="parts at a time, 1 or more")
     options = parser.parse_args(arguments)
     if not options.jobs.isdecimal() or int(options.jobs) < 1:
         parser.exit(2, f"error: JOBS={options.jobs}: use a whole number, 1 or more\n")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # what runs is interrupted then, too
+    for number in (signal.SIGTERM, signal.SIGHUP):  # running parts are interrupted then, too
         signal.signal(number, lambda number, _: sys.exit(128 + number))
-    # A shell starts what is in its background deaf to SIGINT, and the parts would inherit that.
+    # A shell starts background jobs with SIGINT ignored, and the parts would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return report(options.parts or parts(), int(options.jobs))
@@ -110,22 +130,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def report(names: list[str], jobs: int) -> int:
-    """Run parts and print what they print, and at the end how long each took; 1 if one failed."""
-    began, ended = time.monotonic(), []
+    """Run parts, print their output and the time each took; return 1 if one failed."""
+    began = time.monotonic()
+    results: list[Result] = []
     logs = LOGS.relative_to(ROOT)
-    print(
-        f"{len(names)} parts, {jobs} at a time; each is shown when it ends, and before in {logs}/"
-    )
+    print(f"{len(names)} parts, {jobs} at a time; output in {logs}/ and here as each part ends")
     sys.stdout.flush()
-    for name, status, output, seconds in run(names, jobs):
-        print(f"\n{output}", flush=True)
-        ended.append((seconds, name, status))
-        print(f"{name}: {_clock(seconds)}, {len(ended)} of {len(names)} parts done", flush=True)
-    print()
-    for seconds, name, status in sorted(ended, reverse=True):
-        print(f"{name:20} {_clock(seconds):>6}  {'FAILED' if status else 'passed'}")
-    print(f"{'all':20} {_clock(time.monotonic() - began):>6}")
-    return int(any(status for _, _, status in ended))
+    for result in run(names, jobs):
+        print(f"\n{result.output}", flush=True)
+        results.append(result)
+        done = f"{len(results)} of {len(names)} parts done"
+        print(f"{result.name}: {_clock(result.seconds)}, {done}", flush=True)
+    print(f"\n{'part':20} {'time':>6} {'CPU':>6}")
+    for result in sorted(results, key=lambda result: result.seconds, reverse=True):
+        times = f"{_clock(result.seconds):>6} {_clock(result.cpu_seconds):>6}"
+        print(f"{result.name:20} {times}  {'FAILED' if result.status else 'passed'}")
+    cpu = sum(result.cpu_seconds for result in results)
+    print(f"{'all':20} {_clock(time.monotonic() - began):>6} {_clock(cpu):>6}")
+    return int(any(result.status for result in results))
 
 
 def _clock(seconds: float) -> str:
