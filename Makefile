@@ -77,7 +77,6 @@ notebooks: setup ## Run every chapter in place, to store new outputs
 	@# What a stream was split into while it ran is joined after that.
 	@$(PY) -m nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True \
 	  notebooks/0*.ipynb
-	@$(PY) -m docs.stage
 
 # The project's folder is the root, so that links to README, LOG and code open.
 lab: setup ## Open the course in JupyterLab

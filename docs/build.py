@@ -1,6 +1,7 @@
-"""Build the site into build/site: gather its pages, run Sphinx, leave out what no page needs.
+"""Build the site into build/site: gather its pages, run Sphinx, drop unused files of the theme.
 
-A warning is an error. No page may need another host, and none JavaScript for reading.
+A warning is an error. No page loads anything from another host, and every page can be read without
+JavaScript.
 """
 
 import re
@@ -19,15 +20,15 @@ SURPLUS = {
     "the label of search": r'(?<=search-button-field search-button__button pst-js-only")'
     r' title="Search" aria-label="Search"',
 }
-"""What is cut out of every page: 1.5 MB of icons that come as a font as well, and a label that is
-not what one sees, so that nobody could click by voice."""
+"""Parts cut out of every page: 1.5 MB of icons that the theme loads as a font too, and a label that
+differs from the visible text, which breaks voice control."""
 
 
 def build(site: Path = SITE) -> None:
-    """Make the site anew.
+    """Build the site from scratch.
 
     Raises:
-        UserError: Sphinx had a warning or an error; it has printed which.
+        UserError: Sphinx printed a warning or an error.
     """
     pages = site.with_name(f"{site.name}-pages")
     stage(pages)
@@ -40,7 +41,7 @@ def build(site: Path = SITE) -> None:
 
 
 def lighten(site: Path) -> None:
-    """Take away what the theme brings and no page needs."""
+    """Remove the files of the theme that no page needs."""
     static = site / "_static"
     for path in (*static.rglob("*.map"), *static.rglob("*.LICENSE.txt"), *static.glob("*.html")):
         path.unlink()
@@ -51,7 +52,7 @@ def lighten(site: Path) -> None:
         for name, pattern in SURPLUS.items():
             text, found = re.subn(pattern, "", text)
             if not found:
-                raise UserError(f"{page.name}: {name} is not where the theme used to have it")
+                raise UserError(f"{page.name}: {name} is not where the theme had it before")
         page.write_text(text)
 
 

@@ -1,4 +1,4 @@
-"""How Sphinx makes the site out of what stage.py gathered. `make site` runs it."""
+"""Sphinx's settings for the pages that stage.py gathers. `make site` uses them."""
 
 import tomllib
 from hashlib import sha256
@@ -13,26 +13,26 @@ from docs.stage import figures
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 REPOSITORY = PROJECT.get("urls", {}).get("Repository", "")
-"""The one setting that this site needs from outside, `[project.urls]` in pyproject.toml."""
+"""The repository's address from `[project.urls]` in pyproject.toml, if there is one."""
 
 project = PROJECT["description"].split(":")[0]
 html_title = project
 version = release = PROJECT["version"]
 copyright = ""
 language = "en"
-smartquotes = False  # outputs hold code, in which a quotation mark is one
+smartquotes = False  # outputs hold code, where quotation marks must stay as they are
 
 highlight_language = "none"  # a block that names no language is text
 extensions = ["myst_nb", "sphinx_copybutton", "docs.mathml"]
 html_math_renderer = "mathml"
-myst_enable_extensions = ["colon_fence", "dollarmath"]
-myst_dmath_allow_digits = myst_dmath_allow_space = False  # prices are no formulas
+myst_enable_extensions = ["colon_fence", "dollarmath", "html_image"]
+myst_dmath_allow_digits = myst_dmath_allow_space = False  # "$3" is a price
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
-# Widgets would need scripts from other hosts. A notebook stores what to read in their place.
-nb_ipywidgets_js = {}
+# Widgets would load scripts from other hosts. Notebooks store a text for each of them.
+nb_ipywidgets_js: dict[str, dict[str, str]] = {}
 nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
 
 html_theme = "sphinx_book_theme"
@@ -50,14 +50,14 @@ html_theme_options = {
     "use_download_button": False,
     "navbar_persistent": [],
     "footer_content_items": [],
-    "show_prev_next": False,  # chapters end with links of their own
+    "show_prev_next": False,  # chapters end with their own links
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }
 if REPOSITORY:
     html_theme_options |= {"repository_url": REPOSITORY, "use_repository_button": True}
 # No links to Colab and Binder: a chapter needs the whole repository, Python 3.11 and the lock,
-# installed without following dependencies. Neither service can be told all of that.
+# installed without following dependencies. Neither service can be told all three.
 
 copybutton_prompt_text = "$ "
 copybutton_line_continuation_character = "\\"
@@ -75,11 +75,13 @@ def alt_texts(app: Sphinx, page: nodes.document) -> None:
 
 
 def scrolling_figures(app: Sphinx, page: nodes.document) -> None:
-    """Put each figure into a box: on a phone it keeps its size, and the box scrolls sideways.
+    """Put each figure into a box. On a phone the figure keeps its size and the box scrolls.
 
-    The theme's script gives boxes of that class a place in the order of the Tab key.
+    The theme's script makes boxes of that class reachable with the Tab key.
     """
     for image in list(page.findall(nodes.image)):
+        if {"only-light", "only-dark"} & set(image["classes"]):
+            continue  # README.md's pictures fit a phone
         alone = isinstance(image.parent, nodes.paragraph) and len(image.parent) == 1
         shown = image.parent if alone else image
         if "chapter" not in shown.parent.get("classes", []):  # a card of the front page
@@ -89,6 +91,6 @@ def scrolling_figures(app: Sphinx, page: nodes.document) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this."""
+    """Register the hooks; Sphinx calls this function."""
     app.connect("doctree-read", alt_texts)
     app.connect("doctree-read", scrolling_figures)

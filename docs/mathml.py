@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers draw by themselves: no script, no font from elsewhere."""
+"""Formulas as MathML, which browsers draw without a script or a font."""
 
 from docutils import nodes
 from docutils.utils.math import MathError
@@ -9,7 +9,7 @@ from sphinx.writers.html5 import HTML5Translator
 
 
 def setup(app: Sphinx) -> None:
-    """Sphinx calls this."""
+    """Register the renderer; Sphinx calls this function."""
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
 
 

@@ -17,7 +17,10 @@ const SIZES = { phone: { width: 390, height: 844 }, desktop: { width: 1280, heig
 const PAGES = [
   "index.html",
   ...readdirSync(join(site, "notebooks")).sort().map((name) => `notebooks/${name}`),
-  "README.html",
+  ...readdirSync(join(site, "docs/pages")).sort().filter((name) => name.endsWith(".html")).map((name) => `docs/pages/${name}`),
+  "CONTRIBUTING.html",
+  "CHANGELOG.html",
+  "SECURITY.html",
   "LOG.html",
   "search.html?q=prefill",
 ];

@@ -39,11 +39,12 @@ NOT_MEASURED = {
     "100 ms": "a setting: handler/apps/defaults.yaml",
     "200 ms": "a setting: handler/apps/defaults.yaml",
     "15 seconds": "Vertex AI's autoscaler: how often it looks, from its documentation",
+    "30 seconds": "a limit: make fast",
     "60 %": "Vertex AI's autoscaler: its target without a setting, likewise",
     "64 times": "a claim that its cell asserts: 01_solutions",
     "5 GB of disk": "asked of readers, with room to spare",
     "4 GB of memory": "asked of readers, with room to spare",
-    "8 GB for": "asked of readers, with room to spare: make check",
+    "8 GB of memory": "asked of readers, with room to spare: make check",
 }
 """Phrases with numbers that people may type into prose, and where each number comes from."""
 

@@ -1,4 +1,4 @@
-"""The README's commands and replies, run."""
+"""The commands and responses of README.md and docs/pages/api.md, run."""
 
 import json
 import re
@@ -19,6 +19,7 @@ TORCH = {"engine": {"name": "transformers"}}
 pytestmark = pytest.mark.served
 
 README = (ROOT / "README.md").read_text()
+API = (ROOT / "docs" / "pages" / "api.md").read_text()
 
 
 def test_quickstart_response(smollm2_server):
@@ -54,7 +55,7 @@ def test_make_test_without_a_server():
 
 
 def test_the_curl_commands(smollm2_server):
-    commands = re.findall(r"\$ (curl .*?\n  \}')\n```", README, re.DOTALL)
+    commands = re.findall(r"\$ (curl .*?\n  \}')\n```", API, re.DOTALL)
     replies = []
     for command in commands:
         command = command.replace("localhost:7080", f"localhost:{smollm2_server.port}")
@@ -69,13 +70,13 @@ def test_the_curl_commands(smollm2_server):
 def test_the_error(smollm2_server):
     body = {"instances": ["a"], "parameters": {"top_p": 1.5}}
     error = httpx.post(smollm2_server.url, json=body).json()
-    assert json.dumps(error, indent=2) in README
+    assert json.dumps(error, indent=2) in API
 
 
 def test_the_table_of_parameters():
     from handler.request import SharedParameters
 
-    rows = re.findall(r"^\| `(\w+)`", README, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)`", API.split("## Parameters")[1].split("\n## ")[0], re.MULTILINE)
     assert rows == list(SharedParameters.model_fields)
 
 

@@ -15,10 +15,8 @@ from benchmarks.record import RESULTS
 from benchmarks.report.plots import FIGURES, save
 from deploy.common.paths import ROOT, UserError
 from deploy.torchserve.java import MINIMUM, find_java, java_version
-from docs.generate import documents
 from tools import setup_env
 
-README = (ROOT / "README.md").read_text()
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BLOCKS = setup_env.locked_blocks((ROOT / "requirements.lock").read_text())
 
@@ -181,32 +179,11 @@ def test_the_originals_targets_are_there():
     assert set(re.findall(r"^  ([a-z-]+) ", make("help").stdout, re.MULTILINE)) >= ORIGINAL
 
 
-def test_readme_shows_make_help():
-    assert f"$ make help\n{make('help').stdout}```" in README
-
-
-def test_readme_shows_the_tree():
-    """Every folder git knows is in the tree, and the tree names no other."""
-    run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if run.returncode != 0:
-        pytest.skip("not a git checkout")
-    folders = {line.split("/")[0] for line in run.stdout.splitlines() if "/" in line}
-    tree = README.split("## Where things are")[1].split("```")[1]
-    lines = [line for line in tree.strip().splitlines() if "to come" not in line]
-    assert {line.split("/")[0] for line in lines} == {f for f in folders if not f.startswith(".")}
-
-
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_those_of_the_results(name, tmp_path):
     save(name, tmp_path / "made.svg")
     committed = (RESULTS / f"{name}.svg").read_text()
     assert (tmp_path / "made.svg").read_text() == committed, "run python -m benchmarks.report.plots"
-
-
-def test_links_in_the_documents_lead_somewhere():
-    for path in documents():
-        for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
-            assert (path.parent / link).exists(), f"{path.name}: {link}"
 
 
 def test_every_module_says_what_it_is_for():

@@ -1,11 +1,10 @@
-"""The website: built once from the committed notebooks, then read page by page as files.
+"""The website: built once from the committed notebooks, then checked page by page as files.
 
-What only a browser can tell (contrast, widths, requests) is `make site-check`.
+`make site-check` checks what needs a browser: contrast, widths, requests.
 """
 
 import re
 from collections.abc import Iterator
-from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -18,13 +17,12 @@ from deploy.common.paths import ROOT, UserError
 from docs import stage
 from docs.build import build
 
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
-CHAPTERS = [path for path in NOTEBOOKS if "solutions" not in path.name]
+NOTEBOOKS, CHAPTERS = stage.notebooks(), stage.chapters()
 README = (ROOT / "README.md").read_text()
 COMMONMARK = MarkdownIt("commonmark").enable("table")
 FORMULA = r"\n|\$\$?[^$]+\$\$?"
 LIMIT = 2_000_000
-"""Bytes that a page may weigh, uncompressed, with everything that it loads."""
+"""Bytes of a page, uncompressed, with everything that it loads."""
 ADDRESS = re.compile(r"""https?://[^\s"'`()<>\\]+|(?<=["'`(])//[\w-]+\.[^\s"'`()<>\\]+""")
 NAMESPACES = {f"http://www.w3.org/{name}" for name in ("1998/Math/MathML", "2000/svg")}
 COMMENTED = {
@@ -46,9 +44,10 @@ COMMENTED = {
     "Regular_Expressions#escaping",
     "sphinx-book-theme.css": "https://sass-guidelin.es/#architecture",
 }
-"""What the theme's own files name in comments and messages, and do not load."""
+"""Addresses that the theme's files name in comments and messages, and do not load."""
 
 pytestmark = [
+    pytest.mark.slow,  # builds the site
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),  # of the themes
     pytest.mark.filterwarnings("ignore::bs4.XMLParsedAsHTMLWarning"),  # SVG
@@ -58,7 +57,7 @@ every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: pat
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """A warning of Sphinx would be an error here."""
+    """Build the site once. A warning of Sphinx is an error."""
     folder = tmp_path_factory.mktemp("site") / "site"
     build(folder)
     return folder
@@ -83,7 +82,7 @@ def chapter(pages: dict, site: Path, notebook: Path) -> BeautifulSoup:
 
 
 def loaded(page: BeautifulSoup) -> Iterator[str]:
-    """Addresses of what a browser fetches with a page."""
+    """Yield the addresses that a browser loads with a page."""
     for tag in page.find_all(True):
         names = ["src", "srcset", "data", "poster", *["xlink:href", "href"] * (tag.name == "image")]
         yield from (tag[name] for name in names if tag.get(name))
@@ -102,7 +101,7 @@ def in_css(text: str) -> list[str]:
 
 
 def files_of(path: Path, page: BeautifulSoup) -> set[Path]:
-    """The files of a page: itself, what it loads, and what its style sheets load."""
+    """Return the page itself, the files it loads, and those that its style sheets load."""
     found = {path}
     todo = [path.parent / local(a) for a in loaded(page) if not a.startswith(("data:", "#"))]
     while todo:
@@ -115,7 +114,7 @@ def files_of(path: Path, page: BeautifulSoup) -> set[Path]:
 
 
 def elsewhere(name: str, text: str) -> set[str]:
-    """Addresses of other hosts in a file, but for those that a reader follows or reads."""
+    """Return the addresses of other hosts in a file, except in links and text."""
     known = NAMESPACES | {*COMMENTED.get(re.sub(r"\.[0-9a-f]{64}", "", name), "").split()}
     if name.endswith((".html", ".svg")):
         page = BeautifulSoup(text, "html.parser")
@@ -139,14 +138,14 @@ def local(address: str) -> str:
     return unquote(re.split("[?#]", address)[0])
 
 
-def test_a_page_loads_nothing_from_elsewhere_and_nothing_that_is_missing(pages):
+def test_page_loads_only_files_of_the_site(pages):
     for path, page in pages.items():
         for file in files_of(path, page):
             assert file.is_file(), f"{path.name}: {file}"
 
 
-def test_no_file_names_another_host(site):
-    """In scripts, style sheets, pictures, attributes; links and text are for readers."""
+def test_files_name_no_other_host(site):
+    """Scripts, style sheets, pictures and attributes name none. Links and text may."""
     for path in site.rglob("*"):
         if path.suffix in {".html", ".js", ".css", ".svg"}:
             found = elsewhere(path.name, path.read_text())
@@ -167,24 +166,24 @@ def test_no_file_names_another_host(site):
         '<link rel="prefetch" href="https://example.org/a.js">',
     ],
 )
-def test_another_host_is_found(planted):
+def test_finds_another_host(planted):
     assert elsewhere("index.html", f"<html><body>{planted}</body></html>")
 
 
-def test_another_host_is_found_in_files_and_not_where_readers_follow_it():
+def test_finds_another_host_in_files_but_not_in_links():
     assert elsewhere("site.css", '@import url("https://example.org/a.css");')
     assert elsewhere("pydata-sphinx-theme.js", 'fetch("https://example.org/a.json")')
     assert not elsewhere("index.html", '<a href="https://example.org">https://example.org</a>')
 
 
-def test_every_picture_says_what_it_shows(site, pages):
+def test_pictures_have_alt_texts(site, pages):
     for path, page in pages.items():
         lost = without_alt(page)
         assert not lost, f"{path.relative_to(site)}: pictures without alt text: {lost}"
     assert without_alt(BeautifulSoup(COMMONMARK.render("![](a.png) ![b](b.png)"), "html.parser"))
 
 
-def test_every_link_and_anchor_leads_somewhere(site, pages):
+def test_links_and_anchors_exist(site, pages):
     anchors = {
         path.resolve(): {tag["id"] for tag in page.find_all(id=True)}
         for path, page in pages.items()
@@ -198,7 +197,7 @@ def test_every_link_and_anchor_leads_somewhere(site, pages):
                 assert not anchor or unquote(anchor) in anchors[file], f"{path.name}: {tag}"
 
 
-def test_a_page_is_light(site, pages):
+def test_page_is_smaller_than_the_limit(site, pages):
     for path, page in pages.items():
         weights = {file.name: file.stat().st_size for file in files_of(path, page)}
         heavy = sorted(weights.items(), key=lambda item: -item[1])[:3]
@@ -206,8 +205,8 @@ def test_a_page_is_light(site, pages):
 
 
 @every_notebook
-def test_all_cells_are_there_in_their_order(site, pages, path):
-    """Code to the letter; prose as another reader of Markdown understands it, word for word."""
+def test_page_shows_every_cell_in_order(site, pages, path):
+    """Code is equal; prose has the words that another Markdown parser reads."""
     cells = nbformat.read(path, as_version=4).cells
     article = chapter(pages, site, path)
     shown = [tag.get_text().rstrip("\n") for tag in article.select("div.cell_input pre")]
@@ -222,7 +221,7 @@ def test_all_cells_are_there_in_their_order(site, pages, path):
 
 
 @every_notebook
-def test_all_outputs_are_there(site, pages, path):
+def test_page_shows_every_output(site, pages, path):
     article = chapter(pages, site, path)
     text = words(article)
     outputs = [
@@ -246,97 +245,54 @@ def test_all_outputs_are_there(site, pages, path):
     assert len(alts) == len(pictures)
 
 
-def test_the_front_page_tells_the_story_once(site, pages):
-    """What it is, the command, the reply: the README's words; a card with a figure a chapter."""
+def test_front_page_is_the_readme_with_a_card_for_each_chapter(site, pages):
     article = pages[site / "index.html"].find("article")
-    first, _ = README.split("<!-- chapters -->\n")
-    html = COMMONMARK.render(first)
     for link in article.find_all("a", class_="headerlink"):
         link.decompose()
-    assert words(html) in words(article)
+    table = stage.CHAPTERS.search(README)[0]
+    for part in README.split(table):
+        assert words(COMMONMARK.render(part)) in words(article)
     cards = article.select(".chapter")
     assert [card.a["href"] for card in cards] == [f"notebooks/{p.stem}.html" for p in CHAPTERS]
-    for card in cards:
-        assert card.img["alt"] and (site / card.img["src"]).stat().st_size > 1000
+    for card, path in zip(cards, CHAPTERS, strict=True):
+        picture, alt = stage.first_figure(path)
+        assert card.img["alt"] == alt and (site / card.img["src"]).read_bytes() == picture
 
 
-def test_the_readme_shows_a_figure_of_each_chapter_and_no_other():
-    """The first one, as the notebook stores it (`make notebooks` takes it from there)."""
-    found = stage.entries(README, CHAPTERS)
-    for entry, path in zip(found, CHAPTERS, strict=True):
-        file, (picture, alt) = stage.FIGURES / f"{entry['number']}.png", stage.first_figure(path)
-        fresh = file.exists() and file.read_bytes() == picture and unescape(entry["alt"]) == alt
-        assert fresh, f"{file.name} or its alt text is not {path.name}'s: run python -m docs.stage"
-    names = {f"{entry['number']}.png" for entry in found}
-    surplus = {file.name for file in stage.FIGURES.iterdir()} - names
-    assert not surplus, f"docs/figures has pictures of no chapter: {surplus}"
+def test_front_page_shows_pictures_for_light_and_dark(site, pages):
+    article = pages[site / "index.html"].find("article")
+    for theme in ("light", "dark"):
+        shown = article.select(f"img.only-{theme}")
+        assert [tag["src"].split("-")[-1] for tag in shown] == [f"{theme}.svg"] * 4
 
 
-def swapped(text: str) -> str:
-    first, second = (entry[0] for entry in stage.entries(text, CHAPTERS)[:2])
-    return text.replace(first, "*").replace(second, first).replace("*\n", f"{second}\n", 1)
+def test_every_document_is_a_page_of_the_menu(site, pages):
+    menu = {tag["href"] for tag in pages[site / "index.html"].select("nav.bd-links a")}
+    for path in stage.documents():
+        page = path.relative_to(ROOT).with_suffix(".html").as_posix()
+        assert page in menu or page == "README.html"
 
 
-FIRST, LAST = CHAPTERS[0].name, CHAPTERS[-1].name
-ENTRIES = {
-    "no list": (lambda text: text.replace("<!-- chapters -->", ""), "should have one `<!-- chap"),
-    "swapped": (swapped, "not those of notebooks/, in order"),
-    "malformed": (lambda text: text.replace("**01 [", "01 ["), "not written like the others: 01 "),
-    "no figure": (
-        lambda text: re.sub(r"\n\[<img src=.docs/figures/02.*\n", "", text),
-        r"not written like the others: \*\*02 ",
-    ),
-    "no chapter": (
-        lambda text: re.sub(r"\*\*01 .*\n\n.*\n", "", text),
-        "01_load_models.ipynb is not in the list",
-    ),
-    "wrong title": (
-        lambda text: text.replace("[Load models]", "[Write the handler]"),
-        "links to 01_load_models.ipynb, whose title is 1 Load models",
-    ),
-    "wrong link": (
-        lambda text: text.replace(f"(notebooks/{LAST})", f"(notebooks/{FIRST})"),
-        f"{LAST} is not in the list",
-    ),
-    "wrong figure": (
-        lambda text: text.replace("figures/02.png", "figures/01.png"),
-        r"not written like the others: \*\*02 ",
-    ),
-}
+def test_rejects_a_readme_without_a_table_of_chapters(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("# A course")
+    monkeypatch.setattr(stage, "ROOT", tmp_path)
+    with pytest.raises(UserError, match=r"README.md: should have a table .* Chapter"):
+        stage._front_page(tmp_path)
 
 
-@pytest.mark.parametrize("fault", ENTRIES)
-def test_a_fault_in_the_readmes_list_is_named(fault):
-    change, message = ENTRIES[fault]
-    with pytest.raises(UserError, match=message):
-        stage.entries(change(README), CHAPTERS)
-
-
-def test_a_stale_or_missing_figure_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "FIGURES", tmp_path)
-    with pytest.raises(UserError, match=r"01.png or its alt text.* run python -m docs.stage"):
-        stage.stage(tmp_path / "pages")
-
-
-def test_any_alt_text_survives(tmp_path, monkeypatch):
+def test_card_keeps_any_alt_text(tmp_path, monkeypatch):
     alt = "a | \"b\" 'c' [d] <e> & *f* \\1 $x$"
-    (entry, *_) = stage.entries(README, CHAPTERS)
-    readme = README.replace(entry[0], stage.with_alt(entry, alt))
-    (changed, *_) = stage.entries(readme, CHAPTERS)
-    assert unescape(changed["alt"]) == alt
-    assert BeautifulSoup(COMMONMARK.render(changed[0]), "html.parser").img["alt"] == alt
-    picture = stage.first_figure(CHAPTERS[0])[0]
-    monkeypatch.setattr(stage, "first_figure", lambda path: (picture, alt))
-    card = stage._cards([changed], tmp_path).splitlines()[2]
+    monkeypatch.setattr(stage, "first_figure", lambda path: (b"", alt))
+    card = stage._cards(stage.chapter_rows(README)[:1], tmp_path).splitlines()[2]
     assert BeautifulSoup(COMMONMARK.render(card), "html.parser").img["alt"] == alt
 
 
-def test_the_last_chapter_leads_back_to_the_front_page(site, pages):
+def test_last_chapter_links_to_the_front_page(site, pages):
     links = chapter(pages, site, CHAPTERS[-1]).find_all("a", href="../index.html")
     assert [words(link) for link in links] == ["README"]
 
 
-def test_search_knows_the_chapters(site):
+def test_search_index_has_the_chapters(site):
     index = (site / "searchindex.js").read_text()
     for path in NOTEBOOKS:
         assert f"notebooks/{path.stem}" in index
@@ -349,8 +305,8 @@ PLANTED = r"""
 """
 
 
-def test_a_warning_is_an_error(tmp_path, monkeypatch, capsys):
-    """Plant a link that leads nowhere and a formula that is none, beside good ones."""
+def test_rejects_a_sphinx_warning(tmp_path, monkeypatch, capsys):
+    """Plant a broken link and a broken formula beside good ones."""
     planted = tmp_path / "docs"
     planted.mkdir()
     (planted / "index.md").write_text((stage.DOCS / "index.md").read_text() + PLANTED)
@@ -366,7 +322,7 @@ def test_a_warning_is_an_error(tmp_path, monkeypatch, capsys):
     assert "serving.json" in words(results.find("article"))
 
 
-def test_a_figure_without_alt_text_is_refused():
+def test_rejects_a_figure_without_alt_text():
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
@@ -376,8 +332,8 @@ def test_a_figure_without_alt_text_is_refused():
 
 
 @pytest.mark.parametrize("planted", ["![a plot](plot.png)", "image/svg+xml"])
-def test_another_picture_in_a_chapter_is_refused(tmp_path, planted):
-    """Of Markdown or in SVG: it has no alt text that `show` stored."""
+def test_rejects_another_kind_of_picture_in_a_chapter(tmp_path, planted):
+    """A picture in Markdown or SVG has no alt text that `show` stored."""
     notebook = nbformat.read(NOTEBOOKS[0], as_version=4)
     if planted.startswith("!"):
         notebook.cells[0].source += f"\n\n{planted}"
