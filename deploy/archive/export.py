@@ -39,7 +39,7 @@ def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) ->
     a GPU, with `max_memory`, and in all other cases.
     """
     if config.name != "auto":
-        return config.name, "it was asked for"
+        return config.name, "the configuration names it"
     if config.transformers.max_memory:
         return "transformers", "max_memory needs it"
     if importlib.util.find_spec("openvino_genai") is None:

@@ -1,9 +1,9 @@
-"""The part of Cloud Storage that downloads use: list objects, get one. Serves a folder of buckets.
+"""A stand-in for Cloud Storage that lists and serves the objects of a folder of buckets.
 
     python gcs_server.py FOLDER PORT
 
-https://cloud.google.com/storage/docs/json_api/v1/objects has the protocol. Google's own library
-talks to it; pages of one object each, so that paging is used.
+The protocol is https://cloud.google.com/storage/docs/json_api/v1/objects. A page lists one object,
+so that clients must use pages.
 """
 
 import base64
@@ -26,7 +26,7 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path, query = url.path.removeprefix("/download"), parse_qs(url.query)
         _, _, _, _, bucket, *rest = path.split("/", 7)
-        name = rest[1:]  # after the `o`; the library also asks, in passing, for the bucket itself
+        name = rest[1:]  # after the `o`; the library also requests the bucket itself
         if not rest or not (FOLDER / bucket).is_dir():
             self.send_error(404)
         elif name and query.get("alt") == ["media"]:
@@ -45,12 +45,12 @@ class Handler(BaseHTTPRequestHandler):
         items = [{"name": n, "bucket": bucket, "md5Hash": md5(root / n)} for n in names]
         body = {"kind": "storage#objects", "items": items}
         body |= {"nextPageToken": str(int(page) + 1)} if more else {}
-        self.reply(json.dumps(body).encode(), {"content-type": "application/json"})
+        self.respond(json.dumps(body).encode(), {"content-type": "application/json"})
 
     def media(self, path: Path) -> None:
-        self.reply(path.read_bytes(), {"x-goog-hash": f"md5={md5(path)}"})
+        self.respond(path.read_bytes(), {"x-goog-hash": f"md5={md5(path)}"})
 
-    def reply(self, body: bytes, headers: dict[str, str]) -> None:
+    def respond(self, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(200)
         for name, value in (headers | {"content-length": str(len(body))}).items():
             self.send_header(name, value)

@@ -46,7 +46,7 @@ def test_predict_and_stream(container):
     assert "Tokyo" in predict(URL, SAMPLE_REQUEST)["predictions"][0]
     long = {"instances": ["Once upon a time"]}
     long["parameters"] = {"max_new_tokens": 400, "ignore_eos": True}
-    # An event holds what came in a tenth of a second, so a short answer may be two of them.
+    # An event holds a tenth of a second of text, so a short completion may be two events.
     events = list(stream(URL, long))
     assert len(events) > 3 and events[-1]["completion_tokens"] == 400
     with pytest.raises(UserError, match=r"parameters\.temperature"):

@@ -66,7 +66,7 @@ def test_archive_has_the_complete_configuration(model_folder: Path, tmp_path: Pa
     archive = build_archive("smollm2-135m", model_folder, **TORCH, store=tmp_path)
     config = yaml.safe_load((archive / "model-config.yaml").read_text())
     expected = app_yaml("smollm2-135m")
-    expected["app"]["engine"] |= {"name": "transformers", "chosen": "it was asked for"}
+    expected["app"]["engine"] |= {"name": "transformers", "chosen": "the configuration names it"}
     assert config == expected
     assert config["continuousBatching"] is True and config["minWorkers"] == 1
     assert parse_app(config, "").engine.max_context == 2048

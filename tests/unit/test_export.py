@@ -73,7 +73,7 @@ def test_archive_holds_the_export_instead_of_the_weights(tiny_llama: Path, tmp_p
     assert {EXPORTED, "openvino_model.bin", "tokenizer.json", "config.json"} <= names
     assert not [name for name in names if name.endswith(".safetensors")]
     config = yaml.safe_load((archive / "model-config.yaml").read_text())["app"]["engine"]
-    assert (config["name"], config["chosen"]) == ("openvino", "it was asked for")
+    assert (config["name"], config["chosen"]) == ("openvino", "the configuration names it")
 
 
 def test_rejects_model_that_cannot_be_exported(tiny_llama: Path, tmp_path: Path):

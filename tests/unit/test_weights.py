@@ -91,7 +91,7 @@ def test_random_checkpoint_is_marked(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_shards_of_a_random_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Many small shards: every tensor once, none bigger than asked unless alone."""
+    """Every tensor is in one shard. Only a shard with one tensor may be larger than the limit."""
     monkeypatch.setattr("deploy.weights.random_weights.SHARD_BYTES", 200_000)
     app = load_app("dolly-v2-3b")
     small = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
