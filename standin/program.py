@@ -7,6 +7,7 @@
 
 import asyncio
 import json
+import os
 import shutil
 import signal
 import ssl
@@ -108,3 +109,5 @@ if __name__ == "__main__":
     options, folder, at_end, port = sys.argv[1:]
     settings = StandinSettings(folder=Path(folder), **json.loads(options))
     asyncio.run(serve(settings, temporary=at_end == "remove", port=int(port)))
+    sys.stdout.flush()
+    os._exit(0)  # everything is stopped; to free the SDK's classes takes Python a second

@@ -50,7 +50,7 @@ class Proxy:
             if verb == "CONNECT" and _ALLOWED.fullmatch(target):
                 await self._connect(target, reader, writer)
             else:
-                self.journal.event("refused to leave the machine", verb=verb, target=target)
+                self.journal.event("rejected: would leave the machine", verb=verb, target=target)
                 writer.write(_REJECTED)
                 await writer.drain()
         writer.close()

@@ -14,8 +14,9 @@ from deploy.vertex import operations
 from standin.local import Standin
 from tests.vertex.gapic import Client
 
-SCALE, LIMIT_SCALE = 0.001, 0.05
-"""Deploying takes 0.24 s, probes come every 0.1; 60 s on the shared endpoint become 3."""
+SCALE, LIMIT_SCALE = 0.0001, 0.05
+"""The platform needs 24 ms for a deployment instead of 4 minutes; probes are 0.1 s apart, which is
+their minimum; the limit of 60 s on shared endpoints is 3 s."""
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -28,14 +29,14 @@ def looks_often() -> Iterator[None]:
 
 @pytest.fixture(scope="package")
 def standin() -> Iterator[Standin]:
-    """Without Docker; os.environ leads to it until the last test of this folder."""
+    """Without Docker, for all tests of this folder."""
     with Standin(SCALE, runner="process", limit_scale=LIMIT_SCALE) as standin:
         yield standin
 
 
 @pytest.fixture(scope="module")
 def docker_standin() -> Iterator[Standin]:
-    """With Docker and its own registry; os.environ leads to it until the module's last test."""
+    """With Docker and its own registry, for one module."""
     try:
         standin = Standin(SCALE, runner="docker")
     except UserError as error:
@@ -52,20 +53,25 @@ def code() -> str:
     return (Path(__file__).parent / "small_server.py").read_text()
 
 
+@pytest.fixture(scope="package")
+def clients(standin: Standin, code: str) -> dict[str, Client]:
+    """The SDK's clients by transport. A test that deploys uses `client` or `grpc_client`."""
+    image = standin.add_image("small")
+    return {name: Client(standin, name, image, code) for name in ("grpc", "rest")}
+
+
 @pytest.fixture(params=["grpc", "rest"])
-def client(standin: Standin, request: pytest.FixtureRequest, code: str) -> Iterator[Client]:
-    """The SDK's clients on either transport; what a test makes with it is deleted after it."""
-    client = Client(standin, request.param, standin.add_image("small"), code)
-    yield client
-    client.delete_everything()
+def client(clients: dict[str, Client], request: pytest.FixtureRequest) -> Iterator[Client]:
+    """The SDK's clients on either transport; deletes all resources after the test."""
+    yield clients[request.param]
+    clients["grpc"].delete_everything()
 
 
 @pytest.fixture
-def grpc_client(standin: Standin, code: str) -> Iterator[Client]:
-    """The same on the default transport alone."""
-    client = Client(standin, "grpc", standin.add_image("small"), code)
-    yield client
-    client.delete_everything()
+def grpc_client(clients: dict[str, Client]) -> Iterator[Client]:
+    """The SDK's clients on the default transport; deletes all resources after the test."""
+    yield clients["grpc"]
+    clients["grpc"].delete_everything()
 
 
 @pytest.fixture(scope="module")

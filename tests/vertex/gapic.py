@@ -1,6 +1,5 @@
-"""The SDK's generated clients, which its classes call, with short waits for operations."""
+"""The SDK's generated clients, which its convenience classes call, with short waits."""
 
-import time
 from typing import Any
 
 import requests
@@ -9,6 +8,7 @@ from google.auth import default
 from google.auth.transport.requests import AuthorizedSession
 from google.cloud import aiplatform_v1 as v1
 
+from deploy.common.waiting import wait_until
 from standin.local import Standin
 
 MACHINE = {"machine_type": "n1-standard-2"}
@@ -33,7 +33,7 @@ class Client:
         self.predictions = v1.PredictionServiceClient(**options)
 
     def spec(self, **more: Any) -> dict:
-        """A container that runs the small server. `env` is a dict."""
+        """Return the specification of a container that runs the small server. `env` is a dict."""
         env = more.pop("env", {})
         return {
             "image_uri": self.image,
@@ -66,8 +66,24 @@ class Client:
         most: int = 0,
     ) -> str:
         """Deploy a model; return the deployed model's ID."""
+        operation = self.start_deploy(
+            endpoint, model, split=split, machine=machine, count=count, most=most
+        )
+        return finish(operation).deployed_model.id
+
+    def start_deploy(
+        self,
+        endpoint: str,
+        model: str,
+        *,
+        split: dict | None = None,
+        machine: dict | None = None,
+        count: int = 1,
+        most: int = 0,
+    ) -> Operation:
+        """Start to deploy a model; return the operation."""
         resources = {"machine_spec": machine or MACHINE, "min_replica_count": count}
-        operation = self.endpoints.deploy_model(
+        return self.endpoints.deploy_model(
             endpoint=endpoint,
             deployed_model={
                 "model": model,
@@ -75,23 +91,22 @@ class Client:
             },
             traffic_split={"0": 100} if split is None else split,
         )
-        return finish(operation).deployed_model.id
 
     def running(self, *, dedicated: bool = False, count: int = 1, **spec: Any) -> v1.Endpoint:
-        """An endpoint with the small server deployed."""
+        """Create an endpoint and deploy the small server at it."""
         endpoint = self.endpoint(dedicated=dedicated)
         self.deploy(endpoint.name, self.upload(**spec), count=count)
         return endpoint
 
     def ask(self, endpoint: str, **parameters: Any) -> dict:
-        """One prediction on a shared endpoint."""
-        reply = self.predictions.predict(
+        """Request one prediction on a shared endpoint; return it and the deployed model's ID."""
+        response = self.predictions.predict(
             endpoint=endpoint, instances=["x"], parameters=parameters or None
         )
-        return dict(reply.predictions[0]) | {"deployed_model_id": reply.deployed_model_id}
+        return dict(response.predictions[0]) | {"deployed_model_id": response.deployed_model_id}
 
     def delete_everything(self) -> None:
-        """Undeploy and delete all there is in the region."""
+        """Undeploy and delete everything in the region."""
         for endpoint in self.endpoints.list_endpoints(parent=self.parent):
             left = {d.id for d in endpoint.deployed_models}
             for number in list(left):
@@ -108,14 +123,12 @@ class Client:
 
 
 def finish(operation: Operation, seconds: float = 60) -> Any:
-    """Wait for an operation without the SDK's growing pauses; return what it returns."""
-    end = time.monotonic() + seconds
-    while not operation.done() and time.monotonic() < end:
-        time.sleep(0.03)
+    """Wait for an operation without the SDK's growing pauses; return its result."""
+    wait_until(operation.done, seconds, interval=0.01)
     return operation.result(timeout=1)
 
 
 def session() -> requests.Session:
-    """Plain REST with a token, as `gcloud auth print-access-token` would give one."""
+    """Return a session for plain REST, with a token as `gcloud auth print-access-token` prints."""
     credentials, _ = default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
     return AuthorizedSession(credentials)

@@ -1,10 +1,10 @@
-"""A model server in one file, to be started as a model's command: standard library alone.
+"""A model server in one file, started as a model's command; it needs the standard library only.
 
 HOST, PORT    where to listen (default: 0.0.0.0 and AIP_HTTP_PORT)
-HEALTH        what the health route answers (default 200)
+HEALTH        status of the health route (default 200)
 SLOW          seconds before it listens
-CRASH         exit with this code at once
-NAME          what predictions carry, to tell models apart
+CRASH         exit at once with this code
+NAME          part of each prediction, to tell models apart
 """
 
 import json
@@ -20,36 +20,40 @@ STATE = {"health": int(os.environ.get("HEALTH", "200"))}
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body are two packets: 40 ms between them otherwise
 
     def do_GET(self) -> None:
-        self.answer(STATE["health"] if self.path == os.environ["AIP_HEALTH_ROUTE"] else 404, b"{}")
+        self.respond(STATE["health"] if self.path == os.environ["AIP_HEALTH_ROUTE"] else 404, b"{}")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
-        asked = body.get("parameters") or {}
-        if asked.get("die"):
+        parameters = body.get("parameters") or {}
+        if parameters.get("die"):
             os._exit(9)
-        if "health" in asked:
-            STATE["health"] = int(asked["health"])
-        if asked.get("sleep"):
-            time.sleep(asked["sleep"])
-        if asked.get("status"):
-            return self.answer(int(asked["status"]), b'{"error": {"message": "as asked"}}')
-        if asked.get("stream"):
-            return self.stream(int(asked["stream"]))
-        if asked.get("odd"):
-            return self.answer(200, b'"odd"')
-        who = {
+        if "health" in parameters:
+            STATE["health"] = int(parameters["health"])
+        if parameters.get("sleep"):
+            time.sleep(parameters["sleep"])
+        if parameters.get("status"):
+            return self.respond(int(parameters["status"]), b'{"error": {"message": "as asked"}}')
+        if parameters.get("stream"):
+            return self.stream(int(parameters["stream"]))
+        if parameters.get("odd"):
+            return self.respond(200, b'"odd"')
+        prediction = {
             "name": os.environ.get("NAME", ""),
             "pid": os.getpid(),
             "path": self.path,
             "host": os.uname().nodename,
-            "got": asked,
+            "got": parameters,
             "env": {k: v for k, v in os.environ.items() if k.startswith(("AIP_", "X_"))},
             "argv": sys.argv[1:],
         }
-        answer = [who | {"instance": i if asked.get("echo") else None} for i in body["instances"]]
-        return self.answer(200, json.dumps({"predictions": answer}).encode())
+        predictions = [
+            prediction | {"instance": i if parameters.get("echo") else None}
+            for i in body["instances"]
+        ]
+        return self.respond(200, json.dumps({"predictions": predictions}).encode())
 
     def stream(self, count: int) -> None:
         self.send_response(200)
@@ -63,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(0.3)
         self.wfile.write(b"0\r\n\r\n")
 
-    def answer(self, code: int, body: bytes) -> None:
+    def respond(self, code: int, body: bytes) -> None:
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -16,18 +16,20 @@ import pytest
 from google.api_core import exceptions
 
 from deploy.common.paths import ROOT
+from deploy.common.waiting import wait_until
 from deploy.image.build import build_image
 from deploy.image.lookup import image_name
 from deploy.image.runtime import container_runtime
 from standin.local import Standin
-from tests.vertex.gapic import Client
+from tests.vertex.conftest import SCALE
+from tests.vertex.gapic import Client, finish
 
 pytestmark = pytest.mark.slow
 
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
 PROMPT = {"instances": [QUESTION], "parameters": {"max_new_tokens": 20}}
 APP = "smollm2-135m"
-SHORT = {"deployment_timeout": {"seconds": 40}}  # 4 s here
+SHORT = {"deployment_timeout": {"seconds": 80}}  # 8 s here: four containers start at once
 
 
 def docker(*arguments: str) -> str:
@@ -37,7 +39,7 @@ def docker(*arguments: str) -> str:
 
 
 def only(standin: Standin) -> list[str]:
-    """A filter for what one stand-in made: others may run on this machine."""
+    """Filter Docker's lists by one stand-in: others may run on this machine."""
     return ["--filter", f"name=standin-{standin.pid}-"]
 
 
@@ -51,9 +53,9 @@ def push(name: str, standin: Standin, path: str) -> str:
 
 @pytest.fixture(scope="module")
 def base(docker_standin: Standin) -> str:
-    """The base of our images, which has Python; models bring the server as their command.
+    """The base of our images, which has Python; the server is the models' command.
 
-    After the stand-in, which skips where there is no Docker.
+    Depends on the stand-in, which skips the tests if Docker is not installed.
     """
     name = "serving-llms/base:standin-test"
     arguments = ["--quiet", "--target", "base", "--file", ROOT / "docker" / "Dockerfile"]
@@ -82,7 +84,7 @@ def small_client(docker_standin: Standin, small: str, code: str) -> Iterator[Cli
 
 @pytest.fixture(scope="module")
 def real(docker_standin: Standin) -> str:
-    """The app's image, built if nobody has yet."""
+    """The app's image, built if it does not exist."""
     name = image_name(APP, "pro")
     if not docker("image", "ls", "--quiet", name):
         from deploy.weights.fetch import get_weights
@@ -91,7 +93,7 @@ def real(docker_standin: Standin) -> str:
     return push(name, docker_standin, f"{APP}:1")
 
 
-def test_two_containers_and_a_dead_one_comes_back(small_client, docker_standin):
+def test_containers_alternate_and_restart_after_a_crash(small_client, docker_standin):
     endpoint = small_client.running(count=2)
     hosts = {small_client.ask(endpoint.name)["host"] for _ in range(4)}
     assert len(hosts) == 2
@@ -99,44 +101,46 @@ def test_two_containers_and_a_dead_one_comes_back(small_client, docker_standin):
     assert len(published) == 2 and all(line.startswith("127.0.0.1:") for line in published)
     with pytest.raises(exceptions.ServiceUnavailable):
         small_client.ask(endpoint.name, die=True)
-    end = time.monotonic() + 30
-    while time.monotonic() < end:
-        events = [e["event"] for e in docker_standin.events()]
-        if events.count("in routing") == 3:
-            break
-        time.sleep(0.2)
-    assert "container exited" in events
+
+    def events() -> list[str]:
+        return [event["event"] for event in docker_standin.events()]
+
+    wait_until(lambda: events().count("in routing") == 3, 30)
+    assert "container exited" in events()
     again = {small_client.ask(endpoint.name)["host"] for _ in range(4)}
     assert len(again) == 2 and len(again & hosts) == 1
 
 
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ({"env": {"HOST": "127.0.0.1"}} | SHORT, "never became ready"),
-        ({"env": {"PORT": "18080"}} | SHORT, "never became ready"),
-        ({"env": {"CRASH": "3"}}, "exited unexpectedly"),
-        ({"command": ["/no/such/program"]}, "exited unexpectedly"),
-    ],
-    ids=["127.0.0.1", "port mismatch", "crash", "no such program"],
-)
-def test_servers_that_do_not_come_up(small_client, spec, words):
-    model = small_client.upload(**spec)
-    with pytest.raises(exceptions.FailedPrecondition, match=words) as failed:
-        small_client.deploy(small_client.endpoint().name, model)
-    log = Path(failed.value.message.rsplit(" ", 1)[1].rstrip("."))
-    assert log.stat().st_size
+def test_failed_deployments_name_reason_and_log(small_client, subtests):
+    """All at once: each waits for its deployment timeout or three exits."""
+    cases = {
+        "127.0.0.1": ({"env": {"HOST": "127.0.0.1"}} | SHORT, "never became ready"),
+        "port mismatch": ({"env": {"PORT": "18080"}} | SHORT, "never became ready"),
+        "crash": ({"env": {"CRASH": "3"}}, "exited unexpectedly"),
+        "no such program": ({"command": ["/no/such/program"]}, "exited unexpectedly"),
+    }
+    endpoint = small_client.endpoint().name
+    started = {
+        case: small_client.start_deploy(endpoint, small_client.upload(**spec), split={})
+        for case, (spec, _) in cases.items()
+    }
+    for case, operation in started.items():
+        with subtests.test(case):
+            with pytest.raises(exceptions.FailedPrecondition, match=cases[case][1]) as failed:
+                finish(operation)
+            log = Path(failed.value.message.rsplit(" ", 1)[1].rstrip("."))
+            assert log.stat().st_size
     assert not docker("ps", "--all", "--quiet", *only(small_client.standin))
 
 
-def test_an_image_that_was_not_pushed(small_client, small):
+def test_rejects_image_that_was_not_pushed(small_client, small):
     with pytest.raises(exceptions.NotFound, match="nope"):
         small_client.upload(image_uri=small.replace("small:1", "nope:1"))
     with pytest.raises(exceptions.NotFound, match="small:2"):
         small_client.upload(image_uri=small.replace("small:1", "small:2"))
 
 
-def test_the_container_cannot_leave_the_machine(small_client):
+def test_container_cannot_reach_the_internet(small_client):
     program = (
         "import socket, sys\n"
         "s = socket.socket(); s.settimeout(3)\n"
@@ -149,7 +153,7 @@ def test_the_container_cannot_leave_the_machine(small_client):
     assert "refused:" in Path(failed.value.message.rsplit(" ", 1)[1].rstrip(".")).read_text()
 
 
-def test_the_sdk_end_to_end_with_the_real_image(docker_standin, real):
+def test_sdk_end_to_end_with_the_real_image(docker_standin, real):
     import google.auth
     from google.cloud import aiplatform
 
@@ -177,7 +181,7 @@ def test_the_sdk_end_to_end_with_the_real_image(docker_standin, real):
         body, headers = json.dumps(PROMPT).encode(), {"Content-Type": "application/json"}
         raw = endpoint.raw_predict(body=body, headers=headers)
         assert raw.status_code == 200 and raw.json()["predictions"] == answer.predictions
-        # Long, since an event holds what came in a tenth of a second.
+        # Long, because an event holds the tokens of a tenth of a second.
         long = {"max_new_tokens": 300, "ignore_eos": True, "stream": True}
         stream = PROMPT | {"parameters": long}
         times = []
@@ -242,9 +246,9 @@ def test_gcloud_and_curl_end_to_end_with_the_real_image(docker_standin, real, tm
     assert identifier("models") == identifier("endpoints") == ""
 
 
-def test_stop_leaves_no_container_network_or_name(base, code):
-    """Its own stand-in, inside the module's."""
-    standin = Standin(0.001, runner="docker").start()
+def test_stop_removes_containers_network_and_image_names(base, code):
+    """Starts another stand-in beside the module's."""
+    standin = Standin(SCALE, runner="docker").start()
     address, mine = os.environ["PUSH_REGISTRY"], only(standin)
     try:
         client = Client(standin, "grpc", push(base, standin, "small:1"), code)
@@ -258,9 +262,9 @@ def test_stop_leaves_no_container_network_or_name(base, code):
     assert address not in docker("image", "ls")
 
 
-def test_two_with_the_same_seed_do_not_meet(small_client, base, code):
+def test_two_standins_with_the_same_seed_are_independent(small_client, base, code):
     endpoint = small_client.running()
-    with Standin(0.001, runner="docker") as other:
+    with Standin(SCALE, runner="docker") as other:
         client = Client(other, "grpc", push(base, other, "small:1"), code)
         assert client.ask(client.running().name)
     assert small_client.ask(endpoint.name)

@@ -1,4 +1,4 @@
-"""How one gets in: the proxy, tokens, permissions, regions, strict parsing, lists, names."""
+"""How requests enter: the proxy, tokens, permissions, regions, strict parsing, lists, names."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from google.api_core import exceptions
 from google.cloud import aiplatform_v1 as v1
 from google.oauth2 import service_account
 
-from tests.vertex.gapic import MACHINE, Client, finish, session
+from tests.vertex.gapic import Client, finish, session
 
 pytestmark = pytest.mark.slow
 
@@ -25,39 +25,39 @@ def url(client: Client, path: str) -> str:
 
 
 @pytest.mark.parametrize("address", ["https://example.com", "https://1.1.1.1"])
-def test_nothing_leaves_the_machine(standin, address):
+def test_proxy_rejects_other_hosts(standin, address):
     with pytest.raises(requests.exceptions.ProxyError, match="403"):
         requests.get(address, timeout=5)
     with pytest.raises(httpx.ProxyError, match="403"):
         httpx.get(address, timeout=5)
-    assert_refused(standin, address.removeprefix("https://"))
+    assert_rejected(standin, address.removeprefix("https://"))
 
 
-def test_nothing_leaves_the_machine_unencrypted(standin):
+def test_proxy_rejects_plain_http(standin):
     for library in (requests, httpx):
         assert library.get("http://example.com", timeout=5).status_code == 403
-    assert_refused(standin, "http://example.com")
+    assert_rejected(standin, "http://example.com")
 
 
-def assert_refused(standin, target: str) -> None:
-    refused = [e for e in standin.events() if e["event"] == "refused to leave the machine"]
-    assert any(target in e["target"] for e in refused)
+def assert_rejected(standin, target: str) -> None:
+    rejected = [e for e in standin.events() if e["event"] == "rejected: would leave the machine"]
+    assert any(target in e["target"] for e in rejected)
 
 
 @pytest.mark.parametrize("target", ["storage.googleapis.com.evil.org:443", "x.googleapis.com:22"])
-def test_the_proxy_looks_at_the_whole_name(standin, target):
+def test_proxy_checks_the_whole_host_name_and_port(standin, target):
     proxy = standin.environment["HTTPS_PROXY"].removeprefix("http://").split(":")
     with socket.create_connection((proxy[0], int(proxy[1])), timeout=5) as connection:
         connection.sendall(f"CONNECT {target} HTTP/1.1\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 403")
 
 
-def test_local_addresses_need_no_proxy(standin):
+def test_local_addresses_bypass_the_proxy(standin):
     with pytest.raises(httpx.ConnectError):
         httpx.get("http://127.0.0.1:9", timeout=5)
 
 
-def test_keys_are_private(standin):
+def test_key_files_are_private(standin):
     for name in ("admin.json", "viewer.json", "token", "ca.pem"):
         assert stat.S_IMODE((standin.folder / name).stat().st_mode) == 0o600, name
     assert stat.S_IMODE(standin.folder.stat().st_mode) == 0o700
@@ -67,14 +67,14 @@ def test_keys_are_private(standin):
 @pytest.mark.parametrize(
     "header", [{}, {"Authorization": "Bearer nonsense"}, {"Authorization": "x"}]
 )
-def test_no_token_no_answer(grpc_client, header):
-    reply = requests.get(url(grpc_client, "/models"), headers=header, timeout=5)
-    assert reply.status_code == 401
-    assert reply.json()["error"]["status"] == "UNAUTHENTICATED"
+def test_rejects_requests_without_valid_token(grpc_client, header):
+    response = requests.get(url(grpc_client, "/models"), headers=header, timeout=5)
+    assert response.status_code == 401
+    assert response.json()["error"]["status"] == "UNAUTHENTICATED"
 
 
 @pytest.mark.parametrize("transport", ["grpc", "rest"])
-def test_a_token_of_somebody_else(standin, transport):
+def test_rejects_tokens_with_another_signature(standin, transport):
     key = rsa.generate_private_key(65537, 2048).private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
@@ -88,7 +88,7 @@ def test_a_token_of_somebody_else(standin, transport):
 
 
 @pytest.mark.parametrize("transport", ["grpc", "rest"])
-def test_a_viewer_may_look_and_not_touch(standin, grpc_client, transport):
+def test_viewer_can_read_only(standin, grpc_client, transport):
     file = str(standin.folder / "viewer.json")
     credentials = service_account.Credentials.from_service_account_file(file)
     viewer = Client(standin, transport, grpc_client.image, grpc_client.code, credentials)
@@ -101,18 +101,18 @@ def test_a_viewer_may_look_and_not_touch(standin, grpc_client, transport):
         viewer.ask(f"{viewer.parent}/endpoints/1")
 
 
-def test_somebody_elses_project(client):
+def test_rejects_another_project(client):
     with pytest.raises(exceptions.Forbidden, match="may not exist"):
         client.models.list_models(parent=client.parent.replace("standin-project", "other"))
 
 
-def test_a_resource_of_another_region(client):
+def test_rejects_resource_of_another_region(client):
     name = client.parent.replace(client.standin.region, "us-central1")
     with pytest.raises(exceptions.BadRequest, match="us-central1"):
         client.models.list_models(parent=name)
 
 
-def test_regions_are_apart(client, standin):
+def test_regions_have_separate_models(client, standin):
     client.upload()
     other = v1.ModelServiceClient(
         client_options={"api_endpoint": "us-central1-aiplatform.googleapis.com"},
@@ -122,10 +122,10 @@ def test_regions_are_apart(client, standin):
     assert list(other.list_models(parent=parent)) == []
 
 
-def test_a_host_that_google_does_not_have(standin):
+def test_unknown_region_in_host_name_is_404(standin):
     path = f"/v1/projects/{standin.project}/locations/mars-east1/models"
-    reply = session().get(f"https://mars-east1-aiplatform.googleapis.com{path}", timeout=5)
-    assert reply.status_code == 404
+    response = session().get(f"https://mars-east1-aiplatform.googleapis.com{path}", timeout=5)
+    assert response.status_code == 404
 
 
 def test_unknown_methods_are_501_and_logged(client, standin):
@@ -133,16 +133,16 @@ def test_unknown_methods_are_501_and_logged(client, standin):
         v1.JobServiceClient(
             client_options={"api_endpoint": client.host}, transport=client.transport
         ).get_custom_job(name=f"{client.parent}/customJobs/1")
-    # google-auth asks another host now and then, from a thread of its own.
+    # google-auth sends requests to another host from another thread.
     last = [call for call in standin.calls() if call["host"] == client.host][-1]
     assert last["status"] == "UNIMPLEMENTED" and last["transport"] == client.transport
     assert "customJobs/1" in last["path"] or last["method"] == "GetCustomJob"
-    reply = session().post(url(client, "/models:import"), json={}, timeout=5)
-    assert reply.status_code == 501 and "does not have" in reply.json()["error"]["message"]
+    response = session().post(url(client, "/models:import"), json={}, timeout=5)
+    assert response.status_code == 501 and "does not have" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
-    ("body", "complaint"),
+    ("body", "message"),
     [
         ({"model": {"displayName": "x", "containerSpec": {"imageURI": "x"}}}, "imageURI"),
         ({"model": {"displayName": 5}}, "displayName"),
@@ -152,42 +152,42 @@ def test_unknown_methods_are_501_and_logged(client, standin):
         (b"{", "JSON"),
     ],
     ids=[
-        "a misspelt field",
-        "a wrong type",
-        "a misspelt message",
-        "no number",
-        "a list",
-        "no JSON",
+        "misspelt field",
+        "wrong type",
+        "misspelt message",
+        "text instead of number",
+        "list",
+        "invalid JSON",
     ],
 )
-def test_strict(grpc_client, body, complaint):
+def test_rejects_invalid_json(grpc_client, body, message):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    reply = session().post(url(grpc_client, "/models:upload"), data=data, timeout=5)
-    assert reply.status_code == 400, reply.text
-    assert reply.json()["error"]["status"] == "INVALID_ARGUMENT"
-    assert complaint in reply.json()["error"]["message"]
+    response = session().post(url(grpc_client, "/models:upload"), data=data, timeout=5)
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["status"] == "INVALID_ARGUMENT"
+    assert message in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("query", ["pageSiez=1", "pageSize=x", "filter=color%3Dred", "pageToken=!"])
-def test_strict_queries(grpc_client, query):
-    reply = session().get(url(grpc_client, f"/models?{query}"), timeout=5)
-    assert reply.status_code == 400, reply.text
+def test_rejects_invalid_query_parameters(grpc_client, query):
+    response = session().get(url(grpc_client, f"/models?{query}"), timeout=5)
+    assert response.status_code == 400, response.text
 
 
 @pytest.mark.parametrize(
-    ("model", "complaint"),
+    ("model", "message"),
     [
         ({"display_name": ""}, "display_name"),
         ({"labels": {"Course": "yes"}}, "label"),
         ({"artifact_uri": "/tmp"}, "gs://"),
     ],
 )
-def test_models_that_cannot_be(grpc_client, model, complaint):
-    with pytest.raises(exceptions.InvalidArgument, match=complaint):
+def test_rejects_invalid_models(grpc_client, model, message):
+    with pytest.raises(exceptions.InvalidArgument, match=message):
         grpc_client.upload(model)
 
 
-def test_lists_have_pages_filters_and_labels(client):
+def test_lists_have_pages_and_filters(client):
     for number in range(3):
         client.upload({"display_name": f"m{number}", "labels": {"n": str(number), "all": "1"}})
 
@@ -239,7 +239,7 @@ def test_versions_and_aliases(client):
         client.models.delete_model_version(name=f"{name}@2")
 
 
-def test_labels_can_be_changed(client):
+def test_labels_can_be_updated(client):
     model = v1.Model(name=client.upload(), labels={"a": "1"}, display_name="other")
     changed = client.models.update_model(model=model, update_mask={"paths": ["labels"]})
     assert dict(changed.labels) == {"a": "1"} and changed.display_name == "small"
@@ -251,11 +251,11 @@ def test_labels_can_be_changed(client):
         client.endpoints.update_endpoint(endpoint=endpoint, update_mask={"paths": ["name"]})
 
 
-def test_names_have_the_projects_number(client):
+def test_resource_names_have_the_project_number(client):
     assert client.upload().startswith(f"projects/{client.standin.project_number}/")
 
 
-def test_ids_of_ones_own(client):
+def test_client_can_choose_the_model_id(client):
     request = {"parent": client.parent, "model_id": "mine"}
     request["model"] = {"display_name": "x", "container_spec": client.spec()}
     assert finish(client.models.upload_model(request=request)).model.endswith("/models/mine")
@@ -265,13 +265,7 @@ def test_ids_of_ones_own(client):
 
 def test_operations_are_listed_and_cancelled(grpc_client):
     endpoint, model = grpc_client.endpoint(), grpc_client.upload(env={"HEALTH": 500})
-    operation = grpc_client.endpoints.deploy_model(
-        endpoint=endpoint.name,
-        deployed_model={
-            "model": model,
-            "dedicated_resources": {"machine_spec": MACHINE, "min_replica_count": 1},
-        },
-    )
+    operation = grpc_client.start_deploy(endpoint.name, model, split={})
     base = f"https://{grpc_client.host}/v1/"
     name = operation.operation.name
     listed = session().get(base + name.rsplit("/", 1)[0], timeout=5).json()["operations"]
@@ -284,13 +278,13 @@ def test_operations_are_listed_and_cancelled(grpc_client):
     with pytest.raises(exceptions.Cancelled):
         finish(operation)
     for prefix in ("v1", "v1beta1", "ui"):
-        reply = session().get(f"https://{grpc_client.host}/{prefix}/{name}", timeout=5)
-        assert reply.json()["error"]["code"] == 1
+        response = session().get(f"https://{grpc_client.host}/{prefix}/{name}", timeout=5)
+        assert response.json()["error"]["code"] == 1
     assert session().get(f"{base}{name}0", timeout=5).status_code == 404
     finish(grpc_client.endpoints.delete_endpoint(name=endpoint.name))
 
 
-def test_there_is_no_metadata_store(client):
+def test_metadata_store_is_not_found(client):
     service = v1.MetadataServiceClient(
         client_options={"api_endpoint": client.host}, transport=client.transport
     )
@@ -298,7 +292,7 @@ def test_there_is_no_metadata_store(client):
         service.get_metadata_store(name=f"{client.parent}/metadataStores/default")
 
 
-def test_enums_as_the_client_wants_them(grpc_client):
+def test_enums_are_names_or_numbers(grpc_client):
     path = grpc_client.upload().split("/", 4)[4]
     key = "supportedDeploymentResourcesTypes"
     assert session().get(url(grpc_client, f"/{path}")).json()[key] == ["DEDICATED_RESOURCES"]
@@ -306,7 +300,7 @@ def test_enums_as_the_client_wants_them(grpc_client):
     assert numbers == [v1.Model.DeploymentResourcesType.DEDICATED_RESOURCES.value]
 
 
-def test_the_environment_names_real_files(standin):
+def test_environment_variables_name_existing_files(standin):
     assert {k: os.environ[k] for k in standin.environment} == standin.environment
     for name in ("REQUESTS_CA_BUNDLE", "GOOGLE_APPLICATION_CREDENTIALS"):
         assert Path(os.environ[name]).is_file()

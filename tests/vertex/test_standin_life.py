@@ -1,112 +1,135 @@
-"""Start and stop: what is left, what is repeated, what an end without order leaves behind."""
+"""Start and stop: clean-up, repeatable identifiers, and what a killed stand-in leaves behind."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import pytest
 import requests
+from google.cloud.aiplatform.constants.base import SUPPORTED_REGIONS
 
 from deploy.common.paths import ROOT, UserError
+from deploy.common.waiting import wait_until
 from standin import local
+from standin.limits import REGIONS
 from standin.local import Standin
-from standin.services.lists import page
-from standin.services.names import Identifiers
+from tests.vertex.conftest import SCALE
 from tests.vertex.gapic import Client
 
 pytestmark = pytest.mark.slow
 
-RUN = """
-import sys
+PROGRAM = """
+import json, sys
 from standin.local import Standin
-from tests.vertex.gapic import Client
-standin = Standin(0.01, runner="process").start()
-client = Client(standin, "grpc", standin.add_image("small"), sys.argv[1])
-endpoint = client.running()
-pid = int(client.ask(endpoint.name)["pid"])
-print(standin.pid, standin.folder, pid, endpoint.name, flush=True)
+standin = Standin(float(sys.argv[1]), runner="process").start()
+about = {"pid": standin.pid, "folder": str(standin.folder), "environment": standin.environment}
+print(json.dumps(about), flush=True)
 sys.stdin.read()
 """
 
 
-def start(code: str) -> tuple[subprocess.Popen, list[str]]:
-    """A program with a stand-in and a deployed model; what it printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN, code],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k not in local_names()},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    return process, process.stdout.readline().split()
+@dataclass
+class Running:
+    """A program with a stand-in and a deployed model."""
+
+    program: subprocess.Popen
+    standin: int
+    folder: Path
+    replica: int
 
 
-def local_names() -> set[str]:
-    """Variables of a stand-in of this process, which another one must not inherit."""
-    return {"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
+@pytest.fixture(scope="module")
+def programs() -> Iterator[list[subprocess.Popen]]:
+    """Two programs that start a stand-in, at the same time."""
+    proxies = {"HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(SCALE)],
+            cwd=ROOT,
+            env={k: v for k, v in os.environ.items() if k not in proxies},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    yield started
+    for program in started:
+        program.kill()
+        program.communicate()
 
 
-def gone(pid: int, seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
+@pytest.fixture
+def running(
+    programs: list[subprocess.Popen], monkeypatch: pytest.MonkeyPatch, code: str
+) -> Running:
+    """One of the programs; this process deploys a model on its stand-in."""
+    program = programs.pop()
+    about = json.loads(program.stdout.readline())
+    standin = Standin(runner="process")  # not started: a name for the program's
+    standin.folder = Path(about["folder"])
+    with monkeypatch.context() as patch:
+        for name, value in about["environment"].items():
+            patch.setenv(name, value)
+        client = Client(standin, "rest", standin.add_image("small"), code)
+        replica = int(client.ask(client.running().name)["pid"])
+    return Running(program, about["pid"], standin.folder, replica)
+
+
+def ended(pid: int) -> bool:
+    """Return whether a process has ended, whether or not its parent has reaped it."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     return True
+
+
+def wait_for_end(pid: int, seconds: float = 20) -> None:
+    wait_until(lambda: ended(pid), seconds)
 
 
 def test_stop_leaves_nothing_and_restores_the_environment(code):
     before = dict(os.environ)
-    with Standin(0.01, runner="process") as standin:
+    with Standin(SCALE, runner="process") as standin:
         client = Client(standin, "grpc", standin.add_image("small"), code)
         pid = int(client.ask(client.running().name)["pid"])
         child, folder = standin.pid, standin.folder
         assert os.environ["HTTPS_PROXY"] != before.get("HTTPS_PROXY")
     assert dict(os.environ) == before
-    assert gone(pid, 0) and gone(child, 0) and not folder.exists()
-    standin.stop()  # twice is fine
+    assert ended(pid) and ended(child) and not folder.exists()
+    standin.stop()  # a second time has no effect
 
 
-def test_the_stand_in_ends_with_the_program_that_started_it(code):
-    process, (child, folder, replica, _) = start(code)
-    process.kill()
-    process.wait()
-    assert gone(int(child)) and gone(int(replica)) and not os.path.exists(folder)  # noqa: PTH110
+def test_standin_ends_with_the_program_that_started_it(running: Running):
+    running.program.kill()
+    running.program.wait()
+    wait_for_end(running.standin)
+    wait_for_end(running.replica)
+    assert not running.folder.exists()
 
 
-def test_the_next_start_removes_what_a_killed_one_left(code):
-    process, (child, folder, replica, _) = start(code)
-    os.kill(int(child), signal.SIGKILL)
-    assert gone(int(child)) and psutil.pid_exists(int(replica))
-    with Standin(runner="process"):
-        assert gone(int(replica), 5) and not os.path.exists(folder)  # noqa: PTH110
-    process.kill()
-    process.wait()
+def test_next_start_removes_what_a_killed_standin_left(running: Running):
+    os.kill(running.standin, signal.SIGKILL)
+    wait_for_end(running.standin)
+    assert not ended(running.replica)
+    with Standin(SCALE, runner="process"):
+        wait_for_end(running.replica, 5)
+        assert not running.folder.exists()
+    running.program.kill()
+    running.program.wait()
 
 
-def test_the_same_seed_gives_the_same_identifiers():
-    first, again, other = Identifiers(1), Identifiers(1), Identifiers(2)
-    assert [first() for _ in range(3)] == [again() for _ in range(3)] != [other() for _ in range(3)]
-    assert len(first()) == 19
+def test_regions_are_those_of_the_sdk():
+    assert SUPPORTED_REGIONS - {"global"} == REGIONS
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7])
-def test_pages_hold_everything_once(size):
-    items, token, found = list(range(7)), "", []
-    while True:
-        part, token = page(items, size, token)
-        found += part
-        if not token:
-            break
-    assert found == items
-
-
-def test_the_command_prints_what_leads_to_it(tmp_path):
+def test_command_prints_environment_variables(tmp_path):
     folder = tmp_path / "kept"
     process = subprocess.Popen(
         [sys.executable, "-m", "standin", "--runner", "process", "--folder", folder],
@@ -121,21 +144,21 @@ def test_the_command_prints_what_leads_to_it(tmp_path):
     found = dict(line.removeprefix("export ").split("=", 1) for line in lines[:-1])
     token = (folder / "token").read_text()
     region, project = found["GCP_REGION"], found["GCP_PROJECT"]
-    reply = requests.get(
+    response = requests.get(
         f"https://{region}-aiplatform.googleapis.com/v1/projects/{project}/locations/{region}/models",
         headers={"Authorization": f"Bearer {token}"},
         proxies={"https": found["HTTPS_PROXY"]},
         verify=found["REQUESTS_CA_BUNDLE"],
         timeout=10,
     )
-    assert reply.json() == {}
+    assert response.json() == {}
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     call = json.loads((folder / "calls.jsonl").read_text().splitlines()[-1])
     assert call["method"] == "ListModels" and call["status"] == "OK"
 
 
-def test_docker_that_is_not_there(monkeypatch, capsys):
+def test_runs_processes_if_docker_is_not_installed(monkeypatch, capsys):
     monkeypatch.setenv("DOCKER", "/no/docker")
     assert local.choose_runner(None) == "process"
     assert "models run as processes: /no/docker cannot be started" in capsys.readouterr().err

@@ -1,39 +1,36 @@
-"""What runs: the contract with the container, replicas, restarts, traffic, limits, streams."""
+"""Running models: the contract with the container, replicas, restarts, traffic, streams."""
 
 import json
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
+import requests
 from google.api_core import exceptions
 
+from deploy.common.waiting import wait_until
 from tests.vertex.gapic import finish, session
 
 pytestmark = pytest.mark.slow
 
 JSON = {"Content-Type": "application/json"}
+SECONDS = 15
+"""Enough for a replica to fail its probes or restart on a busy machine."""
 
 
-def post(host: str, name: str, verb: str, body: object, **more):
+def post(host: str, name: str, verb: str, body: object, **more: Any) -> requests.Response:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     address = f"https://{host}/v1/{name}{verb}"
     return session().post(address, data=data, headers=JSON, timeout=60, **more)
-
-
-def until(condition, seconds: float = 15) -> None:
-    """Wait for a condition, which may take a while on a busy machine."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
 
 
 def events(standin, number: str) -> list[str]:
     return [e["event"] for e in standin.events() if e.get("deployed_model") == number]
 
 
-def test_the_platforms_variables(grpc_client, standin):
+def test_container_gets_the_platforms_variables(grpc_client, standin):
     endpoint = grpc_client.endpoint()
     model = grpc_client.upload(
         {"artifact_uri": "gs://bucket/model"},
@@ -63,75 +60,73 @@ def test_the_platforms_variables(grpc_client, standin):
     assert list(answer["argv"]) == [endpoint_id, "a"]
 
 
-def test_routes_that_are_not_given(grpc_client):
+def test_default_routes(grpc_client):
     endpoint = grpc_client.running(predict_route="", health_route="")
     answer = grpc_client.ask(endpoint.name)
     assert answer["path"] == answer["env"]["AIP_PREDICT_ROUTE"]
     assert answer["path"].endswith(f"/deployedModels/{answer['deployed_model_id']}:predict")
 
 
-def test_a_prediction_on_both_transports(client):
+def test_prediction_keeps_types_and_names_the_model(client):
     endpoint = client.running()
-    reply = client.predictions.predict(
+    response = client.predictions.predict(
         endpoint=endpoint.name,
         instances=[{"a": [1, None, True]}],
         parameters={"echo": True, "k": 50},
     )
-    assert reply.predictions[0]["instance"] == {"a": [1, None, True]}
-    assert reply.predictions[0]["got"]["k"] == 50
-    assert reply.model_version_id == "1" and reply.model_display_name == "small"
-    assert reply.model.startswith(f"projects/{client.standin.project_number}/")
+    assert response.predictions[0]["instance"] == {"a": [1, None, True]}
+    assert response.predictions[0]["got"]["k"] == 50
+    assert response.model_version_id == "1" and response.model_display_name == "small"
+    assert response.model.startswith(f"projects/{client.standin.project_number}/")
 
 
-@pytest.mark.parametrize(
-    ("status", "error"),
-    [
-        (400, exceptions.BadRequest),
-        (404, exceptions.NotFound),
-        (429, exceptions.TooManyRequests),
-        (500, exceptions.InternalServerError),
-        (503, exceptions.ServiceUnavailable),
-    ],
-)
-def test_the_models_own_errors(grpc_client, status, error):
+def test_model_server_errors_keep_status_and_message(grpc_client, subtests):
     endpoint = grpc_client.running()
-    with pytest.raises(error, match="as asked"):
-        grpc_client.ask(endpoint.name, status=status)
+    classes = {
+        400: exceptions.BadRequest,
+        404: exceptions.NotFound,
+        429: exceptions.TooManyRequests,
+        500: exceptions.InternalServerError,
+        503: exceptions.ServiceUnavailable,
+    }
+    for status, error in classes.items():
+        with subtests.test(str(status)), pytest.raises(error, match="as asked"):
+            grpc_client.ask(endpoint.name, status=status)
 
 
-def test_an_answer_of_another_shape(grpc_client):
+def test_rejects_response_without_predictions(grpc_client):
     endpoint = grpc_client.running()
     with pytest.raises(exceptions.InvalidArgument, match="predictions"):
         grpc_client.ask(endpoint.name, odd=1)
 
 
-def test_two_replicas_take_turns_and_a_dead_one_comes_back(grpc_client, standin):
+def test_replicas_alternate_and_restart_after_a_crash(grpc_client, standin):
     endpoint = grpc_client.running(count=2)
     first = Counter(grpc_client.ask(endpoint.name)["pid"] for _ in range(6))
     assert sorted(first.values()) == [3, 3]
     number = grpc_client.ask(endpoint.name)["deployed_model_id"]
     with pytest.raises(exceptions.ServiceUnavailable):
         grpc_client.ask(endpoint.name, die=True)
-    until(lambda: events(standin, number).count("in routing") == 3)
+    wait_until(lambda: events(standin, number).count("in routing") == 3, SECONDS)
     assert "container exited" in events(standin, number)
     second = {grpc_client.ask(endpoint.name)["pid"] for _ in range(6)}
     assert len(second) == 2 and len(second & set(first)) == 1
 
 
-def test_a_sick_replica_gets_no_requests_until_it_is_well(grpc_client, standin):
+def test_unhealthy_replicas_get_no_requests(grpc_client, standin):
     endpoint = grpc_client.running(count=2)
     number = grpc_client.ask(endpoint.name)["deployed_model_id"]
     sick = grpc_client.ask(endpoint.name, health=500)["pid"]
-    until(lambda: "out of routing" in events(standin, number))
+    wait_until(lambda: "out of routing" in events(standin, number), SECONDS)
     assert sick not in {grpc_client.ask(endpoint.name)["pid"] for _ in range(6)}
     other = grpc_client.ask(endpoint.name, health=500)["pid"]
     assert other != sick
-    until(lambda: events(standin, number).count("out of routing") == 2)
+    wait_until(lambda: events(standin, number).count("out of routing") == 2, SECONDS)
     with pytest.raises(exceptions.ServiceUnavailable, match="No replica"):
         grpc_client.ask(endpoint.name)
 
 
-def test_traffic_is_split_and_moved(grpc_client):
+def test_traffic_split_can_change_and_is_checked(grpc_client):
     endpoint = grpc_client.endpoint()
     first = grpc_client.deploy(endpoint.name, grpc_client.upload(env={"NAME": "old"}))
     second = grpc_client.deploy(
@@ -154,7 +149,7 @@ def test_traffic_is_split_and_moved(grpc_client):
             )
 
 
-def test_more_replicas_and_fewer(client, standin):
+def test_number_of_replicas_can_change(client, standin):
     endpoint = client.running()
     number = client.ask(endpoint.name)["deployed_model_id"]
 
@@ -174,23 +169,13 @@ def test_more_replicas_and_fewer(client, standin):
     assert events(standin, number).count("container stopped") == 2
 
 
-def test_the_startup_probe_holds_health_checks_back(grpc_client, standin, tmp_path):
+def test_health_checks_wait_for_the_startup_probe(grpc_client, standin, tmp_path):
     flag = tmp_path / "started"
     probe = {"exec_": {"command": ["test", "-e", str(flag)]}, "period_seconds": 1}
     endpoint = grpc_client.endpoint()
-    operation = grpc_client.endpoints.deploy_model(
-        endpoint=endpoint.name,
-        deployed_model={
-            "model": grpc_client.upload(startup_probe=probe),
-            "dedicated_resources": {
-                "machine_spec": {"machine_type": "n1-standard-2"},
-                "min_replica_count": 1,
-            },
-        },
-        traffic_split={"0": 100},
-    )
-    until(lambda: standin.events()[-1]["event"] == "container started")
-    time.sleep(1)
+    operation = grpc_client.start_deploy(endpoint.name, grpc_client.upload(startup_probe=probe))
+    wait_until(lambda: standin.events()[-1]["event"] == "container started", SECONDS)
+    time.sleep(0.5)  # five probes
     assert standin.events()[-1]["event"] == "container started" and not operation.done()
     flag.touch()
     number = finish(operation).deployed_model.id
@@ -200,7 +185,7 @@ def test_the_startup_probe_holds_health_checks_back(grpc_client, standin, tmp_pa
     assert metadata.update_time > metadata.create_time
 
 
-def test_raw_and_streamed_on_a_dedicated_endpoint(grpc_client):
+def test_raw_and_streamed_predictions_on_a_dedicated_endpoint(grpc_client):
     endpoint = grpc_client.running(dedicated=True)
     host, name = endpoint.dedicated_endpoint_dns, endpoint.name
     assert host.endswith(".prediction.vertexai.goog")
@@ -210,46 +195,46 @@ def test_raw_and_streamed_on_a_dedicated_endpoint(grpc_client):
     assert post(host, name, ":rawPredict", {"parameters": {"status": 418}}).status_code == 418
     body = {"instances": [], "parameters": {"stream": 4}}
     times = []
-    reply = post(host, name, ":streamRawPredict", body, stream=True)
-    for line in reply.iter_lines():
+    response = post(host, name, ":streamRawPredict", body, stream=True)
+    for line in response.iter_lines():
         if line:
             times.append(time.monotonic())
-    assert reply.headers["Content-Type"] == "text/event-stream" and len(times) == 4
-    assert times[-1] - times[0] > 0.7  # as they come; the server pauses three times
+    assert response.headers["Content-Type"] == "text/event-stream" and len(times) == 4
+    assert times[-1] - times[0] > 0.7  # not buffered: the server pauses three times
 
 
-def test_each_endpoint_has_its_door(grpc_client):
+def test_dedicated_endpoint_has_its_own_host_name(grpc_client):
     endpoint = grpc_client.running(dedicated=True)
     with pytest.raises(exceptions.FailedPrecondition, match="dedicated dns name"):
         grpc_client.ask(endpoint.name)
     other = grpc_client.endpoint(dedicated=True)
-    reply = post(other.dedicated_endpoint_dns, endpoint.name, ":predict", {"instances": [1]})
-    assert reply.status_code == 404
+    response = post(other.dedicated_endpoint_dns, endpoint.name, ":predict", {"instances": [1]})
+    assert response.status_code == 404
 
 
-def test_invoke_has_any_path(grpc_client):
+def test_invoke_passes_any_path(grpc_client):
     endpoint = grpc_client.endpoint(dedicated=True)
     model = grpc_client.upload(predict_route="", invoke_route_prefix="/*")
     grpc_client.deploy(endpoint.name, model)
     host, name = endpoint.dedicated_endpoint_dns, endpoint.name
-    reply = post(host, name, "/invoke/v1/chat/completions", {"instances": [1]})
-    assert reply.json()["predictions"][0]["path"] == "/v1/chat/completions"
+    response = post(host, name, "/invoke/v1/chat/completions", {"instances": [1]})
+    assert response.json()["predictions"][0]["path"] == "/v1/chat/completions"
     assert post(host, name, ":rawPredict", {"instances": [1]}).status_code == 400
 
 
-def test_sixteen_at_once(client):
+def test_sixteen_concurrent_predictions(client):
     endpoint = client.running()
     with ThreadPoolExecutor(16) as pool:
         asked = [pool.submit(client.ask, endpoint.name, n=n, sleep=0.3) for n in range(16)]
         assert [int(f.result()["got"]["n"]) for f in asked] == list(range(16))
 
 
-def test_a_client_that_leaves_does_not_stop_the_rest(grpc_client, standin):
+def test_disconnected_client_leaves_the_endpoint_working(grpc_client, standin):
     endpoint = grpc_client.running(dedicated=True)
     host = endpoint.dedicated_endpoint_dns
     body = {"instances": [], "parameters": {"stream": 50}}
-    reply = post(host, endpoint.name, ":streamRawPredict", body, stream=True)
-    next(reply.iter_lines())
-    reply.close()
+    response = post(host, endpoint.name, ":streamRawPredict", body, stream=True)
+    next(response.iter_lines())
+    response.close()
     assert post(host, endpoint.name, ":predict", {"instances": [1]}).status_code == 200
-    until(lambda: any(c["status"] == "CUT OFF" for c in standin.calls()))
+    wait_until(lambda: any(c["status"] == "CUT OFF" for c in standin.calls()), SECONDS)
