@@ -13,6 +13,7 @@ from deploy.common.paths import UserError
 from deploy.vertex import operations
 from standin.local import Standin
 from tests.vertex.gapic import Client
+from tests.vertex.preloaded import FIRST_POLL, LONGEST_POLL
 
 SCALE, LIMIT_SCALE = 0.0001, 0.05
 """The platform needs 24 ms for a deployment instead of 4 minutes; probes are 0.1 s apart, which is
@@ -20,10 +21,11 @@ their minimum; the limit of 60 s on shared endpoints is 3 s."""
 
 
 @pytest.fixture(scope="package", autouse=True)
-def looks_often() -> Iterator[None]:
-    """The stand-ins are hundreds of times as fast as the platform: the deployer looks oftener."""
-    with pytest.MonkeyPatch.context() as patch:  # not the fixture: a test's own undoes itself first
-        patch.setattr(operations, "FIRST_POLL", 0.02)
+def polls_often() -> Iterator[None]:
+    """Have the deployer poll as often as the stand-ins are fast: hundreds of times the platform."""
+    with pytest.MonkeyPatch.context() as patch:  # the fixture would end before a test's own patches
+        patch.setattr(operations, "FIRST_POLL", FIRST_POLL)
+        patch.setattr(operations, "LONGEST_POLL", LONGEST_POLL)
         yield
 
 

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from deploy.common.paths import ROOT
 
-FIRST_POLL = 0.02
+FIRST_POLL, LONGEST_POLL = 0.02, 0.05
 """Seconds: the stand-in is hundreds of times as fast as the platform."""
 
 
@@ -59,7 +59,7 @@ def serve() -> None:
     )
     from deploy.vertex.__main__ import main
 
-    operations.FIRST_POLL = FIRST_POLL
+    operations.FIRST_POLL, operations.LONGEST_POLL = FIRST_POLL, LONGEST_POLL
     for line in sys.stdin:
         arguments, output = json.loads(line)
         child = os.fork()
