@@ -96,9 +96,9 @@ def test_one_failed_instance_fails_its_request_alone(tiny_llama: Path, tmp_path:
     archive = build_archive("broken", tiny_llama, **TORCH, store=tmp_path)
     sampling = archive / "handler" / "engine" / "sampling.py"
     text = sampling.read_text()
-    line = "        scores = self._chain("
+    line = "        ids, scores = torch.tensor("
     assert text.count(line) == 1
-    sabotage = "        logits = logits * float('nan') if len(ids) == 9 else logits\n"
+    sabotage = "        logits = logits * float('nan') if len(token_ids) == 9 else logits\n"
     sampling.write_text(text.replace(line, sabotage + line))
     sampled = {"temperature": 1.0, "seed": 1, "max_new_tokens": 20}
     good = {"instances": ["0123456789abc"] * 3, "parameters": sampled}
