@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.record import read
-from benchmarks.report.tables import AIMS
 from deploy.common.paths import UserError
 
 SPEED = "tokens_per_second"
@@ -112,42 +111,20 @@ def share_of_disk(budget: str) -> float:
     return statistics.median(rate / limit for rate, limit in pairs)
 
 
-def aim(name: str, place: int) -> str:
-    """One of the ratios aimed at."""
-    return str(next(wanted[place] for what, _, _, wanted in AIMS if what == name))
-
-
-def image_bytes(target: str) -> float:
-    """Bytes of an image with SmolLM2's weights."""
-    size: float = sum(at(f"image/{target}/bytes", None).values())
-    return size
-
-
 DOLLY = "large/engines/openvino int8"
 SMALL_GPU, LARGE_GPU = "gpu/systems/smollm2 gpu", "gpu/systems/dolly gpu"
 
 VALUES: dict[str, Callable[[], str]] = {
-    "serving.speedup_1_client": lambda: f"{speedup('ours int8', 'baseline', 1):.0f}",
     "serving.speedup_8_clients": lambda: f"{speedup('ours int8', 'baseline', 8):.0f}",
-    "serving.to_vllm_1": lambda: f"{speedup('ours int8', 'vllm', 1):.1f}",
-    "serving.to_vllm_8": lambda: f"{speedup('ours int8', 'vllm', 8):.1f}",
     "serving.to_vllm_32": lambda: f"{speedup('ours int8', 'vllm', 32):.2f}",
-    "serving.to_vllm_32_aim": lambda: aim("int8 against vLLM", 2),
     "serving.to_llama_1": lambda: f"{speedup('ours int8', 'llama.cpp Q8_0', 1):.2f}",
-    "serving.to_llama_8": lambda: f"{speedup('ours int8', 'llama.cpp Q8_0', 8):.1f}",
     "serving.int4_to_llama_1": lambda: f"{speedup('ours int4', 'llama.cpp Q4_0', 1):.2f}",
     "serving.first_token_to_vllm": lambda: f"{statistics.median(first_token_to_vllm()):.2f}",
     "serving.first_token_to_vllm_min": lambda: f"{min(first_token_to_vllm()):.2f}",
     "serving.first_token_to_vllm_max": lambda: f"{max(first_token_to_vllm()):.2f}",
     "serving.batched_32": lambda: f"{at(f'serving/batched/{SPEED} 32'):.0f}",
     "serving.transformers_32": lambda: f"{at(f'serving/ours transformers/{SPEED} 32'):.0f}",
-    "serving.tokens_per_second_1": lambda: f"{at(f'serving/ours int8/{SPEED} 1'):.0f}",
-    "serving.tokens_per_second_8": lambda: f"{at(f'serving/ours int8/{SPEED} 8'):.0f}",
-    "serving.tokens_per_second_32": lambda: f"{at(f'serving/ours int8/{SPEED} 32'):.0f}",
-    "http.share_1": lambda: f"{at('http/1 clients'):.2f}",
-    "http.share_8": lambda: f"{at('http/8 clients'):.2f}",
     "startup.ready_to_engine": lambda: f"{at('startup/openvino/ready_to_engine'):.1f}",
-    "startup.openvino_seconds": lambda: f"{at('startup/openvino/ready_seconds'):.0f}",
     "startup.overhead_seconds": lambda: (
         f"{at('startup/openvino/ready_seconds') - at('startup/openvino/engine_seconds'):.0f}"
     ),
@@ -156,16 +133,12 @@ VALUES: dict[str, Callable[[], str]] = {
     ),
     "soak.memory_mb_per_minute": lambda: f"{at('soak/memory_mb_a_minute'):.1f}",
     "large.int8_bandwidth_share": lambda: f"{at(f'{DOLLY}/share_of_roofline'):.2f}",
-    "large.int8_speedup_1": lambda: (
-        f"{at(f'{DOLLY}/{SPEED} 1') / at(f'large/engines/transformers bfloat16/{SPEED} 1'):.1f}"
-    ),
     "large.export_memory_gb": lambda: f"{at('large/exports/openvino int8/peak_memory_gb'):.0f}",
     "large.int8_peak_memory_gb": lambda: f"{at(f'{DOLLY}/peak_memory_gb'):.0f}",
     "roofline.context_microseconds": lambda: f"{1e6 * at('roofline/context_seconds'):.1f}",
     "roofline.context_reading_microseconds": lambda: (
         f"{2e6 * CACHE / at('roofline/machine/bytes_per_second'):.1f}"
     ),
-    "roofline.bandwidth_gb": lambda: f"{at('roofline/machine/bytes_per_second') / 1e9:.0f}",
     "roofline.cache_kb_per_token": lambda: f"{2 * CACHE / 1000:.1f}",
     "quality.int8_perplexity_percent": lambda: f"{perplexity_change('int8'):.2f}",
     "quality.int8_weights_percent": lambda: (
@@ -186,9 +159,6 @@ VALUES: dict[str, Callable[[], str]] = {
     "gpu.small_cpu_to_gpu_1": lambda: (
         f"{at(f'roofline/points/decode 1/{SPEED}', 'max') / at(f'{SMALL_GPU}/{SPEED} 1'):.1f}"
     ),
-    "gpu.small_cpu_to_gpu_32": lambda: (
-        f"{at(f'roofline/points/decode 32/{SPEED}', 'max') / at(f'{SMALL_GPU}/{SPEED} 32'):.2f}"
-    ),
     "gpu.large_gpu_to_cpu_1": lambda: (
         f"{at(f'{LARGE_GPU}/{SPEED} 1') / at(f'{DOLLY}/{SPEED} 1'):.1f}"
     ),
@@ -198,8 +168,6 @@ VALUES: dict[str, Callable[[], str]] = {
     "image.lean_gb": lambda: f"{at('image/cpu-lean/bytes_without_weights') / 1e9:.2f}",
     "image.torchserve_gb": lambda: value("experiments.torchserve_image_gb"),
     "image.torchserve_gpu_gb": lambda: value("experiments.torchserve_gpu_image_gb"),
-    "image.lean_with_weights_mb": lambda: f"{image_bytes('cpu-lean') / 1e6:.0f}",
-    "image.cpu_with_weights_mb": lambda: f"{image_bytes('cpu') / 1e6:.0f}",
     "image.java_mb": lambda: f"{at('image/cpu-lean/bytes/Java') / 1e6:.0f}",
 }
 """Name of a value -> the function that computes it."""
