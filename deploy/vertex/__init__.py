@@ -1,4 +1,5 @@
-"""Deploy an image on Vertex AI: settings, plan, resources, deployer, capacity.
+"""Deploy an image on Vertex AI: settings, state, changes, the deployer, capacity planning.
 
-Nothing here knows whether Google or the stand-in answers.
+Nothing here knows whether Google or the stand-in answers. How an image is built and what runs in
+it belongs to `deploy.image` and `handler`.
 """

@@ -1,13 +1,13 @@
-# What a project needs once before `make deploy`: APIs, the image repository, an identity for the
-# containers with the least it needs, and an alert before the bill grows.
+# What a project needs once before `make deploy`: APIs, the image repository, an account for the
+# containers with few permissions, and a budget alert.
 #
 #   gcloud services enable cloudresourcemanager.googleapis.com serviceusage.googleapis.com
 #   terraform init && terraform apply -var project=PROJECT -var billing_account=XXXXXX-XXXXXX-XXXXXX
 #
-# Not validated and not applied: the provider could not be downloaded where this was written. Its
-# format was checked with `terraform fmt -check` (1.11), nothing else was.
+# Not validated and not applied: we could not download the provider. Only `terraform fmt -check`
+# (1.11) was run.
 #
-# Models, endpoints and deployments are not here on purpose: `python -m deploy.vertex` makes and
+# Models, endpoints and deployments are not here on purpose: `python -m deploy.vertex` creates and
 # removes them. Run its `cleanup` before `terraform destroy`.
 
 terraform {
@@ -94,7 +94,7 @@ resource "google_artifact_registry_repository" "images" {
   format        = "DOCKER"
   labels        = local.labels
 
-  # Images cost storage until they are deleted. The three newest of each stay.
+  # You pay for the storage of images until they are deleted. The three newest of each stay.
   cleanup_policies {
     id     = "keep-newest"
     action = "KEEP"
@@ -113,11 +113,11 @@ resource "google_artifact_registry_repository" "images" {
   depends_on = [google_project_service.apis]
 }
 
-# Vertex AI's own agent pulls the image, and in the same project it may. It is made at the first use
-# of the service, so a grant to it here would fail in a new project.
+# Vertex AI's own agent pulls the image, and has the permission in the same project. It is created at
+# the first use of the service, so granting it a role here would fail in a new project.
 
-# Who the containers are: an account that may write logs, and nothing else. Without it they run as
-# one of Google's that may read the model's artifacts and promises nothing more.
+# The containers' account, which can only write logs. Without it they run as an account of Google's
+# that can read the model's artifacts.
 resource "google_service_account" "server" {
   account_id   = "llm-server"
   display_name = "Model servers on Vertex AI"
@@ -131,7 +131,7 @@ resource "google_project_iam_member" "server" {
   member   = google_service_account.server.member
 }
 
-# Who deploys: models and endpoints, images into the repository, the containers' account, the logs.
+# The deployer's roles: models and endpoints, images, the containers' account, logs.
 resource "google_project_iam_member" "deployers" {
   for_each = {
     for pair in setproduct(var.deployers, ["roles/aiplatform.user", "roles/logging.viewer"]) :
@@ -157,10 +157,10 @@ resource "google_service_account_iam_member" "deployers" {
   member             = each.key
 }
 
-# Who asks: predictions, and nothing else.
+# The clients' role: predictions only.
 resource "google_project_iam_custom_role" "caller" {
   role_id     = "llmCaller"
-  title       = "Ask models on Vertex AI"
+  title       = "Send requests to models on Vertex AI"
   permissions = ["aiplatform.endpoints.predict"]
   depends_on  = [google_project_service.apis]
 }
