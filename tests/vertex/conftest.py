@@ -1,6 +1,6 @@
 """Stand-ins for Vertex AI: one without Docker for the whole folder, one with Docker.
 
-CI sets REQUIRE_DOCKER=1: there a missing Docker or docker-registry is a failure.
+CI sets REQUIRE_DOCKER=1, which makes a missing Docker or docker-registry a failure.
 """
 
 import os

@@ -1,13 +1,12 @@
 """Google's own clients, unchanged, against the stand-in: the SDK, gcloud, and curl.
 
-What they know of the stand-in is its environment variables, nothing else. The same calls stand in
-chapter 06 side by side.
+Only the stand-in's environment variables direct them to it. Chapter 06 shows the same calls side by
+side.
 """
 
 import json
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 from google.cloud import aiplatform
 
 from deploy.common.paths import UserError
+from deploy.common.waiting import wait_until
 from deploy.vertex import __main__ as command_line
 from deploy.vertex.credentials import access_token
 from tests.vertex.rehearsed import BODY, Rehearsed, small
@@ -36,7 +36,7 @@ def nothing_is_left(app: Rehearsed) -> bool:
     return not app.deployer().resources()
 
 
-def test_the_sdk_by_its_convenient_classes(app: Rehearsed):
+def test_sdk_convenience_classes(app: Rehearsed):
     settings, labels = small(), small().labels_for(app.app)
     aiplatform.init(project=settings.project, location=settings.region)
     model = aiplatform.Model.upload(
@@ -68,40 +68,45 @@ def test_the_sdk_by_its_convenient_classes(app: Rehearsed):
 
 
 def gcloud(*arguments: str, region: str = "europe-west4") -> Any:
-    """What a command of gcloud says, as JSON."""
+    """Run a command of gcloud; return its output, parsed as JSON."""
     command = ["gcloud", "ai", *arguments, f"--region={region}", "--format=json", "--quiet"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout) if run.stdout.strip() else None
 
 
+def gcloud_at_once(*commands: list[str]) -> list[Any]:
+    """Run independent commands at the same time: gcloud takes a second to start."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda command: gcloud(*command), commands))
+
+
 @pytest.mark.skipif(not shutil.which("gcloud"), reason="gcloud is not installed")
-def test_gcloud(app: Rehearsed, tmp_path):
+def test_gcloud_deploys_and_predicts(app: Rehearsed, tmp_path):
     request = tmp_path / "request.json"
     request.write_text(json.dumps(BODY))
     labels = ",".join(f"{k}={v}" for k, v in small().labels_for(app.app).items())
-    gcloud(
-        *("models", "upload", "--display-name=by-gcloud", f"--container-image-uri={app.image()}"),
-        f"--container-command={','.join(small().command)}",
-        *("--container-predict-route=/predict", "--container-health-route=/health"),
-        "--container-ports=7080",
+    upload = ["models", "upload", "--display-name=by-gcloud", "--container-ports=7080"]
+    upload += [f"--container-image-uri={app.image()}"]
+    upload += [f"--container-command={','.join(small().command)}"]
+    upload += ["--container-predict-route=/predict", "--container-health-route=/health"]
+    create = ["endpoints", "create", "--display-name=by-gcloud", f"--labels={labels}"]
+    gcloud_at_once(upload, create)
+    by_name = "--filter=displayName=by-gcloud"
+    found = gcloud_at_once(["models", "list", by_name], ["endpoints", "list", by_name])
+    model_id, endpoint_id = (one["name"].rsplit("/", 1)[1] for (one,) in found)
+    deploy = ["endpoints", "deploy-model", endpoint_id, f"--model={model_id}"]
+    deploy += ["--display-name=by-gcloud", "--machine-type=n2-standard-4", "--traffic-split=0=100"]
+    gcloud(*deploy, "--min-replica-count=1", "--max-replica-count=1")
+    response, endpoint = gcloud_at_once(
+        ["endpoints", "predict", endpoint_id, f"--json-request={request}"],
+        ["endpoints", "describe", endpoint_id],
     )
-    (model,) = gcloud("models", "list", "--filter=displayName=by-gcloud")
-    gcloud("endpoints", "create", "--display-name=by-gcloud", f"--labels={labels}")
-    (endpoint,) = gcloud("endpoints", "list", "--filter=displayName=by-gcloud")
-    model_id, endpoint_id = (one["name"].rsplit("/", 1)[1] for one in (model, endpoint))
-    gcloud(
-        *("endpoints", "deploy-model", endpoint_id, f"--model={model_id}"),
-        *("--display-name=by-gcloud", "--machine-type=n2-standard-4", "--traffic-split=0=100"),
-        *("--min-replica-count=1", "--max-replica-count=1"),
-    )
-    answer = gcloud("endpoints", "predict", endpoint_id, f"--json-request={request}")
-    assert [one["instance"] for one in answer["predictions"]] == ["a", "b"]
-    (deployed,) = gcloud("endpoints", "describe", endpoint_id)["deployedModels"]
+    assert [one["instance"] for one in response["predictions"]] == ["a", "b"]
+    (deployed,) = endpoint["deployedModels"]
     gcloud("endpoints", "undeploy-model", endpoint_id, f"--deployed-model-id={deployed['id']}")
-    gcloud("endpoints", "delete", endpoint_id)
-    gcloud("models", "delete", model_id)
-    assert gcloud("models", "list") == [] and gcloud("endpoints", "list") == []
+    gcloud_at_once(["endpoints", "delete", endpoint_id], ["models", "delete", model_id])
+    assert gcloud_at_once(["models", "list"], ["endpoints", "list"]) == [[], []]
 
 
 class Curl:
@@ -123,16 +128,16 @@ class Curl:
         return json.loads(run.stdout)
 
     def wait(self, operation: dict) -> dict:
-        deadline = time.monotonic() + 60
-        while not operation.get("done"):
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-            operation = self("GET", operation["name"])
-        assert "error" not in operation, operation
-        return operation.get("response", {})
+        def done() -> dict | None:
+            now = self("GET", operation["name"])
+            return now if now.get("done") else None
+
+        ended = wait_until(done, 60)
+        assert "error" not in ended, ended
+        return ended.get("response", {})
 
 
-def test_curl(app: Rehearsed):
+def test_curl_deploys_and_predicts(app: Rehearsed):
     curl, labels = Curl(), small().labels_for(app.app)
     container = {
         "imageUri": app.image(),
@@ -152,8 +157,8 @@ def test_curl(app: Rehearsed):
     }
     curl.wait(curl("POST", f"{endpoint}:deployModel", deployment))
     host = f"https://{curl('GET', endpoint)['dedicatedEndpointDns']}"
-    answer = curl("POST", f"{endpoint}:predict", BODY, host)
-    assert [one["instance"] for one in answer["predictions"]] == ["a", "b"]
+    response = curl("POST", f"{endpoint}:predict", BODY, host)
+    assert [one["instance"] for one in response["predictions"]] == ["a", "b"]
     (deployed,) = curl("GET", endpoint)["deployedModels"]
     curl.wait(curl("POST", f"{endpoint}:undeployModel", {"deployedModelId": deployed["id"]}))
     curl.wait(curl("DELETE", endpoint))
@@ -161,7 +166,7 @@ def test_curl(app: Rehearsed):
     assert nothing_is_left(app)
 
 
-def test_the_command_line(app: Rehearsed, tmp_path, capsys):
+def test_command_line_from_deploy_to_cleanup(app: Rehearsed, tmp_path, capsys):
     config = tmp_path / "vertex.json"
     config.write_text(small().model_dump_json())  # JSON is YAML
     given = [app.app, "--config", str(config)]
@@ -179,9 +184,7 @@ def test_the_command_line(app: Rehearsed, tmp_path, capsys):
     assert nothing_is_left(app)
 
 
-def test_errors_of_google_are_one_line(
-    app: Rehearsed, quick_standin, monkeypatch, tmp_path, capsys
-):
+def test_googles_errors_are_one_line(app: Rehearsed, quick_standin, monkeypatch, tmp_path, capsys):
     config = tmp_path / "vertex.json"
     config.write_text(small(machine_type="n7-standard-4").model_dump_json())
     given = [app.app, "--config", str(config), "--image", app.image()]
@@ -193,7 +196,9 @@ def test_errors_of_google_are_one_line(
     assert capsys.readouterr().err.startswith("error: PERMISSION_DENIED: ")
 
 
-def test_ctrl_c_says_what_still_bills(app: Rehearsed, monkeypatch, tmp_path, capsys):
+def test_ctrl_c_names_resources_that_still_cost_money(
+    app: Rehearsed, monkeypatch, tmp_path, capsys
+):
     config = tmp_path / "vertex.json"
     config.write_text(small().model_dump_json())
 
@@ -211,7 +216,7 @@ def test_ctrl_c_says_what_still_bills(app: Rehearsed, monkeypatch, tmp_path, cap
     assert any(resource.billed for resource in app.deployer().resources())  # it continues
 
 
-def test_no_authentication(app: Rehearsed):
+def test_rejects_requests_without_token(app: Rehearsed):
     host = f"https://{small().region}-aiplatform.googleapis.com"
     run = subprocess.run(
         ["curl", "--silent", f"{host}/v1/{small().parent}/models"], capture_output=True, text=True
@@ -220,19 +225,19 @@ def test_no_authentication(app: Rehearsed):
     assert (error["code"], error["status"]) == (401, "UNAUTHENTICATED")
 
 
-def test_asking_after_undeploy_says_how_to_deploy(app: Rehearsed):
+def test_prediction_after_undeploy_names_the_make_command(app: Rehearsed):
     app.deploy()
     app.deployer().undeploy()
     with pytest.raises(UserError, match="deployed any more; run `make deploy APP=clients`"):
         app.predict(BODY)
 
 
-def test_a_wrong_canary_is_refused_before_anything_is_pushed(app: Rehearsed, capsys):
+def test_rejects_invalid_canary_before_pushing(app: Rehearsed, capsys):
     assert command_line.main(["deploy", app.app, "--canary", "200"]) == 1
     shown = capsys.readouterr()
     assert "push" not in shown.out and shown.err.startswith("error: canary: 200 given")
 
 
-def test_asking_what_is_not_there_names_it(app: Rehearsed):
+def test_prediction_without_deployment_names_the_app(app: Rehearsed):
     with pytest.raises(UserError, match="nothing of clients is deployed"):
         app.predict(BODY)
