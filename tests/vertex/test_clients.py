@@ -184,6 +184,21 @@ def test_command_line_from_deploy_to_cleanup(app: Rehearsed, tmp_path, capsys):
     assert nothing_is_left(app)
 
 
+def test_deploys_what_another_program_pushed(app: Rehearsed, tmp_path, capsys):
+    """Without Docker the stand-in sets PUSH_IMAGES=false."""
+    config = tmp_path / "vertex.json"
+    config.write_text(small().model_dump_json())
+    assert command_line.main(["deploy", app.app, "--tag", "v1", "--config", str(config)]) == 0
+    assert "not pushed, because push_images is false" in capsys.readouterr().out
+    (version,) = app.deployer().observe().versions
+    assert version.container["image_uri"] == app.image("v1")
+
+
+def test_prints_an_access_token(quick_standin, capsys):
+    assert command_line.main(["token"]) == 0
+    assert len(capsys.readouterr().out.strip()) > 20
+
+
 def test_googles_errors_are_one_line(app: Rehearsed, quick_standin, monkeypatch, tmp_path, capsys):
     config = tmp_path / "vertex.json"
     config.write_text(small(machine_type="n7-standard-4").model_dump_json())
