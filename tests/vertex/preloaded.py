@@ -21,14 +21,11 @@ class Preloaded:
     """The process that forks; use it as a context manager. Its environment is that of its start."""
 
     def __enter__(self) -> "Preloaded":
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.vertex.preloaded"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
+        command = [sys.executable, "-m", "tests.vertex.preloaded"]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
+        assert self._process.stdin and self._process.stdout
+        self._input, self._output = self._process.stdin, self._process.stdout
         return self
 
     def __exit__(
@@ -41,12 +38,12 @@ class Preloaded:
 
     def start(self, arguments: list[str], output: Path) -> int:
         """Start `python -m deploy.vertex ARGUMENTS`, and return its process ID."""
-        self._process.stdin.write(json.dumps([arguments, str(output)]) + "\n")
-        return int(self._process.stdout.readline())
+        print(json.dumps([arguments, str(output)]), file=self._input, flush=True)
+        return int(self._output.readline())
 
     def wait(self) -> int:
         """Wait for the end of the command; return its exit status, or minus its signal."""
-        return int(self._process.stdout.readline())
+        return int(self._output.readline())
 
 
 def serve() -> None:

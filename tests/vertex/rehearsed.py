@@ -1,6 +1,7 @@
 """What the tests of the deployer share: settings for a small server, and one app per test."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from deploy.vertex.predict import predict_in_three_ways
 from standin.local import Standin
 
 SERVER = Path(__file__).parent / "small_server.py"
-BODY = {"instances": ["a", "b"], "parameters": {"echo": True}}
+BODY: dict[str, Any] = {"instances": ["a", "b"], "parameters": {"echo": True}}
 CHANGES = {
     *("UploadModel", "DeleteModel", "CreateEndpoint", "UpdateEndpoint", "DeleteEndpoint"),
     *("DeployModel", "UndeployModel"),
@@ -21,7 +22,7 @@ CHANGES = {
 
 def small(**overrides: Any) -> VertexSettings:
     """The settings of deploy/vertex/vertex.yaml, with a server that is ready at once."""
-    given = {
+    given: dict[str, Any] = {
         "command": [sys.executable, str(SERVER)],
         "predict_route": "/predict",
         "health_route": "/health",
@@ -61,11 +62,9 @@ class Rehearsed:
         split = endpoint.traffic_split
         return {model.model_version_id: split.get(model.id, 0) for model in endpoint.list_models()}
 
-    def answers(self, count: int) -> dict[str, int]:
+    def answers(self, count: int) -> Counter[str]:
         """Version -> how many of `count` requests it answered."""
         endpoint = aiplatform.Endpoint(small().endpoint_name(self.app))
-        seen: dict[str, int] = {}
-        for _ in range(count):
-            version = endpoint.predict(BODY["instances"]).model_version_id
-            seen[version] = seen.get(version, 0) + 1
-        return seen
+        return Counter(
+            str(endpoint.predict(BODY["instances"]).model_version_id) for _ in range(count)
+        )
