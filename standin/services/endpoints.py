@@ -251,8 +251,8 @@ class Endpoints:
         used: Counter[str] = Counter()
         for item in deployed:
             used.update(_usage(item))
-        asked = _usage(new)
-        exceeded = limits.over_quota({metric: used[metric] + asked[metric] for metric in asked})
+        added = _usage(new)
+        exceeded = limits.over_quota({metric: used[metric] + added[metric] for metric in added})
         if exceeded:
             raise ApiError(
                 "RESOURCE_EXHAUSTED",

@@ -8,6 +8,7 @@ import pytest
 from standin import limits
 from standin.errors import HTTP, ApiError
 from standin.journal import Journal, read
+from standin.replicas.runners import expand
 from standin.services.lists import PAGE_LIMIT, page, select
 from standin.services.names import Identifiers, canonical, last_part, region_of, region_of_host
 from standin.settings import PROJECT_NUMBER, StandinSettings
@@ -157,3 +158,15 @@ def test_journal_reads_complete_lines_in_order(tmp_path):
         file.write('{"time": 0')  # not complete yet
     assert [call["time"] for call in read(tmp_path, "calls")] == [1.0, 2.0]
     assert read(tmp_path, "events") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "expanded"),
+    [
+        ("$(A)-$(B)", "1-$(B)"),
+        ("$$(A)", "$(A)"),
+        ("$A ${A} $", "$A ${A} $"),
+    ],
+)
+def test_expand_replaces_known_variables_only(text, expanded):
+    assert expand(text, {"A": "1"}) == expanded

@@ -98,7 +98,7 @@ class Client:
         self.deploy(endpoint.name, self.upload(**spec), count=count)
         return endpoint
 
-    def ask(self, endpoint: str, **parameters: Any) -> dict:
+    def predict(self, endpoint: str, **parameters: Any) -> dict:
         """Request one prediction on a shared endpoint; return it and the deployed model's ID."""
         response = self.predictions.predict(
             endpoint=endpoint, instances=["x"], parameters=parameters or None

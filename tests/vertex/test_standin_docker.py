@@ -95,19 +95,19 @@ def real(docker_standin: Standin) -> str:
 
 def test_containers_alternate_and_restart_after_a_crash(small_client, docker_standin):
     endpoint = small_client.running(count=2)
-    hosts = {small_client.ask(endpoint.name)["host"] for _ in range(4)}
+    hosts = {small_client.predict(endpoint.name)["host"] for _ in range(4)}
     assert len(hosts) == 2
     published = docker("ps", *only(docker_standin), "--format", "{{.Ports}}").splitlines()
     assert len(published) == 2 and all(line.startswith("127.0.0.1:") for line in published)
     with pytest.raises(exceptions.ServiceUnavailable):
-        small_client.ask(endpoint.name, die=True)
+        small_client.predict(endpoint.name, die=True)
 
     def events() -> list[str]:
         return [event["event"] for event in docker_standin.events()]
 
     wait_until(lambda: events().count("in routing") == 3, 30)
     assert "container exited" in events()
-    again = {small_client.ask(endpoint.name)["host"] for _ in range(4)}
+    again = {small_client.predict(endpoint.name)["host"] for _ in range(4)}
     assert len(again) == 2 and len(again & hosts) == 1
 
 
@@ -176,11 +176,11 @@ def test_sdk_end_to_end_with_the_real_image(docker_standin, real):
     endpoint = aiplatform.Endpoint.create(display_name=APP, dedicated_endpoint_enabled=True)
     model.deploy(endpoint=endpoint, machine_type="n1-standard-4", traffic_percentage=100)
     try:
-        answer = endpoint.predict(**PROMPT)
-        assert "Paris" in answer.predictions[0]
+        response = endpoint.predict(**PROMPT)
+        assert "Paris" in response.predictions[0]
         body, headers = json.dumps(PROMPT).encode(), {"Content-Type": "application/json"}
         raw = endpoint.raw_predict(body=body, headers=headers)
-        assert raw.status_code == 200 and raw.json()["predictions"] == answer.predictions
+        assert raw.status_code == 200 and raw.json()["predictions"] == response.predictions
         # Long, because an event holds the tokens of a tenth of a second.
         long = {"max_new_tokens": 300, "ignore_eos": True, "stream": True}
         stream = PROMPT | {"parameters": long}
@@ -191,8 +191,8 @@ def test_sdk_end_to_end_with_the_real_image(docker_standin, real):
                 assert line.startswith(b"data: ")
         assert len(times) > 2 and times[-1] > times[0]
         with ThreadPoolExecutor(16) as pool:
-            answers = list(pool.map(lambda _: endpoint.predict(**PROMPT), range(16)))
-        assert all("Paris" in a.predictions[0] for a in answers)
+            responses = list(pool.map(lambda _: endpoint.predict(**PROMPT), range(16)))
+        assert all("Paris" in a.predictions[0] for a in responses)
     finally:
         endpoint.undeploy_all()
         endpoint.delete()
@@ -266,5 +266,5 @@ def test_two_standins_with_the_same_seed_are_independent(small_client, base, cod
     endpoint = small_client.running()
     with Standin(SCALE, runner="docker") as other:
         client = Client(other, "grpc", push(base, other, "small:1"), code)
-        assert client.ask(client.running().name)
-    assert small_client.ask(endpoint.name)
+        assert client.predict(client.running().name)
+    assert small_client.predict(endpoint.name)

@@ -98,7 +98,7 @@ def test_viewer_can_read_only(standin, grpc_client, transport):
     with pytest.raises(exceptions.Forbidden, match=r"aiplatform\.endpoints\.create"):
         viewer.endpoint()
     with pytest.raises(exceptions.Forbidden, match=r"aiplatform\.endpoints\.predict"):
-        viewer.ask(f"{viewer.parent}/endpoints/1")
+        viewer.predict(f"{viewer.parent}/endpoints/1")
 
 
 def test_rejects_another_project(client):

@@ -162,7 +162,7 @@ def test_missing_resources_are_not_found(client, kind):
 def test_rejects_requests_to_an_empty_endpoint(client):
     endpoint = client.endpoint()
     with pytest.raises(exceptions.BadRequest, match="traffic_split"):
-        client.ask(endpoint.name)
+        client.predict(endpoint.name)
     with pytest.raises(exceptions.NotFound):
         client.endpoints.undeploy_model(endpoint=endpoint.name, deployed_model_id="1")
 
@@ -171,7 +171,7 @@ def test_rejects_body_of_11_mb_on_a_shared_endpoint(client):
     endpoint = client.running()
     with pytest.raises(exceptions.BadRequest, match=f"exceeds the limit: {SHARED_BYTES}"):
         client.predictions.predict(endpoint=endpoint.name, instances=["x" * 11_000_000])
-    assert client.ask(endpoint.name)  # the connection still works
+    assert client.predict(endpoint.name)  # the connection still works
 
 
 def test_rejects_body_of_11_mb_on_a_dedicated_endpoint(grpc_client):
@@ -188,8 +188,8 @@ def test_request_of_61_seconds_times_out_on_a_shared_endpoint(grpc_client, clien
     endpoint = grpc_client.running()
     with ThreadPoolExecutor() as pool:
         seconds = 61 * standin.limit_scale
-        asked = [pool.submit(c.ask, endpoint.name, sleep=seconds) for c in clients.values()]
-        for future in asked:
+        futures = [pool.submit(c.predict, endpoint.name, sleep=seconds) for c in clients.values()]
+        for future in futures:
             with pytest.raises(exceptions.ServiceUnavailable, match="Took too long"):
                 future.result()
 

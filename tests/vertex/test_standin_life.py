@@ -79,7 +79,7 @@ def running(
         for name, value in about["environment"].items():
             patch.setenv(name, value)
         client = Client(standin, "rest", standin.add_image("small"), code)
-        replica = int(client.ask(client.running().name)["pid"])
+        replica = int(client.predict(client.running().name)["pid"])
     return Running(program, about["pid"], standin.folder, replica)
 
 
@@ -98,7 +98,7 @@ def test_stop_leaves_nothing_and_restores_the_environment(code):
     before = dict(os.environ)
     with Standin(SCALE, runner="process") as standin:
         client = Client(standin, "grpc", standin.add_image("small"), code)
-        pid = int(client.ask(client.running().name)["pid"])
+        pid = int(client.predict(client.running().name)["pid"])
         child, folder = standin.pid, standin.folder
         assert os.environ["HTTPS_PROXY"] != before.get("HTTPS_PROXY")
     assert dict(os.environ) == before

@@ -38,8 +38,8 @@ def test_container_gets_the_platforms_variables(grpc_client, standin):
         args=["$(AIP_ENDPOINT_ID)", "$(X_OWN)"],
     )
     number = grpc_client.deploy(endpoint.name, model)
-    answer = grpc_client.ask(endpoint.name)
-    env, endpoint_id = dict(answer["env"]), endpoint.name.rsplit("/", 1)[1]
+    prediction = grpc_client.predict(endpoint.name)
+    env, endpoint_id = dict(prediction["env"]), endpoint.name.rsplit("/", 1)[1]
     assert env.pop("AIP_HTTP_PORT").isdecimal()
     assert env == {
         "AIP_HEALTH_ROUTE": "/ping",
@@ -57,14 +57,14 @@ def test_container_gets_the_platforms_variables(grpc_client, standin):
         "X_OWN": "a",
         "X_SEES": "a-PREDICTION-$(NOPE)-$(X_OWN)",
     }
-    assert list(answer["argv"]) == [endpoint_id, "a"]
+    assert list(prediction["argv"]) == [endpoint_id, "a"]
 
 
 def test_default_routes(grpc_client):
     endpoint = grpc_client.running(predict_route="", health_route="")
-    answer = grpc_client.ask(endpoint.name)
-    assert answer["path"] == answer["env"]["AIP_PREDICT_ROUTE"]
-    assert answer["path"].endswith(f"/deployedModels/{answer['deployed_model_id']}:predict")
+    prediction = grpc_client.predict(endpoint.name)
+    assert prediction["path"] == prediction["env"]["AIP_PREDICT_ROUTE"]
+    assert prediction["path"].endswith(f"/deployedModels/{prediction['deployed_model_id']}:predict")
 
 
 def test_prediction_keeps_types_and_names_the_model(client):
@@ -91,39 +91,39 @@ def test_model_server_errors_keep_status_and_message(grpc_client, subtests):
     }
     for status, error in classes.items():
         with subtests.test(str(status)), pytest.raises(error, match="as asked"):
-            grpc_client.ask(endpoint.name, status=status)
+            grpc_client.predict(endpoint.name, status=status)
 
 
 def test_rejects_response_without_predictions(grpc_client):
     endpoint = grpc_client.running()
     with pytest.raises(exceptions.InvalidArgument, match="predictions"):
-        grpc_client.ask(endpoint.name, odd=1)
+        grpc_client.predict(endpoint.name, odd=1)
 
 
 def test_replicas_alternate_and_restart_after_a_crash(grpc_client, standin):
     endpoint = grpc_client.running(count=2)
-    first = Counter(grpc_client.ask(endpoint.name)["pid"] for _ in range(6))
+    first = Counter(grpc_client.predict(endpoint.name)["pid"] for _ in range(6))
     assert sorted(first.values()) == [3, 3]
-    number = grpc_client.ask(endpoint.name)["deployed_model_id"]
+    number = grpc_client.predict(endpoint.name)["deployed_model_id"]
     with pytest.raises(exceptions.ServiceUnavailable):
-        grpc_client.ask(endpoint.name, die=True)
+        grpc_client.predict(endpoint.name, die=True)
     wait_until(lambda: events(standin, number).count("in routing") == 3, SECONDS)
     assert "container exited" in events(standin, number)
-    second = {grpc_client.ask(endpoint.name)["pid"] for _ in range(6)}
+    second = {grpc_client.predict(endpoint.name)["pid"] for _ in range(6)}
     assert len(second) == 2 and len(second & set(first)) == 1
 
 
 def test_unhealthy_replicas_get_no_requests(grpc_client, standin):
     endpoint = grpc_client.running(count=2)
-    number = grpc_client.ask(endpoint.name)["deployed_model_id"]
-    sick = grpc_client.ask(endpoint.name, health=500)["pid"]
+    number = grpc_client.predict(endpoint.name)["deployed_model_id"]
+    sick = grpc_client.predict(endpoint.name, health=500)["pid"]
     wait_until(lambda: "out of routing" in events(standin, number), SECONDS)
-    assert sick not in {grpc_client.ask(endpoint.name)["pid"] for _ in range(6)}
-    other = grpc_client.ask(endpoint.name, health=500)["pid"]
+    assert sick not in {grpc_client.predict(endpoint.name)["pid"] for _ in range(6)}
+    other = grpc_client.predict(endpoint.name, health=500)["pid"]
     assert other != sick
     wait_until(lambda: events(standin, number).count("out of routing") == 2, SECONDS)
     with pytest.raises(exceptions.ServiceUnavailable, match="No replica"):
-        grpc_client.ask(endpoint.name)
+        grpc_client.predict(endpoint.name)
 
 
 def test_traffic_split_can_change_and_is_checked(grpc_client):
@@ -134,13 +134,13 @@ def test_traffic_split_can_change_and_is_checked(grpc_client):
     )
     now = grpc_client.endpoints.get_endpoint(name=endpoint.name)
     assert dict(now.traffic_split) == {first: 80, second: 20}
-    names = Counter(grpc_client.ask(endpoint.name)["name"] for _ in range(100))
+    names = Counter(grpc_client.predict(endpoint.name)["name"] for _ in range(100))
     assert 8 <= names["new"] <= 34 and names.total() == 100  # 20 expected; 3.5 deviations
     with pytest.raises(exceptions.FailedPrecondition, match="traffic"):
         grpc_client.endpoints.undeploy_model(endpoint=endpoint.name, deployed_model_id=first)
     now.traffic_split = {second: 100}
     grpc_client.endpoints.update_endpoint(endpoint=now, update_mask={"paths": ["traffic_split"]})
-    assert {grpc_client.ask(endpoint.name)["name"] for _ in range(20)} == {"new"}
+    assert {grpc_client.predict(endpoint.name)["name"] for _ in range(20)} == {"new"}
     for split in ({second: 90}, {"0": 100}, {second: 150, first: -50}):
         now.traffic_split = split
         with pytest.raises(exceptions.InvalidArgument, match="traffic_split"):
@@ -151,7 +151,7 @@ def test_traffic_split_can_change_and_is_checked(grpc_client):
 
 def test_number_of_replicas_can_change(client, standin):
     endpoint = client.running()
-    number = client.ask(endpoint.name)["deployed_model_id"]
+    number = client.predict(endpoint.name)["deployed_model_id"]
 
     def resize(count: int) -> set:
         resources = {"min_replica_count": count, "max_replica_count": 4}
@@ -162,7 +162,7 @@ def test_number_of_replicas_can_change(client, standin):
             update_mask={"paths": paths},
         )
         assert finish(operation).deployed_model.dedicated_resources.min_replica_count == count
-        return {client.ask(endpoint.name)["pid"] for _ in range(6)}
+        return {client.predict(endpoint.name)["pid"] for _ in range(6)}
 
     assert len(resize(3)) == 3
     assert len(resize(1)) == 1
@@ -206,7 +206,7 @@ def test_raw_and_streamed_predictions_on_a_dedicated_endpoint(grpc_client):
 def test_dedicated_endpoint_has_its_own_host_name(grpc_client):
     endpoint = grpc_client.running(dedicated=True)
     with pytest.raises(exceptions.FailedPrecondition, match="dedicated dns name"):
-        grpc_client.ask(endpoint.name)
+        grpc_client.predict(endpoint.name)
     other = grpc_client.endpoint(dedicated=True)
     response = post(other.dedicated_endpoint_dns, endpoint.name, ":predict", {"instances": [1]})
     assert response.status_code == 404
@@ -225,8 +225,8 @@ def test_invoke_passes_any_path(grpc_client):
 def test_sixteen_concurrent_predictions(client):
     endpoint = client.running()
     with ThreadPoolExecutor(16) as pool:
-        asked = [pool.submit(client.ask, endpoint.name, n=n, sleep=0.3) for n in range(16)]
-        assert [int(f.result()["got"]["n"]) for f in asked] == list(range(16))
+        futures = [pool.submit(client.predict, endpoint.name, n=n, sleep=0.3) for n in range(16)]
+        assert [int(f.result()["got"]["n"]) for f in futures] == list(range(16))
 
 
 def test_disconnected_client_leaves_the_endpoint_working(grpc_client, standin):
