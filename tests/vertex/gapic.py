@@ -47,13 +47,13 @@ class Client:
     def upload(self, model: dict | None = None, **spec: Any) -> str:
         """Upload a model; return its name."""
         body = {"display_name": "small", "container_spec": self.spec(**spec)} | (model or {})
-        operation = self.models.upload_model(parent=self.parent, model=body)
+        operation = self.models.upload_model(parent=self.parent, model=v1.Model(body))
         return finish(operation).model
 
     def endpoint(self, *, dedicated: bool = False, **more: Any) -> v1.Endpoint:
         body = {"display_name": "small", "dedicated_endpoint_enabled": dedicated} | more
-        name = finish(self.endpoints.create_endpoint(parent=self.parent, endpoint=body)).name
-        return self.endpoints.get_endpoint(name=name)
+        operation = self.endpoints.create_endpoint(parent=self.parent, endpoint=v1.Endpoint(body))
+        return self.endpoints.get_endpoint(name=finish(operation).name)
 
     def deploy(
         self,
@@ -82,13 +82,11 @@ class Client:
         most: int = 0,
     ) -> Operation:
         """Start to deploy a model; return the operation."""
-        resources = {"machine_spec": machine or MACHINE, "min_replica_count": count}
+        resources: dict[str, Any] = {"machine_spec": machine or MACHINE, "min_replica_count": count}
+        resources["max_replica_count"] = most or count
         return self.endpoints.deploy_model(
             endpoint=endpoint,
-            deployed_model={
-                "model": model,
-                "dedicated_resources": resources | {"max_replica_count": most or count},
-            },
+            deployed_model=v1.DeployedModel({"model": model, "dedicated_resources": resources}),
             traffic_split={"0": 100} if split is None else split,
         )
 
@@ -100,10 +98,13 @@ class Client:
 
     def predict(self, endpoint: str, **parameters: Any) -> dict:
         """Request one prediction on a shared endpoint; return it and the deployed model's ID."""
+        instances: Any = ["x"]  # proto-plus converts both to protobuf's Value, and Values back
+        values: Any = parameters or None
         response = self.predictions.predict(
-            endpoint=endpoint, instances=["x"], parameters=parameters or None
+            endpoint=endpoint, instances=instances, parameters=values
         )
-        return dict(response.predictions[0]) | {"deployed_model_id": response.deployed_model_id}
+        prediction: Any = response.predictions[0]
+        return dict(prediction) | {"deployed_model_id": response.deployed_model_id}
 
     def delete_everything(self) -> None:
         """Undeploy and delete everything in the region."""
