@@ -32,7 +32,7 @@ POINTS = [
     "DeployModel",
     "DeployModel GetOperation",
     "DeployModel GetOperation GetOperation",
-    "DeployModel GetOperation GetEndpoint",
+    "DeployModel GetOperation GetOperation GetOperation",
 ]
 """Methods that the stand-in must have received, in this order, before the process is killed."""
 
