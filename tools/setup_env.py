@@ -57,7 +57,7 @@ def main() -> int:
 
 
 class SetupError(Exception):
-    """Something the reader can mend, in one line."""
+    """An error that you can fix, explained in one line."""
 
 
 def install(venv: Path, flavour: str) -> None:
@@ -143,7 +143,10 @@ def pip_sources(python: Path) -> dict[str, list[str]]:
 
 
 def uv_sources(sources: dict[str, list[str]]) -> list[str]:
-    """Say the same to uv. Any index may have any package, because the lock pins the hashes."""
+    """Convert pip's sources to uv's options.
+
+    Any index may provide any package, because the lock pins the hashes.
+    """
     options = ["--index-strategy", "unsafe-best-match"]
     options += [f"--default-index={url}" for url in sources["index-url"][-1:]]
     options += [f"--index={url}" for url in sources["extra-index-url"]]
@@ -151,7 +154,7 @@ def uv_sources(sources: dict[str, list[str]]) -> list[str]:
 
 
 def _run(command: list[str], locked: str | None = None) -> None:
-    """Run an installer, for these lines of the lock if any; its own messages go to the terminal."""
+    """Run pip or uv, for these lines of the lock if given. Its messages go to the terminal."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
         if locked is not None:
             requirements.write(locked)
