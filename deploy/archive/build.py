@@ -16,7 +16,7 @@ from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
 from deploy.common.paths import BUILD, MODEL_STORE, UserError, shown
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import RANDOM, source_of, weight_files
-from handler.config import EngineConfig, app_yaml, check_engine, merge, parse_app
+from handler.config import EngineConfig, app_yaml, check_engine, parse_app
 from handler.request import RequestError, default_parameters
 
 
@@ -111,7 +111,9 @@ def model_config(
     config = app_yaml(name, local=True)
     where = f"handler/apps/{name}.yaml"
     check_engine({"name": config["app"]["engine"].get("name")} | (engine or {}), where)
-    config["app"]["engine"] = merge(config["app"]["engine"], engine or {})
+    settings = config["app"]["engine"]
+    for key, value in (engine or {}).items():  # a section overrides field by field
+        settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
     if source_of(weights).get("source") == RANDOM:
         config["app"]["random_weights"] = True
     app = parse_app(config, where)
@@ -120,7 +122,7 @@ def model_config(
     except RequestError as error:
         raise UserError(f"{where}: {error}") from error
     chosen, why = choose_engine(app.engine, weights)
-    config["app"]["engine"].update(name=chosen, chosen=why)
+    settings.update(name=chosen, chosen=why)
     return config, app.engine.model_copy(update={"name": chosen})
 
 
