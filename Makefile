@@ -1,4 +1,5 @@
-# Each target calls one thing. APP is a name in handler/apps/, or any name together with MODEL_DIR.
+# Targets only call commands; logic belongs in Python. APP is a name in handler/apps/, or any name if
+# MODEL_DIR is set.
 
 APP       ?= smollm2-135m
 PORT      ?= 7080
@@ -15,7 +16,7 @@ BAKED     ?= yes
 CANARY    ?=
 PROJECT   ?=
 REGION    ?=
-# The environment of environment.yml, if it is active, is used as it is.
+# If the conda environment of environment.yml is active, make uses it instead of .venv.
 CONDA     := $(if $(filter serving-llms,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 VENV      ?= $(or $(CONDA),.venv)
 JOBS      ?= 3
@@ -27,8 +28,8 @@ GOOGLE  := $(if $(PROJECT),--project "$(PROJECT)") $(if $(REGION),--region "$(RE
 ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 
 export VENV TORCH
-# torch's threads wait asleep, not spinning: on a machine with other work, chapters are then several
-# times as fast (LOG.md).
+# torch's threads then sleep while they wait, instead of spinning. If other programs use the cores,
+# chapters are several times as fast (LOG.md).
 lab chapters notebooks: export OMP_WAIT_POLICY = passive
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart check fast lint types unit model archive serve test quality bench bench-peers \
@@ -46,13 +47,13 @@ setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 quickstart: setup ## Set up, serve APP, send it one request, print the response, stop
 	@$(PY) -m deploy.torchserve quickstart $(ARCHIVE) --port "$(PORT)"
 
-check: setup lint types ## Set up and pass every check (JOBS=3 at a time)
+check: setup lint types ## Set up and run every check (JOBS=3 at a time)
 	@exec $(PY) -m tests --jobs "$(JOBS)"
 
-fast: lint types ## Lint, types and the quick tests: what to run while you work (30 seconds)
+fast: lint types ## Run lint, types and the quick tests, after every change (30 seconds)
 	@$(PY) -m pytest -q tests/unit tests/notebooks -m "not slow and not served"
 
-lint: setup ## Check style, Dockerfile, layers of imports and declared dependencies
+lint: setup ## Check style, Dockerfile, import layers, dependencies and generated documents
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/hadolint docker/Dockerfile
@@ -63,18 +64,18 @@ lint: setup ## Check style, Dockerfile, layers of imports and declared dependenc
 types: setup ## Check types (mypy)
 	@$(VENV)/bin/mypy
 
-unit: setup ## Run tests/unit (PYTEST="-k name" for some of them)
+unit: setup ## Run tests/unit (PYTEST="-k name" selects tests)
 	@$(PY) -m pytest tests/unit --durations=20 $(PYTEST)
 
 chapters: setup ## Run every chapter and compare its outputs (pytest --nbval)
 	@env -u APP $(PY) -m pytest --nbval notebooks
 
-notebooks: setup ## Run every chapter in place, to store new outputs
+notebooks: setup ## Run every chapter and store its new outputs
 	@$(PY) -m nbconvert --to notebook --execute --inplace \
 	  --ExecutePreprocessor.record_timing=False --ExecutePreprocessor.timeout=1200 \
 	  --ExecutePreprocessor.store_widget_state=False \
 	  notebooks/0*.ipynb
-	@# What a stream was split into while it ran is joined after that.
+	@# Jupyter stores a stream in several pieces; join them, so that reruns give the same file.
 	@$(PY) -m nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True \
 	  notebooks/0*.ipynb
 
@@ -86,16 +87,16 @@ lab: setup ## Open the course in JupyterLab
 site: setup ## Build the course as a website into build/site, from the stored outputs
 	@$(PY) -m docs.build
 
-links: site ## Check that every link to another host leads somewhere
+links: site ## Check every link to another host
 	@$(PY) -m sphinx -q -b linkcheck -c docs -d build/site-doctrees build/site-pages build/links
 
-site-check: site ## Look at it in Chromium at two widths, light and dark, with axe-core (node, npm)
+site-check: site ## Check the website in Chromium: two widths, light and dark, axe-core (needs node, npm)
 	@docs/check/run build/site
 
-model: setup ## Get the weights of APP (MODEL_DIR=path to use yours, SHAPE_ONLY=1 for random ones)
+model: setup ## Get the weights of APP (MODEL_DIR=path for your own, SHAPE_ONLY=1 for random ones)
 	@$(PY) -m deploy.weights $(WEIGHTS)
 
-archive: setup ## Make the model archive (FORMAT=zip-store for a .mar; ENGINE=transformers)
+archive: setup ## Build the archive of APP (FORMAT=zip-store for a .mar, ENGINE=transformers)
 	@$(PY) -m deploy.archive $(ARCHIVE)
 
 serve: setup ## Serve APP with TorchServe, without Docker, until Ctrl-C
@@ -110,34 +111,34 @@ test: ## Send the request of quickstart to a running server and print the JSON
 quality: setup ## Measure what quantization costs (8 minutes)
 	@$(PY) -m benchmarks.quality
 
-bench-peers: setup ## Install vLLM and llama.cpp to compare with (3.8 GB, 12 minutes)
+bench-peers: setup ## Install vLLM and llama.cpp for make bench (3.8 GB, 12 minutes)
 	@$(PY) -m benchmarks.peers
 
-bench: setup ## Compare all systems that are installed (40 minutes with peers)
+bench: setup ## Compare all installed systems (40 minutes with vLLM and llama.cpp)
 	@$(PY) -m benchmarks.serving
 
-bench-large: setup ## Measure the dolly-v2-3b shape: export, speed, memory (15 minutes)
+bench-large: setup ## Measure the dolly-v2-3b shape: export, throughput, memory (15 minutes)
 	@$(PY) -m benchmarks.large
 
-bench-startup: setup ## Measure starts and memory beside the engine alone (6 minutes)
+bench-startup: setup ## Measure start time and memory, compared with the engine alone (6 minutes)
 	@$(PY) -m benchmarks.startup
 
-bench-offload: setup ## Measure it under a RAM budget, the rest on disk (12 minutes)
+bench-offload: setup ## Measure the dolly-v2-3b shape with layers on disk (12 minutes)
 	@$(PY) -m benchmarks.offload
 
-bench-image: setup ## Measure the images: sizes, builds, starts (15 minutes, Docker)
+bench-image: setup ## Measure the images: size, build time, start time (15 minutes, needs Docker)
 	@$(PY) -m benchmarks.image
 
-bench-soak: setup ## Half an hour of load with clients that leave and bad requests
+bench-soak: setup ## Load the server for half an hour, with disconnecting clients and invalid requests
 	@$(PY) -m benchmarks.soak
 
-bench-check: setup ## Fail if the server has become slow beside its engine (2 minutes)
+bench-check: setup ## Fail if the server is slow compared with its engine (2 minutes)
 	@$(PY) -m benchmarks.check
 
-lock: setup ## Resolve pyproject.toml into requirements.lock
+lock: setup ## Resolve pyproject.toml into requirements.lock and docker/locks
 	@$(PY) -m tools.lock
 
-clean: ## Remove what was made: models, archives, logs (not .venv)
+clean: ## Remove models, archives and logs, but not .venv
 	rm -rf models model_store build
 
 build-dev: setup ## Build an image of APP with both engines (Docker or podman)
@@ -149,7 +150,7 @@ build-pro: setup ## Build the smallest image of APP (TARGET=gpu for CUDA, BAKED=
 run: setup ## Run the image of APP, hardened, on PORT (TAG=pro, MEMORY=2g)
 	@$(PY) -m deploy.image run "$(APP)" --tag "$(TAG)" --port "$(PORT)" $(if $(MEMORY),--memory $(MEMORY))
 
-stop: setup ## Stop the container of APP: requests in flight are answered
+stop: setup ## Stop the container of APP after requests in flight finish
 	@$(PY) -m deploy.image stop "$(APP)"
 
 delete: setup ## Delete the container of APP
@@ -158,7 +159,7 @@ delete: setup ## Delete the container of APP
 shell: setup ## Open a shell in the container of APP
 	@$(PY) -m deploy.image shell "$(APP)"
 
-logs: setup ## Follow the container's log
+logs: setup ## Follow the log of the container of APP
 	@$(PY) -m deploy.image logs "$(APP)"
 
 push: setup ## Push the image of APP (REGISTRY=host/project/repository, TAG=pro)
@@ -167,7 +168,7 @@ push: setup ## Push the image of APP (REGISTRY=host/project/repository, TAG=pro)
 image-report: setup ## Show what is in the image of APP, by part
 	@$(PY) -m deploy.image.report "$(APP)" --tag "$(TAG)"
 
-plan: setup ## Show what deploy creates on Vertex AI, and its price (PROJECT=, REGION=)
+plan: setup ## Show what deploy creates on Vertex AI, and the price (PROJECT=, REGION=)
 	@$(PY) -m deploy.vertex plan "$(APP)" $(GOOGLE)
 
 deploy: setup ## Push the image of APP and deploy it on Vertex AI (CANARY=20 for 20 %)
@@ -177,10 +178,10 @@ deploy: setup ## Push the image of APP and deploy it on Vertex AI (CANARY=20 for
 test-vertex: setup ## Send a request to the endpoint of APP in three ways
 	@$(PY) -m deploy.vertex test "$(APP)" $(GOOGLE)
 
-undeploy: setup ## Stop the replicas of APP on Vertex AI, so that you no longer pay
+undeploy: setup ## Stop the replicas of APP on Vertex AI, so that you no longer pay for them
 	@$(PY) -m deploy.vertex undeploy "$(APP)" $(GOOGLE)
 
-cleanup: setup ## Remove everything of APP on Vertex AI, and prove it
+cleanup: setup ## Remove APP from Vertex AI, except its images, and check that it is gone
 	@$(PY) -m deploy.vertex cleanup "$(APP)" $(GOOGLE)
 
 standin: setup ## Start the local stand-in for Vertex AI, until Ctrl-C
