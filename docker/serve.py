@@ -5,7 +5,7 @@ Environment variables, all optional:
     AIP_STORAGE_URI   gs://bucket/folder with the archive, for an image without weights; also set
                       by Vertex AI
     MODEL_STORE       the folder with the archive, default /models
-    DRAIN_SECONDS     time for requests in flight after SIGTERM, default 20
+    DRAIN_SECONDS     time for requests in flight after SIGTERM; the default is below
 
 Exit codes: 0 after SIGTERM or SIGINT; 2 for a wrong environment variable; 1 if TorchServe ended by
 itself, with any code, so that the platform restarts the container.
@@ -25,6 +25,10 @@ from launch import java_command
 HERE = Path(__file__).parent
 TEMPORARY = Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108  the only writable folder
 STATE = TEMPORARY / "serving"
+DRAIN_SECONDS = 20
+"""The default of the environment variable."""
+JAVA_SECONDS = 5
+"""From SIGTERM to SIGKILL for TorchServe, after the drain."""
 QUIET_SECONDS = 1.0
 """TorchServe is stopped when no request was in flight for this long: responses need time to leave,
 and requests need time to reach the worker."""
@@ -36,7 +40,7 @@ def main() -> int:
     for stop_signal in (signal.SIGTERM, signal.SIGINT):
         signal.signal(stop_signal, lambda *_: stop.set())
     try:
-        drain_seconds = whole_number("DRAIN_SECONDS", 20, most=86_400)
+        drain_seconds = whole_number("DRAIN_SECONDS", DRAIN_SECONDS, most=86_400)
         if whole_number("AIP_HTTP_PORT", 7080, least=1, most=65535) in range(7081, 7085):
             raise ValueError("AIP_HTTP_PORT: management and metrics use the ports 7081 to 7084")
         store = by_name(model_store())
@@ -147,7 +151,7 @@ def end(server: subprocess.Popen) -> None:
     """Stop Java, which stops its worker."""
     server.terminate()
     try:
-        server.wait(5)
+        server.wait(JAVA_SECONDS)
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()

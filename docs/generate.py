@@ -1,4 +1,4 @@
-"""Fill in the generated parts of the documents: tables and numbers from result files.
+"""Fill in the generated parts of the documents: tables, measured numbers, limits.
 
 python -m docs.generate            # rewrite the documents
 python -m docs.generate --check    # fail if a document is not up to date
@@ -10,8 +10,9 @@ A document marks what is generated with HTML comments, which readers do not see:
 
     It takes <!-- value startup.openvino_seconds -->4.0<!-- end --> s.
 
-`BLOCKS` names the functions that write blocks, `benchmarks.report.values` those that write values.
-Markers inside code blocks and code spans are left alone.
+`BLOCKS` names the functions that write blocks. A value is a limit or setting from `SETTINGS`, read
+from the file that declares it, or a measured number from `benchmarks.report.values`. Markers inside
+code blocks and code spans are left alone.
 """
 
 import functools
@@ -23,11 +24,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import yaml
 
 from benchmarks.report.tables import TABLES, table
 from benchmarks.report.values import value
 from deploy.common import cli
 from deploy.common.paths import ROOT, UserError, shown
+from deploy.image.run import STOP_SECONDS
+from handler.config import DEFAULTS, load_app
 from handler.request import parameter_table
 
 
@@ -44,6 +48,32 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "parameters": parameter_table,
 }
 """Name of a block -> the function that writes it."""
+
+
+def default_limit(name: str) -> int:
+    """Read the limit of apps that set none of their own."""
+    return int(yaml.safe_load(DEFAULTS.read_text())["app"]["limits"][name])
+
+
+def declared(file: str, name: str) -> int:
+    """Read a whole number that a file assigns to a name at the start of a line."""
+    match = re.search(rf"^{name} ?= ?(\d+)$", (ROOT / file).read_text(), re.MULTILINE)
+    if not match:
+        raise UserError(f"{file} does not set {name} to a whole number")
+    return int(match[1])
+
+
+SETTINGS: dict[str, Callable[[], str]] = {
+    "limits.max_instances": lambda: str(default_limit("max_instances")),
+    "limits.max_body_kb": lambda: f"{default_limit('max_body_bytes') / 1000:g}",
+    "limits.frontend_body_mib": lambda: (
+        f"{declared('docker/config.properties', 'max_request_size') / 2**20:g}"
+    ),
+    "limits.smollm2_context": lambda: str(load_app("smollm2-135m").engine.max_context),
+    "container.drain_seconds": lambda: str(declared("docker/serve.py", "DRAIN_SECONDS")),
+    "container.stop_seconds": lambda: str(STOP_SECONDS),
+}
+"""Name of a limit or setting -> the function that reads it where it is declared."""
 
 MARKED = re.compile(
     r"(?P<code>^```.*?^```|`[^`\n]+`)"
@@ -77,7 +107,8 @@ def generate(text: str) -> str:
         if kind == "value":
             if re.fullmatch(r"\s*([-*>]\s+)*", text[: match.start()].rpartition("\n")[2]):
                 raise UserError(f"{marker} begins a line, which Markdown would read as HTML")
-            return f"{marker}{value(name)}<!-- end -->"
+            written = SETTINGS[name]() if name in SETTINGS else value(name)
+            return f"{marker}{written}<!-- end -->"
         if name not in BLOCKS:
             raise UserError(f"{marker}: there is no block {name!r}, only {', '.join(BLOCKS)}")
         return f"{marker}\n{BLOCKS[name]()}\n<!-- end -->"

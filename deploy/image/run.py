@@ -13,7 +13,7 @@ PORT = 7080
 """The port inside the container: the image's default for AIP_HTTP_PORT."""
 
 STOP_SECONDS = 30
-"""From SIGTERM to SIGKILL. The entry drains for 20 s, and Java gets 5."""
+"""From SIGTERM to SIGKILL: more than the sum of the entry's `DRAIN_SECONDS` and `JAVA_SECONDS`."""
 
 HARDENED = [
     "--read-only",  # no file of the image can be changed

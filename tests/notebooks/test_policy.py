@@ -34,7 +34,6 @@ NOT_MEASURED = {
     "1 GiB": "a setting: handler/apps/defaults.yaml",
     "3 GiB": "a setting of an exercise in chapter 1",
     "10 MB": "a limit: max_request_size in docker/config.properties",
-    "300 kB": "a limit: max_body_bytes in handler/apps/defaults.yaml",
     "50 ms": "a former setting",
     "100 ms": "a setting: handler/apps/defaults.yaml",
     "200 ms": "a setting: handler/apps/defaults.yaml",

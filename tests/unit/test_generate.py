@@ -5,7 +5,7 @@ import pytest
 from benchmarks.record import read
 from benchmarks.report.values import VALUES, value
 from deploy.common.paths import UserError
-from docs.generate import BLOCKS, documents, generate
+from docs.generate import BLOCKS, SETTINGS, declared, documents, generate
 
 VALUE = "serving.to_vllm_32"
 
@@ -49,9 +49,17 @@ def test_rejects(text, message):
 
 def test_every_value_is_a_number_that_a_document_has():
     text = "".join(path.read_text() for path in documents())
-    for name in VALUES:
-        assert float(value(name)) > 0
+    for name, write in (VALUES | SETTINGS).items():
+        assert float(write()) > 0
         assert f"<!-- value {name} -->" in text, f"{name}: no document has it"
+
+
+def test_reads_settings_where_they_are_declared():
+    text = "The limit is <!-- value limits.frontend_body_mib -->0<!-- end --> MiB."
+    size = declared("docker/config.properties", "max_request_size")
+    assert f"-->{size // 2**20}<!--" in generate(text)
+    with pytest.raises(UserError, match="does not set max_size"):
+        declared("docker/config.properties", "max_size")
 
 
 def test_every_experiment_says_what_it_is():

@@ -16,6 +16,7 @@ from deploy.image.__main__ import main
 from deploy.image.build import DOCKERFILE, TARGETS
 from deploy.image.lookup import TAGS, how_to_build, labels_of
 from deploy.image.report import PARTS, REST, part_of, table
+from deploy.image.run import STOP_SECONDS
 from deploy.image.runtime import container_runtime
 from deploy.torchserve import launch
 from deploy.torchserve.launch import java_command, read_properties
@@ -214,6 +215,10 @@ def test_rejects_archive_without_a_name(serve, tmp_path, manifest):
     archive_in(tmp_path / "itself", manifest)
     with pytest.raises(ValueError, match=r"MANIFEST\.json: model\.modelName cannot be read"):
         serve.by_name(tmp_path / "itself")
+
+
+def test_containers_are_killed_after_their_drain(serve):
+    assert STOP_SECONDS > serve.DRAIN_SECONDS + serve.JAVA_SECONDS
 
 
 def test_scripts_are_executable():
