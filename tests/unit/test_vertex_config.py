@@ -9,7 +9,7 @@ import yaml
 
 from deploy.common.paths import ROOT, UserError
 from deploy.vertex.__main__ import main
-from deploy.vertex.config import CONFIG, ENVIRONMENT, load_settings
+from deploy.vertex.config import CONFIG, ENVIRONMENT, VertexSettings, load_settings
 from deploy.vertex.plan import WIDTH, hourly, how_to_read_logs, plan, what_cleanup_keeps
 from deploy.vertex.push import push
 
@@ -32,6 +32,10 @@ def test_environment_and_keywords_win_over_the_file(monkeypatch, tmp_path):
     assert load_settings(file, region=None).region == load_settings(file).region
     monkeypatch.setenv("PUSH_IMAGES", "false")
     assert load_settings().push_images is False
+
+
+def test_the_file_has_every_setting():
+    assert set(yaml.safe_load(CONFIG.read_text())) == set(VertexSettings.model_fields)
 
 
 def test_settings_are_immutable():
