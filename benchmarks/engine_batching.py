@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConf
 from benchmarks.record import summary, write
 from deploy.common import cli
 from deploy.weights.fetch import get_weights
-from handler.config import EngineConfig, TransformersConfig
+from handler.config import engine_config
 from handler.engine import Engine, Sampling
 from handler.engine.transformers_engine import TransformersEngine
 
@@ -123,9 +123,7 @@ def main() -> None:
     measured = {}
     progress = tqdm(total=2 * len(cases) * ROUNDS * len(SYSTEMS), unit="run")
     for dtype in ("float32", "bfloat16"):
-        engine = TransformersEngine(
-            folder, EngineConfig(transformers=TransformersConfig(dtype=dtype))
-        )
+        engine = TransformersEngine(folder, engine_config(transformers={"dtype": dtype}))
         engine.end_tokens = set()
         for sequences, mixed in cases:
             requests = load(sequences, mixed=mixed)

@@ -2,12 +2,13 @@
 
 TorchServe reads the top level of the file (workers, batch size, timeouts); everything under
 `app:` is ours. `apps/defaults.yaml` has the settings that most apps share, so a new app can be as
-short as the name of its weights.
+short as the name of its weights. It alone declares their values: the types here have a default
+only where that file is silent.
 """
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -59,13 +60,13 @@ class LocalWeights(_Strict):
 class OpenVINOConfig(_Strict):
     """Settings of the `openvino` engine; `apps/defaults.yaml` says what each is for."""
 
-    precision: Literal["int8", "int4", "fp16"] = "int8"
+    precision: Literal["int8", "int4", "fp16"]
     group_size: int = 64
-    cache_gb: Annotated[int, Field(ge=1)] = 1
-    prefix_caching: bool = False
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = 128
-    prompt_lookup: Annotated[int, Field(ge=0, le=20)] = 0
-    dynamic_quantization: Annotated[int, Field(ge=0)] = 64
+    cache_gb: Annotated[int, Field(ge=1)]
+    prefix_caching: bool
+    max_num_batched_tokens: Annotated[int, Field(ge=1)]
+    prompt_lookup: Annotated[int, Field(ge=0, le=20)]
+    dynamic_quantization: Annotated[int, Field(ge=0)]
 
     @field_validator("group_size")
     @classmethod
@@ -78,11 +79,11 @@ class OpenVINOConfig(_Strict):
 class TransformersConfig(_Strict):
     """Settings of the `transformers` engine; `apps/defaults.yaml` says what each is for."""
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device_map: str | dict[str, int | str] | None = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"]
+    device_map: str | dict[str, int | str] | None
     max_memory: dict[int | str, int | str] | None = None
     offload_folder: str | None = None
-    max_prefill_tokens: Annotated[int, Field(ge=1)] = 2048
+    max_prefill_tokens: Annotated[int, Field(ge=1)]
 
 
 class EngineConfig(_Strict):
@@ -90,23 +91,23 @@ class EngineConfig(_Strict):
 
     The settings here apply to every engine. Those of a single engine are in the section that has
     the engine's name. `chosen` says why `deploy` chose the engine; people leave it out.
+    `engine_config` makes one from a few settings.
     """
 
-    name: Literal["auto", "openvino", "transformers"] = "auto"
+    name: Literal["auto", "openvino", "transformers"]
     chosen: str = ""
     threads: Annotated[int, Field(ge=1)] | None = None
     max_context: Annotated[int, Field(ge=2)] | None = None
-    max_batch: Annotated[int, Field(ge=1)] = 32
-    max_queue: Annotated[int, Field(ge=0)] = 64
+    max_batch: Annotated[int, Field(ge=1)]
+    max_queue: Annotated[int, Field(ge=0)]
     stop_tokens: list[str] = []
-    openvino: OpenVINOConfig = OpenVINOConfig()
-    transformers: TransformersConfig = TransformersConfig()
+    openvino: OpenVINOConfig
+    transformers: TransformersConfig
 
 
-_SECTIONS = {
-    name: type(field.default)
-    for name, field in EngineConfig.model_fields.items()
-    if isinstance(field.default, _Strict)
+_SECTIONS: dict[str, type[_Strict]] = {
+    "openvino": OpenVINOConfig,
+    "transformers": TransformersConfig,
 }
 """The sections of `EngineConfig`, by the engine's name."""
 
@@ -114,7 +115,7 @@ _SECTIONS = {
 class PromptConfig(_Strict):
     """How a prompt is written for the model. `style: instruct` needs a `template`."""
 
-    style: Literal["plain", "instruct", "chat"] = "plain"
+    style: Literal["plain", "instruct", "chat"]
     template: str = ""
 
     @model_validator(mode="after")
@@ -127,9 +128,9 @@ class PromptConfig(_Strict):
 class Limits(_Strict):
     """What one request may ask for."""
 
-    max_instances: Annotated[int, Field(ge=1)] = 32
-    max_new_tokens: Annotated[int, Field(ge=1)] = 1024
-    max_body_bytes: Annotated[int, Field(ge=1)] = 300_000
+    max_instances: Annotated[int, Field(ge=1)]
+    max_new_tokens: Annotated[int, Field(ge=1)]
+    max_body_bytes: Annotated[int, Field(ge=1)]
 
 
 class App(_Strict):
@@ -141,10 +142,10 @@ class App(_Strict):
     )
     architecture: dict[str, Any] | None = None
     random_weights: bool = False
-    engine: EngineConfig = EngineConfig()
-    prompt: PromptConfig = PromptConfig()
-    parameters: dict[str, Any] = {}
-    limits: Limits = Limits()
+    engine: EngineConfig
+    prompt: PromptConfig
+    parameters: dict[str, Any]
+    limits: Limits
 
 
 class ModelConfig(_Strict):
@@ -156,14 +157,14 @@ class ModelConfig(_Strict):
 
     model_config = ConfigDict(strict=True)
 
-    minWorkers: int = 1
-    maxWorkers: int = 1
-    continuousBatching: bool = True
-    batchSize: Annotated[int, Field(ge=1)] = 1
-    maxBatchDelay: Annotated[int, Field(ge=0)] = 100
-    jobQueueSize: Annotated[int, Field(ge=1)] = 100
-    responseTimeout: Annotated[int, Field(ge=1)] = 120
-    startupTimeout: Annotated[int, Field(ge=1)] = 120
+    minWorkers: Literal[1]
+    maxWorkers: Literal[1]
+    continuousBatching: Literal[True]
+    batchSize: Annotated[int, Field(ge=1)]
+    maxBatchDelay: Annotated[int, Field(ge=0)]
+    jobQueueSize: Annotated[int, Field(ge=1)]
+    responseTimeout: Annotated[int, Field(ge=1)]
+    startupTimeout: Annotated[int, Field(ge=1)]
     deviceType: Any = None
     deviceIds: Any = None
     parallelType: Any = None
@@ -183,8 +184,9 @@ class ModelConfig(_Strict):
 
     @field_validator("minWorkers", "maxWorkers", "continuousBatching", mode="before")
     @classmethod
-    def _allow_only_the_default(cls, value: Any, info: ValidationInfo) -> Any:
-        only = cls.model_fields[str(info.field_name)].default
+    def _allow_one_value(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reject also `true` for 1 and 1 for `true`, which are equal in Python."""
+        (only,) = get_args(cls.model_fields[str(info.field_name)].annotation)
         if type(value) is not type(only) or value != only:
             raise ValueError(f"should be {show(only)}")
         return value
@@ -224,13 +226,14 @@ def app_yaml(name: str, *, local: bool = False) -> dict[str, Any]:
 
 
 def parse_app(config: dict[str, Any], where: str) -> App:
-    """Check a model-config and return its `app:` part.
+    """Complete a model-config with the defaults, check it, and return its `app:` part.
 
     Raises:
         ConfigError: a field is unknown, missing or out of range; the message names it.
     """
+    complete = merge(_read(DEFAULTS), config)
     try:
-        return ModelConfig.model_validate({str(key): config[key] for key in config}).app
+        return ModelConfig.model_validate({str(key): complete[key] for key in complete}).app
     except ValidationError as error:
         errors = error.errors(include_url=False)
         # A misspelt field is often a missing one too: the message names the one that is written.
@@ -273,6 +276,11 @@ def check_engine(settings: dict[str, Any], where: str) -> None:
                 f"{where}: app.engine.{section}: has no effect with name: {name}; remove this "
                 "section, or use name: auto, which allows the sections of both engines"
             )
+
+
+def engine_config(**settings: Any) -> EngineConfig:
+    """Return the engine settings of an app whose YAML has only these under `app.engine`."""
+    return EngineConfig.model_validate(merge(_read(DEFAULTS)["app"]["engine"], settings))
 
 
 def load_app(name: str, *, local: bool = False) -> App:

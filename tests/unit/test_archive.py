@@ -14,7 +14,6 @@ from deploy.archive.pack import HANDLER
 from deploy.common.paths import UserError
 from deploy.weights.fetch import get_weights
 from handler.config import (
-    App,
     ConfigError,
     OpenVINOConfig,
     TransformersConfig,
@@ -86,12 +85,6 @@ def test_every_app_is_valid():
     assert app_names() == ["dolly-v2-3b", "gpt2", "smollm2-135m"]
     for name in app_names():
         assert load_app(name).title
-
-
-def test_defaults_of_the_yaml_are_those_of_the_types():
-    """Both state them: the YAML for its readers, the types for engines made without a file."""
-    app = load_app("my-own-model", local=True)
-    assert app == App(title="my-own-model", parameters=app.parameters)
 
 
 @pytest.mark.parametrize(

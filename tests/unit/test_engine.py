@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from deploy.archive.export import export
-from handler.config import EngineConfig
+from handler.config import engine_config
 from handler.engine import PromptError, Sampling, create_engine
 from handler.engine.sampling import Sampler
 from tests import tiny
@@ -49,7 +49,7 @@ def make_engine(tmp_path_factory):
 
     @functools.cache
     def make(kind: str, name: str):
-        config = EngineConfig(name=kind, max_batch=8, openvino={"precision": "fp16"})
+        config = engine_config(name=kind, max_batch=8, openvino={"precision": "fp16"})
         folder = weights(name)
         engine = create_engine(
             export(folder, config, cache) if kind == "openvino" else folder, config
@@ -277,7 +277,7 @@ def test_new_sequences_do_not_starve_running_ones(batching_engine):
 
 
 def test_engine_is_dead_after_three_failures(tiny_llama, monkeypatch):
-    engine = create_engine(tiny_llama, EngineConfig(**TORCH))
+    engine = create_engine(tiny_llama, engine_config(**TORCH))
     monkeypatch.setattr(engine, "_forward", lambda *_: 1 / 0)
     for key in range(3):
         assert engine.alive()
@@ -288,7 +288,7 @@ def test_engine_is_dead_after_three_failures(tiny_llama, monkeypatch):
 
 def test_more_sequences_than_the_batch_holds(tiny_llama):
     engine = create_engine(
-        tiny_llama, EngineConfig(**TORCH, max_batch=3, transformers={"max_prefill_tokens": 64})
+        tiny_llama, engine_config(**TORCH, max_batch=3, transformers={"max_prefill_tokens": 64})
     )
     engine.end_tokens = set()
     prompts = [f"{i} " * (i + 1) for i in range(10)]
@@ -301,10 +301,10 @@ def test_more_sequences_than_the_batch_holds(tiny_llama):
 def test_offload_to_disk_gives_the_same_text(tiny_llama, tmp_path, monkeypatch, folder):
     """`max_memory` leaves no room in RAM: accelerate reads the layers from disk at every step."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    plain = create_engine(tiny_llama, EngineConfig(**TORCH))
+    plain = create_engine(tiny_llama, engine_config(**TORCH))
     place = str(tmp_path / folder) if folder else None
     settings = {"max_memory": {"cpu": 300_000}, "offload_folder": place}
-    offloaded = create_engine(tiny_llama, EngineConfig(**TORCH, transformers=settings))
+    offloaded = create_engine(tiny_llama, engine_config(**TORCH, transformers=settings))
     assert [p.name for p in tmp_path.iterdir()] == ([folder] if folder else []), (
         "an empty folder is left"
     )
@@ -316,17 +316,17 @@ def test_rejects_max_memory_that_holds_no_module(tiny_llama):
     with pytest.raises(
         ValueError, match=r"app\.engine\.transformers\.max_memory: \{'cpu': 0\} leaves no module"
     ):
-        create_engine(tiny_llama, EngineConfig(**TORCH, transformers={"max_memory": {"cpu": 0}}))
+        create_engine(tiny_llama, engine_config(**TORCH, transformers={"max_memory": {"cpu": 0}}))
 
 
 def test_rejects_stop_token_of_several_tokens(tiny_llama):
     with pytest.raises(ValueError, match="'### End' is 7 tokens"):
-        create_engine(tiny_llama, EngineConfig(**TORCH, stop_tokens=["### End"]))
+        create_engine(tiny_llama, engine_config(**TORCH, stop_tokens=["### End"]))
 
 
 def test_smollm2_in_a_batch_and_alone(smollm2: Path):
     """SmolLM2 in float32: three requests of unequal length, alone and together."""
-    engine = create_engine(smollm2, EngineConfig(**TORCH, max_context=2048))
+    engine = create_engine(smollm2, engine_config(**TORCH, max_context=2048))
     prompts = ["How to prepare a spanish omelette:", "Paris", "One, two, three, four, five, six,"]
     together, _ = run(engine, prompts, Sampling(max_new_tokens=24))
     alone = [run(engine, [p], Sampling(max_new_tokens=24))[0][0] for p in prompts]
@@ -337,7 +337,7 @@ def test_smollm2_in_a_batch_and_alone(smollm2: Path):
 @pytest.fixture(scope="module")
 def quantized(smollm2: Path) -> Path:
     """SmolLM2 as the archive of a CPU holds it."""
-    return export(smollm2, EngineConfig(name="openvino"))
+    return export(smollm2, engine_config(name="openvino"))
 
 
 def test_settings_reach_openvino(tiny_llama, monkeypatch):
@@ -351,7 +351,7 @@ def test_settings_reach_openvino(tiny_llama, monkeypatch):
     monkeypatch.setattr(genai, "ContinuousBatchingPipeline", stop_here)
     own = {"cache_gb": 3, "max_num_batched_tokens": 77, "prefix_caching": True}
     own |= {"dynamic_quantization": 32, "prompt_lookup": 4}
-    config = EngineConfig(name="openvino", threads=5, max_batch=9, openvino=own)
+    config = engine_config(name="openvino", threads=5, max_batch=9, openvino=own)
     with pytest.raises(InterruptedError):
         create_engine(tiny_llama, config)
     scheduler = seen["scheduler"]
@@ -371,7 +371,7 @@ def test_settings_reach_openvino(tiny_llama, monkeypatch):
 def test_threads_reach_torch(tiny_llama):
     before = torch.get_num_threads()
     try:
-        engine = create_engine(tiny_llama, EngineConfig(**TORCH, threads=before + 1))
+        engine = create_engine(tiny_llama, engine_config(**TORCH, threads=before + 1))
         assert torch.get_num_threads() == before + 1
         assert f"{before + 1} threads" in engine.description
     finally:
@@ -384,7 +384,7 @@ def test_rejects_cache_larger_than_the_memory(tiny_llama):
     too_much = memory // 2**30 + 1
     message = rf"app\.engine\.openvino\.cache_gb: {too_much} .*has {memory / 2**30:.1f} GiB"
     with pytest.raises(ValueError, match=message):
-        create_engine(tiny_llama, EngineConfig(name="openvino", openvino={"cache_gb": too_much}))
+        create_engine(tiny_llama, engine_config(name="openvino", openvino={"cache_gb": too_much}))
 
 
 QUESTIONS = ["Paris is the capital of", "One, two, three, four, five, six,", "Water freezes at"]
@@ -393,14 +393,14 @@ QUESTIONS = ["Paris is the capital of", "One, two, three, four, five, six,", "Wa
 def test_both_engines_generate_the_same_first_tokens(smollm2: Path, quantized: Path):
     """int8 weights and float32 agree on the first tokens; later ones differ by rounding."""
     few = Sampling(max_new_tokens=4)
-    exact = run(create_engine(smollm2, EngineConfig(**TORCH)), QUESTIONS, few)
-    assert run(create_engine(quantized, EngineConfig(name="openvino")), QUESTIONS, few) == exact
+    exact = run(create_engine(smollm2, engine_config(**TORCH)), QUESTIONS, few)
+    assert run(create_engine(quantized, engine_config(name="openvino")), QUESTIONS, few) == exact
 
 
 def test_batch_is_exact_without_dynamic_quantization(quantized: Path):
     """With `dynamic_quantization: 0`: 12 texts of 32 tokens, alone and together."""
     engine = create_engine(
-        quantized, EngineConfig(name="openvino", openvino={"dynamic_quantization": 0})
+        quantized, engine_config(name="openvino", openvino={"dynamic_quantization": 0})
     )
     prompts = [f"Number {i}. Write a story about a river and {i} lanterns." for i in range(12)]
     together, _ = run(engine, prompts, Sampling(max_new_tokens=32))
@@ -410,11 +410,11 @@ def test_batch_is_exact_without_dynamic_quantization(quantized: Path):
 def test_prompt_lookup_keeps_the_text(tiny_llama: Path, tmp_path: Path):
     """Greedy texts that repeat themselves are the same; sampled ones have the right length."""
     exact = {"precision": "fp16", "dynamic_quantization": 0}
-    config = EngineConfig(name="openvino", openvino=exact)
+    config = engine_config(name="openvino", openvino=exact)
     folder = export(tiny_llama, config, tmp_path)
     plain = create_engine(folder, config)
     looking = create_engine(
-        folder, EngineConfig(name="openvino", openvino=exact | {"prompt_lookup": 4})
+        folder, engine_config(name="openvino", openvino=exact | {"prompt_lookup": 4})
     )
     assert "prompt lookup of 4" in looking.description
     greedy = Sampling(max_new_tokens=40, ignore_eos=True)

@@ -14,7 +14,7 @@ import yaml
 from deploy.archive.build import build_archive
 from deploy.archive.export import EXPORTED, choose_engine, export
 from deploy.common.paths import UserError
-from handler.config import EngineConfig, OpenVINOConfig, load_app
+from handler.config import engine_config, load_app
 from handler.engine.folder import ModelFolder
 from tests import tiny
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 def test_choice_of_the_engine(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path):
     def choose(**settings) -> tuple[str, str]:
-        return choose_engine(EngineConfig(**settings), tiny_llama, tmp_path)
+        return choose_engine(engine_config(**settings), tiny_llama, tmp_path)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose() == ("openvino", "there is no GPU")
@@ -46,24 +46,21 @@ def test_chooses_transformers_if_the_export_does_not_fit_into_memory(
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    name, why = choose_engine(EngineConfig(), tiny_llama, tmp_path)
+    name, why = choose_engine(engine_config(), tiny_llama, tmp_path)
     assert name == "transformers"
     assert re.fullmatch(r"exporting for OpenVINO takes \d.\d GB of memory and 0.0 are free", why)
-    export(tiny_llama, EngineConfig(), tmp_path)
-    assert choose_engine(EngineConfig(), tiny_llama, tmp_path)[0] == "openvino", (
+    export(tiny_llama, engine_config(), tmp_path)
+    assert choose_engine(engine_config(), tiny_llama, tmp_path)[0] == "openvino", (
         "the export exists already"
     )
 
 
 def test_export_is_made_once_for_each_setting(tiny_llama: Path, tmp_path: Path):
-    first = export(tiny_llama, EngineConfig(), tmp_path)
+    first = export(tiny_llama, engine_config(), tmp_path)
     stamp = (first / EXPORTED).stat().st_mtime_ns
-    assert export(tiny_llama, EngineConfig(threads=1), tmp_path) == first
+    assert export(tiny_llama, engine_config(threads=1), tmp_path) == first
     assert (first / EXPORTED).stat().st_mtime_ns == stamp
-    assert (
-        export(tiny_llama, EngineConfig(openvino=OpenVINOConfig(precision="fp16")), tmp_path)
-        != first
-    )
+    assert export(tiny_llama, engine_config(openvino={"precision": "fp16"}), tmp_path) != first
     assert not list(tmp_path.glob("*.unfinished"))
 
 
@@ -84,7 +81,7 @@ def test_rejects_model_that_cannot_be_exported(tiny_llama: Path, tmp_path: Path)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
     with pytest.raises(UserError, match=r"cannot export .*app\.engine\.name: transformers"):
-        export(broken, EngineConfig(), tmp_path / "cache")
+        export(broken, engine_config(), tmp_path / "cache")
     assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
 
 

@@ -7,7 +7,7 @@ from handler.engine import Messages, Sampling
 from handler.prompt import render
 from handler.request import Instance, RequestError
 
-PLAIN = PromptConfig()
+PLAIN = PromptConfig(style="plain")
 CHAT = PromptConfig(style="chat")
 DOLLY = load_app("dolly-v2-3b").prompt
 
