@@ -57,7 +57,7 @@ class Deployer:
         settings: from `load_settings`.
         app: the APP.
         report: takes one line for every step.
-        progress: takes a line that replaces the one before, about every second of a long step.
+        progress: takes a line that replaces the one before, after every poll of a long step.
 
     Raises:
         UserError: no project, or no application-default credentials.

@@ -57,7 +57,8 @@ class Operations:
     Args:
         client: any client of the region; all of them have the operations' methods.
         report: takes one line for every step.
-        progress: takes a line that replaces the one before, about every second of a long step.
+        progress: takes a line that replaces the one before, after every poll: at most
+            `LONGEST_POLL` seconds apart.
     """
 
     def __init__(
