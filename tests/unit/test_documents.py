@@ -1,12 +1,16 @@
 """README.md, CONTRIBUTING.md and the pages: links, pictures, names of files, size."""
 
+import ast
+import importlib.util
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import nbformat
 import pytest
+import yaml
 from bs4 import BeautifulSoup
 from markdown_it import MarkdownIt
 
@@ -79,27 +83,103 @@ def test_pictures_are_those_that_the_program_draws():
     assert committed == drawn(), "run python -m docs.pictures"
 
 
-def test_contributing_lists_every_room():
+def test_contributing_lists_every_folder():
     run = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if run.returncode != 0:
         pytest.skip("not a git checkout")
     folders = {line.split("/")[0] for line in run.stdout.splitlines() if "/" in line}
-    rooms = set(re.findall(r"^\| .+ \| `(\w+)/` \|$", CONTRIBUTING, re.MULTILINE))
-    assert rooms == {folder for folder in folders if not folder.startswith(".")}
+    listed = re.findall(r"^\| .+ \| `([\w.]+)/` \|$", CONTRIBUTING, re.MULTILINE)
+    assert set(listed) == folders
 
 
-def test_contributing_names_files_and_names_that_exist():
-    """`top_p` in `handler/request.py`: the file exists and holds the name."""
-    rows = CONTRIBUTING.split("## Where to change what")[1].split("\n## ")[0].splitlines()
-    places = [row.split(" | ")[1] for row in rows if row.count(" | ") == 2][1:]
-    assert len(places) >= 10
-    for place in places:
-        code = re.findall(r"`([^`]+)`", place)
-        files = [ROOT / name for name in code if "/" in name and "NAME" not in name]
-        names = [name for name in code if "/" not in name and not (ROOT / name).exists()]
-        files += [ROOT / name for name in code if "/" not in name and (ROOT / name).exists()]
-        assert files or "NAME" in place, place
-        assert all(file.exists() for file in files), place
-        texts = "".join(file.read_text() for file in files if file.is_file())
-        for name in names:
-            assert name.split(".")[-1] in texts, f"{name} is not in {files}"
+PLACEHOLDER = re.compile(r"NAME|0N")
+
+
+def code_spans(text: str) -> list[str]:
+    """What stands in backticks, without blocks of code and without placeholders."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [span for span in re.findall(r"`([^`\n]+)`", text) if not PLACEHOLDER.search(span)]
+
+
+def is_path(span: str) -> bool:
+    return " " not in span and ("/" in span or (ROOT / span).exists())
+
+
+def python_names(body: Sequence[ast.stmt], prefix: str = "") -> Iterator[str]:
+    """Everything that a module defines or imports, with the classes it is in: `Metrics.record`."""
+    for statement in body:
+        match statement:
+            case ast.ClassDef(name=name):
+                yield prefix + name
+                yield from python_names(statement.body, f"{prefix}{name}.")
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield prefix + name
+            case ast.Assign(targets=targets):
+                yield from (prefix + n.id for t in targets for n in ast.walk(t) if is_name(n))
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                yield prefix + name
+            case ast.ImportFrom(names=names):
+                yield from (prefix + (alias.asname or alias.name) for alias in names)
+
+
+def is_name(node: ast.AST) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name)
+
+
+def yaml_names(value: object, prefix: str = "") -> Iterator[str]:
+    """The keys of a YAML file, with those they are under: `app.limits`."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{prefix}{key}"
+            yield from yaml_names(inner, f"{prefix}{key}.")
+
+
+def defines(path: Path, name: str) -> bool:
+    text = path.read_text()
+    if path.suffix == ".py" and re.fullmatch(r"[\w.]+", name):
+        return name in python_names(ast.parse(text).body)
+    if path.suffix == ".yaml":
+        return name in yaml_names(yaml.safe_load(text))
+    return bool(re.search(rf"^\W*{re.escape(name)}", text, re.MULTILINE))
+
+
+def test_contributing_names_paths_and_commands_that_exist():
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for span in code_spans(CONTRIBUTING):
+        if span.startswith("make "):
+            assert span.split()[1] in targets, span
+        elif command := re.fullmatch(r"(?:\.venv/bin/)?python -m ([\w.]+)(.*)", span):
+            assert importlib.util.find_spec(command[1]), span
+            assert all((ROOT / word).exists() for word in command[2].split() if "/" in word), span
+        elif is_path(span):
+            assert any(ROOT.glob(span)), span
+
+
+def test_contributing_names_what_the_files_define():
+    """`Parameters.top_p` in `handler/request.py`: a file in the same cell defines that name."""
+    section = CONTRIBUTING.split("## Where to change what")[1].split("\n## ")[0]
+    rows = [row.split(" | ") for row in section.splitlines() if row.count(" | ") == 2][1:]
+    assert len(rows) >= 10
+    for _, change, then in rows:
+        for cell in (change, then):
+            spans = [span for span in code_spans(cell) if not re.match(r"make |.*python -m", span)]
+            files = [path for span in spans if is_path(span) and (path := ROOT / span).is_file()]
+            for name in spans:
+                if not is_path(name):
+                    assert any(defines(file, name) for file in files), f"{name} in {cell}"
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "found"),
+    [
+        ("handler/request.py", "Parameters.top_p", True),
+        ("handler/request.py", "Message.top_p", False),
+        ("handler/request.py", "top_p", False),
+        ("handler/apps/defaults.yaml", "app.limits.max_body_bytes", True),
+        ("handler/apps/defaults.yaml", "app.engine.max_body_bytes", False),
+        ("docker/config.properties", "max_request_size", True),
+        ("docker/config.properties", "request_size", False),
+    ],
+)
+def test_finds_only_whole_names(file, name, found):
+    assert defines(ROOT / file, name) == found
