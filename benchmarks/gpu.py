@@ -141,7 +141,7 @@ def same_text() -> dict[str, str]:
         assert prompt is not None
         engine.submit(0, prompt, Sampling(max_new_tokens=24), stream=False)
         text = ""
-        while engine.running or not text:
+        while engine.unfinished:
             text += "".join(progress.text for progress in engine.advance(1))
         texts[str(engine.model.device)] = text
     return texts

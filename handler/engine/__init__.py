@@ -79,6 +79,11 @@ class Engine(Protocol):
     max_context: int
     """The most tokens of one sequence, prompt and completion together."""
 
+    @property
+    def unfinished(self) -> int:
+        """The number of sequences that wait, run, or have an end to report."""
+        ...
+
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         """Queue one sequence and return its prompt length in tokens.
 

@@ -100,8 +100,7 @@ class OpenVINOEngine:
         return self.folder.chat_prompt(messages)
 
     @property
-    def running(self) -> int:
-        """The number of sequences that run or wait."""
+    def unfinished(self) -> int:
         return len(self._sequences)
 
     def _read(self) -> None:

@@ -94,9 +94,8 @@ class TransformersEngine:
         return self.folder.chat_prompt(messages)
 
     @property
-    def running(self) -> int:
-        """The number of sequences in the batch."""
-        return len(self._batch)
+    def unfinished(self) -> int:
+        return len(self._waiting) + len(self._batch) + len(self._done)
 
     def _ready(self) -> bool:
         return bool(self._done) or any(s.urgent for s in self._batch.sequences)

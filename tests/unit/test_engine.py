@@ -95,7 +95,7 @@ def test_greedy_text_in_a_batch_is_the_text_alone(engine):
     assert len(set(together)) == len(PROMPTS)
 
 
-def test_greedy_text_is_that_of_generate(transformers_engine):
+def test_greedy_text_equals_that_of_generate(transformers_engine):
     engine = transformers_engine
     ids = torch.tensor([engine.folder.encode(PROMPTS[1])]).to(engine.model.device)
     out = engine.model.generate(
@@ -112,7 +112,7 @@ def test_sequence_that_joins_late_has_the_text_alone(engine):
         engine.advance(0)
     assert run(engine, [PROMPTS[1]], stream=True)[0][0] == expected
     engine.cancel("late-partner")
-    assert engine.running == 0
+    assert engine.unfinished == 0
 
 
 def test_sequences_have_their_own_sampling(engine):
@@ -208,7 +208,7 @@ def test_cancel_drops_only_that_sequence(engine):
         done = [p for p in engine.advance(0.05) if p.finish_reason]
     assert [(p.key, p.text) for p in done] == [("stay", done[0].text)]
     assert expected.endswith(done[0].text)
-    assert engine.running == 0 and engine.advance(0) == []
+    assert engine.unfinished == 0 and engine.advance(0) == []
 
 
 def test_full_context_ends_the_completion(engine):
@@ -387,14 +387,14 @@ def test_rejects_cache_larger_than_the_memory(tiny_llama):
         create_engine(tiny_llama, engine_config(name="openvino", openvino={"cache_gb": too_much}))
 
 
-QUESTIONS = ["Paris is the capital of", "One, two, three, four, five, six,", "Water freezes at"]
+STATEMENTS = ["Paris is the capital of", "One, two, three, four, five, six,", "Water freezes at"]
 
 
 def test_both_engines_generate_the_same_first_tokens(smollm2: Path, quantized: Path):
     """int8 weights and float32 agree on the first tokens; later ones differ by rounding."""
     few = Sampling(max_new_tokens=4)
-    exact = run(create_engine(smollm2, engine_config(**TORCH)), QUESTIONS, few)
-    assert run(create_engine(quantized, engine_config(name="openvino")), QUESTIONS, few) == exact
+    exact = run(create_engine(smollm2, engine_config(**TORCH)), STATEMENTS, few)
+    assert run(create_engine(quantized, engine_config(name="openvino")), STATEMENTS, few) == exact
 
 
 def test_batch_is_exact_without_dynamic_quantization(quantized: Path):
