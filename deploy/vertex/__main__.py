@@ -21,7 +21,7 @@ import typer
 
 from deploy.common import cli
 from deploy.common.paths import UserError
-from deploy.vertex import plan as texts
+from deploy.vertex import texts
 from deploy.vertex.changes import check_canary
 from deploy.vertex.config import CONFIG, VertexSettings, load_settings
 from deploy.vertex.push import push as push_image

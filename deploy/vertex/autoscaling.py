@@ -24,7 +24,7 @@ WINDOW_SECONDS = 300
 TARGET_PERCENT = 60
 
 
-class State(NamedTuple):
+class AutoscalerState(NamedTuple):
     """One tick of the autoscaler."""
 
     seconds: int
@@ -48,7 +48,7 @@ def simulate(
     maximum: int = 1,
     target: float = TARGET_PERCENT,
     start_seconds: int = 180,
-) -> list[State]:
+) -> list[AutoscalerState]:
     """Simulate the autoscaler under a load, and return one state for every 15 s.
 
     Args:
@@ -82,13 +82,15 @@ def simulate(
         # serving * utilization / target, without its rounding errors.
         recent.append(math.ceil(round(100 * work / target, 9)))
         wanted = min(max(*recent, minimum), maximum)
-        states.append(State(now, work, wanted, serving, len(ready_at) - serving, utilization))
+        states.append(
+            AutoscalerState(now, work, wanted, serving, len(ready_at) - serving, utilization)
+        )
         ready_at += [now + start_seconds] * (wanted - len(ready_at))
         del ready_at[wanted:]  # the youngest go first, which do not serve yet
     return states
 
 
-def replica_hours(states: Sequence[State]) -> float:
+def replica_hours(states: Sequence[AutoscalerState]) -> float:
     """The hours that you pay for: those of serving and of starting replicas.
 
     Google says "you pay for each model deployed". We read this as including starting replicas.

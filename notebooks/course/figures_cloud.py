@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.report.plots import BLUE, GREEN, GREY, ORANGE, RED, SKY, figure, in_rows, panels
-from deploy.vertex.autoscaling import State
+from deploy.vertex.autoscaling import AutoscalerState
 from deploy.vertex.operations import Span
 
 
@@ -33,7 +33,7 @@ def _words(stage: str) -> str:
     return stage.replace("_", " ").lower()
 
 
-def autoscaling(states: Sequence[State]) -> Figure:
+def autoscaling(states: Sequence[AutoscalerState]) -> Figure:
     """Draw load and replicas over time, and how busy the replicas are."""
     made, (count, use) = panels(2, width=7.2, height=2.8)
     minutes = [state.seconds / 60 for state in states]

@@ -92,7 +92,7 @@ def test_health_check(container):
     wait_until(lambda: state(container, "Health.Status") == "healthy", timeout=30)
 
 
-def test_stop_answers_requests_in_flight_and_rejects_new_ones(container):
+def test_stop_completes_requests_in_flight_and_rejects_new_ones(container):
     with ThreadPoolExecutor() as pool:
         requests = [pool.submit(predict, URL, LONG) for _ in range(4)]
         streamed = pool.submit(lambda: list(stream(URL, LONG)))

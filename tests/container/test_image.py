@@ -75,7 +75,7 @@ def test_labels_and_user(kind, request):
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_an_image_installs_what_the_projects_lock_says(image):
+def test_locks_of_the_image_agree_with_the_projects_lock(image):
     """gpu has CUDA's packages beside it; everything that both name is the same version."""
     blocks = locked_blocks((IMAGE_LOCKS / f"{image}.txt").read_text())
     for name, block in blocks.items():
@@ -88,7 +88,7 @@ def test_an_image_installs_what_the_projects_lock_says(image):
     assert torch in LOCKED["torch"] and "+cpu" in torch
 
 
-def test_the_dockerfile_takes_nothing_that_floats():
+def test_dockerfile_pins_every_version():
     text = (ROOT / "docker" / "Dockerfile").read_text()
     assert ":latest" not in text and "# syntax" not in text
     assert not re.findall(r"\bADD\b|curl |wget ", text)

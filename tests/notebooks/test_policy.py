@@ -166,7 +166,7 @@ def test_every_server_is_stopped(path):
 
 
 @every_chapter
-def test_the_first_screen_lets_a_reader_decide(path):
+def test_first_cell_states_results_needs_and_duration(path):
     first = read(path).cells[0].source
     assert first.startswith(f"# {int(path.name[:2])} ")
     for promise in ("At the end of this chapter", "You need", "It takes"):

@@ -19,7 +19,7 @@ def server(request):
     return request.getfixturevalue(request.param)
 
 
-def ask(server, *instances, **parameters):
+def complete(server, *instances, **parameters):
     return predict(server.url, {"instances": list(instances), "parameters": parameters})[
         "predictions"
     ]
@@ -55,37 +55,37 @@ CHANGES = {
 
 
 @pytest.fixture(scope="module")
-def answers(server):
-    texts = {"greedy": ask(server, PROMPT, **GREEDY)[0]}
+def completions(server):
+    texts = {"greedy": complete(server, PROMPT, **GREEDY)[0]}
     for name, change in CHANGES.items():
-        texts[name] = ask(server, PROMPT, **GREEDY | change)[0]
+        texts[name] = complete(server, PROMPT, **GREEDY | change)[0]
     return texts
 
 
-def test_every_parameter_changes_the_output(answers):
-    assert len(set(answers.values())) == len(CHANGES) + 1, answers
+def test_every_parameter_changes_the_output(completions):
+    assert len(set(completions.values())) == len(CHANGES) + 1, completions
 
 
-def test_effect_of_max_new_tokens_stop_and_return_full_text(answers):
-    greedy = answers["greedy"]
-    assert greedy.startswith(answers["max_new_tokens"])
+def test_effect_of_max_new_tokens_stop_and_return_full_text(completions):
+    greedy = completions["greedy"]
+    assert greedy.startswith(completions["max_new_tokens"])
     completion = greedy.removeprefix(PROMPT)
     cut = min(completion.index(stop) for stop in (" the", " and") if stop in completion)
-    assert answers["stop"] == PROMPT + completion[:cut]
-    assert greedy == PROMPT + answers["return_full_text"]
+    assert completions["stop"] == PROMPT + completion[:cut]
+    assert greedy == PROMPT + completions["return_full_text"]
 
 
 @pytest.mark.parametrize("narrow", [{"temperature": 0.01}, {"temperature": 2.0, "top_p": 1e-6}])
-def test_low_temperature_and_low_top_p_are_greedy(server, answers, narrow):
+def test_low_temperature_and_low_top_p_are_greedy(server, completions, narrow):
     """Each of the two alone; without it ("hotter") the same request has another text."""
-    assert ask(server, PROMPT, **GREEDY | narrow | {"seed": 7})[0] == answers["greedy"]
-    assert answers["hotter"] != answers["greedy"]
+    assert complete(server, PROMPT, **GREEDY | narrow | {"seed": 7})[0] == completions["greedy"]
+    assert completions["hotter"] != completions["greedy"]
 
 
-def test_seeded_and_greedy_completions_repeat(server, answers):
+def test_seeded_and_greedy_completions_repeat(server, completions):
     sampled = GREEDY | {"temperature": 1.0, "seed": 7}
-    assert ask(server, PROMPT, **sampled)[0] == answers["temperature and seed"]
-    assert ask(server, PROMPT, **GREEDY)[0] == answers["greedy"]
+    assert complete(server, PROMPT, **sampled)[0] == completions["temperature and seed"]
+    assert complete(server, PROMPT, **GREEDY)[0] == completions["greedy"]
 
 
 def test_token_counts_are_in_the_order_of_the_instances(server):
@@ -102,29 +102,29 @@ def test_token_counts_are_in_the_order_of_the_instances(server):
 
 
 def test_samples_without_a_seed_differ(server):
-    texts = ask(server, *[PROMPT] * 4, max_new_tokens=16, temperature=1.0)
+    texts = complete(server, *[PROMPT] * 4, max_new_tokens=16, temperature=1.0)
     assert len(set(texts)) > 1
 
 
-def test_parameters_of_an_instance_win(server, answers):
+def test_parameters_of_an_instance_override_shared_ones(server, completions):
     own = {"prompt": PROMPT, "parameters": {"max_new_tokens": 3}}
     sampled = {"prompt": PROMPT, "parameters": {"temperature": 1.0, "seed": 7}}
-    assert ask(server, PROMPT, own, sampled, **GREEDY) == [
-        answers["greedy"],
-        answers["max_new_tokens"],
-        answers["temperature and seed"],
+    assert complete(server, PROMPT, own, sampled, **GREEDY) == [
+        completions["greedy"],
+        completions["max_new_tokens"],
+        completions["temperature and seed"],
     ]
 
 
 def test_prompts_of_unequal_length_have_the_text_alone(server):
     prompts = ["Paris", "How to prepare a spanish omelette:", "One, two, three, four, five, six,"]
-    together = ask(server, *prompts, max_new_tokens=8)
-    assert together == [ask(server, p, max_new_tokens=8)[0] for p in prompts]
+    together = complete(server, *prompts, max_new_tokens=8)
+    assert together == [complete(server, p, max_new_tokens=8)[0] for p in prompts]
 
 
-def test_chat_answers_the_question(server):
+def test_chat_completion_has_no_template_tokens(server):
     messages = [{"role": "user", "content": "What is the capital of France?"}]
-    (text,) = ask(server, {"messages": messages}, max_new_tokens=20)
+    (text,) = complete(server, {"messages": messages}, max_new_tokens=20)
     assert "Paris" in text
     assert "<|im_" not in text and "What is" not in text
 
@@ -193,7 +193,7 @@ def test_worker_is_idle_after_the_client_left(server):
     time.sleep(2.0)
     busy = sum(process.cpu_times()[:2]) - before
     assert busy < 0.3, f"the worker used {busy:.1f} s of CPU in 2 s after its client had left"
-    assert ask(server, PROMPT, max_new_tokens=4)
+    assert complete(server, PROMPT, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/octet-stream", "nonsense", ""])

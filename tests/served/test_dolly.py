@@ -46,7 +46,7 @@ def dolly_server(request, tmp_path_factory: pytest.TempPathFactory):
         shutil.rmtree(folder)
 
 
-def ask(server, *questions, **parameters):
+def post(server, *questions, **parameters):
     parameters |= {"temperature": 0}
     return httpx.post(
         server.url, json={"instances": list(questions), "parameters": parameters}, timeout=60
@@ -54,31 +54,31 @@ def ask(server, *questions, **parameters):
 
 
 @pytest.mark.parametrize("question", ANSWERS)
-def test_response_is_the_answer_alone(dolly_server, question):
+def test_response_is_the_completion_alone(dolly_server, question):
     """No prompt, no keys and no end marker; the marker ended it."""
-    response = ask(dolly_server, question)
+    response = post(dolly_server, question)
     assert response.json() == {"predictions": [ANSWERS[question]]}
     assert response.headers["x-finish-reason"] == "stop"
 
 
 def test_several_instances(dolly_server):
     """The 2023 project failed on more than one."""
-    assert ask(dolly_server, *ANSWERS).json() == {"predictions": list(ANSWERS.values())}
+    assert post(dolly_server, *ANSWERS).json() == {"predictions": list(ANSWERS.values())}
 
 
 def test_message_is_an_instruction(dolly_server):
     question, answer = next(iter(ANSWERS.items()))
     instance = {"messages": [{"role": "user", "content": question}]}
-    assert ask(dolly_server, instance).json() == {"predictions": [answer]}
+    assert post(dolly_server, instance).json() == {"predictions": [answer]}
 
 
 def test_full_text_has_the_instruction_format(dolly_server):
     question, answer = next(iter(ANSWERS.items()))
-    (text,) = ask(dolly_server, question, return_full_text=True).json()["predictions"]
+    (text,) = post(dolly_server, question, return_full_text=True).json()["predictions"]
     assert text.endswith(f"### Instruction:\n{question}\n\n### Response:\n{answer}")
 
 
-def test_stream_has_the_answer(dolly_server):
+def test_stream_has_the_completion(dolly_server):
     for question, answer in ANSWERS.items():
         body = {"instances": [question], "parameters": {"temperature": 0}}
         events = list(stream(dolly_server.url, body))

@@ -41,7 +41,7 @@ def test_two_servers_run_side_by_side_and_stop_alone(tiny_server, tiny_llama: Pa
 
 
 @pytest.mark.parametrize("archive_format", FORMATS[1:])
-def test_mar_responds_as_the_directory_does(
+def test_mar_file_and_directory_give_the_same_response(
     tiny_server, tiny_llama: Path, tmp_path: Path, archive_format: str
 ):
     archive = build_archive(

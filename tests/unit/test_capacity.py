@@ -87,7 +87,7 @@ def test_longer_prompts_cost_their_prefill_time():
     assert 1 / long - 1 / short == pytest.approx(2000 / 2000)
 
 
-def test_a_latency_limit_needs_more_replicas():
+def test_latency_limit_needs_more_replicas():
     free = plan(Traffic(1200, 50, 100), REPLICA, 3.0)
     made = plan(Traffic(1200, 50, 100), REPLICA, 3.0, seconds_at_most=1.5)
     assert made.latency_seconds <= 1.5 < free.latency_seconds
@@ -99,7 +99,7 @@ def test_a_latency_limit_needs_more_replicas():
         plan(Traffic(1200, 50, 100), REPLICA, 3.0, seconds_at_most=0.9)
 
 
-def test_a_longer_context_is_slower_by_the_time_to_read_it():
+def test_longer_context_adds_its_reading_time():
     slower = replace(REPLICA, context_seconds=1e-5)
     near, far = (slower.requests_per_second(Traffic(1, p, 100))[32] for p in (50, 1050))
     assert near == pytest.approx(8), "the measured shape itself"

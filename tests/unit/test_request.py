@@ -54,7 +54,7 @@ def test_accepts(body):
     assert parse(body).instances
 
 
-def test_parameters_of_instance_win_over_shared_win_over_app():
+def test_precedence_of_instance_shared_and_app_parameters():
     app = APP.model_copy(update={"parameters": {"top_k": 5, "top_p": 0.5, "seed": 1}})
     body = {
         "instances": ["a", {"prompt": "b", "parameters": {"top_k": 7, "stop": "x"}}],

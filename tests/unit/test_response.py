@@ -100,7 +100,7 @@ def deliveries(active: ActiveRequest, ticks: list[list[Progress]]) -> list[Deliv
     return found
 
 
-def test_delivery_of_a_whole_response():
+def test_delivery_of_a_complete_response():
     assert deliveries(start(stream=False), [[], [FIRST], [LAST]]) == [None, None, Delivery.WHOLE]
 
 
@@ -111,7 +111,7 @@ def test_delivery_of_a_stream(end):
 
 
 @pytest.mark.parametrize("end", [LAST, FAILED], ids=["stop", "error"])
-def test_stream_that_ends_in_its_first_tick_is_delivered_whole(end):
+def test_stream_that_ends_in_its_first_tick_is_delivered_complete(end):
     """TorchServe sends status and headers of a stream only with a piece that is not the last."""
     assert deliveries(start(stream=True), [[FIRST, end]]) == [Delivery.WHOLE]
 

@@ -144,7 +144,7 @@ def test_page_loads_only_files_of_the_site(pages):
             assert file.is_file(), f"{path.name}: {file}"
 
 
-def test_files_name_no_other_host(site):
+def test_files_mention_no_other_host(site):
     """Scripts, style sheets, pictures and attributes name none. Links and text may."""
     for path in site.rglob("*"):
         if path.suffix in {".html", ".js", ".css", ".svg"}:

@@ -80,7 +80,7 @@ def test_pieces_join_to_the_text(codec, text, prompt):
 
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40), stop=st.lists(st.text("ab", min_size=1), max_size=2))
-def test_at_once_is_the_same_text(codec, text, stop):
+def test_decoding_at_once_gives_the_same_text(codec, text, stop):
     pieces, stopped = run(codec, text, stop, at_once=True)
     expected, expected_stopped = run(codec, text, stop)
     assert ("".join(pieces), stopped) == ("".join(expected), expected_stopped)

@@ -62,7 +62,7 @@ def test_first_deployment_uploads_creates_and_deploys():
     ]
 
 
-def test_an_interrupted_deployment_continues_where_it_was():
+def test_interrupted_deployment_continues():
     uploaded = State(versions=(ModelVersion(1, IMAGES[1]),))
     assert changes.deployment(uploaded, wanted()) == [
         CreateEndpoint(),
@@ -73,7 +73,7 @@ def test_an_interrupted_deployment_continues_where_it_was():
     assert changes.deployment(replaced, wanted(2)) == [Undeploy(NAME, "id0", 1)]
 
 
-def test_the_same_deployment_needs_no_change():
+def test_same_deployment_needs_no_change():
     assert changes.deployment(state((1, 100)), wanted()) == []
     assert changes.deployment(state((1, 80), (2, 20)), wanted(2, canary=20)) == []
 
@@ -86,7 +86,7 @@ def test_another_image_replaces_the_deployed_one():
     ]
 
 
-def test_the_newest_matching_version_is_deployed_again():
+def test_deploys_the_newest_matching_version_again():
     versions = (ModelVersion(5, IMAGES[1]), ModelVersion(3, IMAGES[1]))
     plan = changes.deployment(State(state().endpoint, versions), wanted())
     assert plan == [DeployVersion(5, "", {NEW: 100})]
@@ -110,7 +110,7 @@ def test_another_service_account_deploys_again():
     assert [type(change) for change in plan] == [DeployVersion, Undeploy]
 
 
-def test_a_canary_gets_its_share_beside_the_busiest_model():
+def test_canary_gets_its_share_and_the_busiest_model_the_rest():
     plan = changes.deployment(state((1, 100)), wanted(2, canary=20))
     assert plan[1:] == [DeployVersion(None, " after 1", {"id0": 80, NEW: 20})]
     more = changes.deployment(state((1, 80), (2, 20)), wanted(2, canary=50))

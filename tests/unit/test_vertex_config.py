@@ -10,8 +10,8 @@ import yaml
 from deploy.common.paths import ROOT, UserError
 from deploy.vertex.__main__ import main
 from deploy.vertex.config import CONFIG, ENVIRONMENT, VertexSettings, load_settings
-from deploy.vertex.plan import WIDTH, hourly, how_to_read_logs, plan, what_cleanup_keeps
 from deploy.vertex.push import push
+from deploy.vertex.texts import WIDTH, hourly, how_to_read_logs, plan, what_cleanup_keeps
 
 APP = "smollm2-135m"
 
@@ -22,7 +22,7 @@ def no_variables(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_environment_and_keywords_win_over_the_file(monkeypatch, tmp_path):
+def test_environment_and_keywords_override_the_file(monkeypatch, tmp_path):
     file = tmp_path / "vertex.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(CONFIG.read_text()) | {"project": "from-file"}))
     assert load_settings(file).project == "from-file"
@@ -34,7 +34,7 @@ def test_environment_and_keywords_win_over_the_file(monkeypatch, tmp_path):
     assert load_settings().push_images is False
 
 
-def test_the_file_has_every_setting():
+def test_file_has_every_setting():
     assert set(yaml.safe_load(CONFIG.read_text())) == set(VertexSettings.model_fields)
 
 
@@ -108,7 +108,7 @@ def test_ids_and_labels_are_valid_for_google():
     )
 
 
-def test_our_labels_cannot_be_replaced():
+def test_own_labels_cannot_be_replaced():
     settings = load_settings(labels={"managed-by": "me", "team": "nlp"})
     assert settings.labels_for(APP) == {
         "managed-by": "serving-llms",

@@ -133,7 +133,7 @@ def test_operations_of_a_resource_are_listed_with_their_times(platform: Platform
     assert platform.deployer.operations.running(name) == []
 
 
-def test_a_missing_resource_has_no_operations(platform: Platform):
+def test_missing_resource_has_no_operations(platform: Platform):
     parent = platform.settings.parent
     running = platform.deployer.operations.running
     assert running(f"{parent}/endpoints/there-is-no-such-endpoint") == []
