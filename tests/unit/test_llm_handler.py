@@ -17,7 +17,7 @@ class FakeEngine:
     description, max_context = "engine fake", 100
 
     def __init__(self) -> None:
-        self.running: list[SequenceKey] = []
+        self.keys: list[SequenceKey] = []
         self.failures: dict[str, Exception] = {}
         self.next_progress: list[Progress] = []
         self.seconds: list[float] = []
@@ -25,7 +25,7 @@ class FakeEngine:
     def submit(self, key: SequenceKey, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         if prompt in self.failures:
             raise self.failures[prompt]
-        self.running.append(key)
+        self.keys.append(key)
         return len(prompt)
 
     def advance(self, seconds: float) -> list[Progress]:
@@ -34,8 +34,8 @@ class FakeEngine:
         return progress
 
     def cancel(self, key: SequenceKey) -> None:
-        if key in self.running:
-            self.running.remove(key)
+        if key in self.keys:
+            self.keys.remove(key)
 
     def alive(self) -> bool:
         return True
@@ -117,7 +117,7 @@ def test_prompt_error_is_a_400_that_names_the_instance(worker):
     status, content = answered["mixed"]
     assert status == 400 and content["error"]["field"] == "instances[1]"
     assert content["error"]["message"] == "instances[1]: the prompt has 9 tokens"
-    assert worker.engine.running == [SequenceKey("good", 0)], "nothing else is cancelled"
+    assert worker.engine.keys == [SequenceKey("good", 0)], "nothing else is cancelled"
     assert list(answered) == ["mixed"]
 
 
@@ -129,14 +129,14 @@ def test_engine_bug_is_a_500_without_internal_text(worker, error):
     assert status == 500
     message = "the server failed on this request; its log says why"
     assert content["error"] == {"code": 500, "status": "INTERNAL", "message": message}
-    assert worker.engine.running == [] and worker.handler.active == {}
+    assert worker.engine.keys == [] and worker.handler.active == {}
 
 
 def test_request_of_a_client_that_left_is_cancelled(worker):
     worker.tick(stays=body("a"), leaves=body("b", "c"))
     del worker.bodies["leaves"]
     worker.tick()
-    assert worker.engine.running == [SequenceKey("stays", 0)]
+    assert worker.engine.keys == [SequenceKey("stays", 0)]
     assert list(worker.handler.active) == ["stays"]
 
 
@@ -148,7 +148,7 @@ def test_full_server_answers_429_with_the_time_to_retry(worker):
     status, content = worker.tick(late=body("a"))["late"]
     assert status == 429 and f"{room} sequences are running" in content["error"]["message"]
     assert worker.context.headers[len(requests), "retry-after"] == "2"
-    assert len(worker.engine.running) == room
+    assert len(worker.engine.keys) == room
 
 
 def test_tick_with_new_requests_decodes_one_step_and_others_longer(worker):

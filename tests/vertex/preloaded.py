@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import TracebackType
 
 from deploy.common.paths import ROOT
 
@@ -28,12 +27,7 @@ class Preloaded:
         self._input, self._output = self._process.stdin, self._process.stdout
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._process.communicate(timeout=60)
 
     def start(self, arguments: list[str], output: Path) -> int:
