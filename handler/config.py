@@ -105,9 +105,10 @@ class EngineConfig(_Strict):
     transformers: TransformersConfig
 
 
-_SECTIONS: dict[str, type[_Strict]] = {
-    "openvino": OpenVINOConfig,
-    "transformers": TransformersConfig,
+_SECTIONS = {
+    name: field.annotation
+    for name, field in EngineConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Strict)
 }
 """The sections of `EngineConfig`, by the engine's name."""
 
