@@ -24,8 +24,6 @@ from handler.config import (
 )
 from handler.engine.folder import ModelFolder
 
-pytestmark = pytest.mark.slow
-
 TORCH = {"engine": {"name": "transformers"}}
 EXPECTED = {"llm_handler.py", "handler", "weights", "model-config.yaml", "MAR-INF"}
 
