@@ -35,7 +35,6 @@ from deploy.weights.fetch import get_weights
 
 TARGETS = ("cpu-lean", "cpu")
 ROUNDS = 5
-PACKAGES = ["torch", "torchserve", "openvino"]
 EDITED = HANDLER / "llm_handler.py"
 
 

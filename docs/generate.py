@@ -51,7 +51,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def default_limit(name: str) -> int:
-    """Read the limit of apps that set none of their own."""
+    """Read a default limit, for apps that do not set it."""
     return int(yaml.safe_load(DEFAULTS.read_text())["app"]["limits"][name])
 
 

@@ -10,6 +10,7 @@ it opens its first connection.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
@@ -18,13 +19,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import trustme
 
 from deploy.common.paths import ROOT, UserError
+from deploy.common.waiting import wait_until
 from deploy.image.runtime import container_runtime
 from standin import journal
 from standin.settings import PROJECT_NUMBER, READY, write_private
@@ -108,13 +109,12 @@ class Standin:
             )
         atexit.register(self.stop)
         process, ready = self._process, self.folder / READY
-        deadline = time.monotonic() + START_SECONDS
-        while not ready.exists():
-            if process.poll() is not None or time.monotonic() > deadline:
-                text = log.read_text(errors="replace")
-                self.stop()
-                raise UserError(f"the stand-in did not start:\n{text}")
-            time.sleep(0.02)
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: ready.exists() or process.poll() is not None, START_SECONDS, 0.02)
+        if not ready.exists():
+            text = log.read_text(errors="replace")
+            self.stop()
+            raise UserError(f"the stand-in did not start:\n{text}")
         self._set_environment(json.loads(ready.read_text()))
         return self
 

@@ -3,9 +3,9 @@
     python -m tools.lock
 
 uv resolves, for Linux and macOS at once; pip installs, with `--no-deps`, because what the lock
-leaves out (see `[tool.uv]` in pyproject.toml) must stay out. Then docker/locks/: for each image the
-part of that lock which it needs. Only `gpu` has packages of its own, CUDA's, and torch's CPU build,
-which has an index of its own, is in a file of its own.
+leaves out (see `[tool.uv]` in pyproject.toml) must stay out. docker/locks/ has one file for each
+image, with the part of that lock that it needs. Only `gpu` has packages that the lock lacks,
+CUDA's. torch's CPU build has a separate index and a separate file.
 """
 
 import re
@@ -18,10 +18,10 @@ from tools.setup_env import LOCK, ROOT, locked_blocks
 
 IMAGE_LOCKS = ROOT / "docker" / "locks"
 IMAGES = ("archive", "cpu", "cpu-lean", "gpu")
-"""The dependency groups of pyproject.toml that have a lock of their own."""
+"""The dependency groups of pyproject.toml that have their own lock."""
 
 NOT_IN_IMAGES = {
-    # tokenizers asks for it, to download; a server reads files. It brings ten more packages.
+    # tokenizers asks for it, to download; a server reads files. It depends on ten more packages.
     "huggingface-hub": ("cpu-lean",),
 }
 
@@ -72,7 +72,7 @@ def image_lock(image: str) -> str:
     own = found if image == "gpu" else {}  # its torch is PyPI's
     header = f"# Made by `make lock` from the group {image} of pyproject.toml.\n"
     if image == "cpu":
-        del found["torch"]  # from an index of its own: docker/locks/torch.txt
+        del found["torch"]  # it has its own index: docker/locks/torch.txt
     return header + "".join((own.get(name) or blocks[name]) for name in sorted(found))
 
 

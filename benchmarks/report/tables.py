@@ -189,11 +189,11 @@ def soak(record: dict) -> str:
     """Half an hour of load, in one line a quantity."""
     measured = record["measurements"]
     thirds = ", ".join(f"{1000 * s:.1f}" for s in measured["p99_seconds_a_token_by_third"])
-    replies = ", ".join(f"{count:,} {outcome}" for outcome, count in measured["requests"].items())
+    outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in measured["requests"].items())
     rows = {
         "clients, minutes, cores": f"{measured['clients']}, {measured['minutes']:.0f}, "
         f"{measured['cores_used']} of {record['machine']['cores']}",
-        "requests and their status": replies,
+        "requests and their status": outcomes,
         "memory after the warm-up, at the end": " and ".join(
             f"{measured[q]:,.0f} MB" for q in ("memory_mb_after_warm_up", "memory_mb_at_the_end")
         ),

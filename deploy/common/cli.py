@@ -55,7 +55,7 @@ Port = Annotated[
 
 
 def app(docstring: str | None) -> typer.Typer:
-    """Make a command line without completion, colors or tracebacks of its own.
+    """Make a command line without Typer's completion, colors and tracebacks.
 
     Args:
         docstring: the module's, which becomes the help of a program with several commands. Examples

@@ -1,7 +1,7 @@
 """A guard process that ends a process group if the program that started the group dies.
 
-`atexit` does not run after SIGKILL, and nbval and JupyterLab end a kernel with SIGKILL. A process
-group of its own, which Ctrl-C does not reach, would then keep running.
+`atexit` does not run after SIGKILL, and nbval and JupyterLab end a kernel with SIGKILL. A separate
+process group, which Ctrl-C does not reach, would then keep running.
 """
 
 import subprocess

@@ -71,7 +71,7 @@ def _wanted_source(app: App, shape_only: bool) -> dict:
 
 
 def _fetcher(name: str, app: App, shape_only: bool) -> Callable[[Path], None]:
-    """Return what fills a folder with weights. Each source imports large libraries of its own."""
+    """Return what fills a folder with weights. Each source imports its own large libraries."""
     if shape_only:
         architecture = app.architecture
         if not architecture:

@@ -12,8 +12,6 @@ from nbclient import NotebookClient
 from deploy.common.paths import ROOT
 from tests.notebooks import test_policy as policy
 
-pytestmark = pytest.mark.slow
-
 CHAPTER = ROOT / "notebooks" / "04_serve_with_torchserve.ipynb"
 QUICK = ROOT / "notebooks" / "02_solutions.ipynb"
 

@@ -11,8 +11,6 @@ from aiohttp import web
 from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
 from benchmarks.report import labels, tables
 
-pytestmark = pytest.mark.slow
-
 LENGTH = 5
 
 
@@ -105,6 +103,7 @@ def running(recorder: Recorder):
         thread.join()
 
 
+@pytest.mark.slow  # serves
 @pytest.mark.parametrize("model", ["", "m"], ids=["vertex", "openai"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_closed_loop_keeps_each_client_busy(model: str, stream: bool):
@@ -125,6 +124,7 @@ def test_closed_loop_keeps_each_client_busy(model: str, stream: bool):
         assert made.first_token_p50 is None
 
 
+@pytest.mark.slow  # serves
 def test_open_loop_does_not_wait_for_responses():
     recorder = Recorder()
     with running(recorder) as url:
@@ -133,6 +133,7 @@ def test_open_loop_does_not_wait_for_responses():
     assert recorder.most > 3, "several requests were active at once"
 
 
+@pytest.mark.slow  # serves
 @pytest.mark.parametrize(
     ("tokens", "status", "error"),
     [(LENGTH - 1, 200, "4 tokens instead of 5"), (LENGTH, 429, "status 429")],

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from deploy.common.paths import ROOT
+from deploy.common.waiting import wait_until
 from tests.__main__ import main, parts
-
-pytestmark = pytest.mark.slow
 
 LONG = """
 import time
@@ -57,9 +56,8 @@ def test_stopped_run_lets_its_tests_clean_up(tmp_path: Path, stop, status):
     (tmp_path / "test_long.py").write_text(LONG)
     command = [sys.executable, "-m", "tests", str(tmp_path / "test_long.py")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "began").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
+    wait_until(lambda: (tmp_path / "began").exists() or process.poll() is not None, 60)
+    assert process.poll() is None
     process.send_signal(stop)
     assert process.wait(30) == status
     assert (tmp_path / "cleaned").exists()

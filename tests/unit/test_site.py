@@ -48,7 +48,6 @@ COMMENTED = {
 
 pytestmark = [
     pytest.mark.slow,  # builds the site
-    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::PendingDeprecationWarning"),  # of the themes
     pytest.mark.filterwarnings("ignore::bs4.XMLParsedAsHTMLWarning"),  # SVG
 ]

@@ -113,7 +113,7 @@ def test_shards_of_a_random_checkpoint(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_size_of_dolly():
-    """Known figures of databricks/dolly-v2-3b: 2.8 billion parameters."""
+    """Known size of databricks/dolly-v2-3b: 2.8 billion parameters."""
     architecture = dict(load_app("dolly-v2-3b").architecture)
     config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
     with torch.device("meta"):

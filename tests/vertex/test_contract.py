@@ -162,10 +162,10 @@ def test_predict(platform: Platform):
 
 def test_raw_predict_names_the_deployed_model(platform: Platform):
     body, headers = json.dumps(platform.body).encode(), {"Content-Type": "application/json"}
-    reply = endpoint_of(platform).raw_predict(body, headers)
-    assert reply.status_code == 200 and "predictions" in reply.json()
+    response = endpoint_of(platform).raw_predict(body, headers)
+    assert response.status_code == 200 and "predictions" in response.json()
     (deployed,) = read_endpoint(platform).deployed_models
-    assert reply.headers["X-Vertex-AI-Deployed-Model-Id"] == deployed.id
+    assert response.headers["X-Vertex-AI-Deployed-Model-Id"] == deployed.id
 
 
 def test_stream_raw_predict(platform: Platform):
@@ -177,8 +177,8 @@ def test_stream_raw_predict(platform: Platform):
 
 def test_rejects_a_body_of_11_mb(platform: Platform):
     body, headers = b'"' + b"x" * 11_000_000 + b'"', {"Content-Type": "application/json"}
-    reply = endpoint_of(platform).raw_predict(body, headers)
-    assert reply.status_code in (400, 413)
+    response = endpoint_of(platform).raw_predict(body, headers)
+    assert response.status_code in (400, 413)
 
 
 # ---- errors
@@ -207,19 +207,19 @@ def test_rejects_a_deployment_timeout_over_two_hours(platform: Platform):
 
 def test_rejects_an_unknown_field(platform: Platform):
     host = f"https://{platform.settings.region}-aiplatform.googleapis.com"
-    reply = requests.post(
+    response = requests.post(
         f"{host}/v1/{platform.settings.parent}/models:upload",
         json={"model": {"displayName": APP, "containerSpec": {"imageURI": platform.image}}},
         headers={"Authorization": f"Bearer {access_token()}"},
         timeout=60,
     )
-    assert reply.status_code == 400 and reply.json()["error"]["status"] == "INVALID_ARGUMENT"
+    assert response.status_code == 400 and response.json()["error"]["status"] == "INVALID_ARGUMENT"
 
 
 def test_rejects_a_request_without_credentials(platform: Platform):
     host = f"https://{platform.settings.region}-aiplatform.googleapis.com"
-    reply = requests.get(f"{host}/v1/{platform.settings.parent}/models", timeout=60)
-    assert reply.status_code == 401 and reply.json()["error"]["status"] == "UNAUTHENTICATED"
+    response = requests.get(f"{host}/v1/{platform.settings.parent}/models", timeout=60)
+    assert response.status_code == 401 and response.json()["error"]["status"] == "UNAUTHENTICATED"
 
 
 @pytest.mark.parametrize(

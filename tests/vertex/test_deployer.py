@@ -3,7 +3,6 @@
 import itertools
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from google.cloud.aiplatform_v1 import types
 
 from deploy.common.paths import ROOT, UserError
 from deploy.common.ports import can_connect, free_port
+from deploy.common.waiting import wait_until
 from deploy.vertex.changes import includes
 from deploy.vertex.deployer import Deployer
 from deploy.vertex.messages import fields
@@ -144,10 +144,8 @@ def buckets(monkeypatch, tmp_path) -> Iterator[Path]:
     port = free_port()
     server = ROOT / "tests" / "container" / "gcs_server.py"
     process = subprocess.Popen([sys.executable, server, tmp_path, str(port)])
-    deadline = time.monotonic() + 20
-    while not can_connect(port):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: can_connect(port) or process.poll() is not None, 20, 0.05)
+    assert process.poll() is None
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
     yield tmp_path
     process.kill()
@@ -321,7 +319,7 @@ def test_crash_of_the_new_server_leaves_the_old_one_alone(app: Rehearsed):
     with pytest.raises(errors.BadRequest, match="Model server"):
         app.deploy(environment={"CRASH": "3"})
     assert app.shares() == {"1": 100} and app.answers(2) == {"1": 2}
-    app.deploy(environment={"NAME": "mended"})
+    app.deploy(environment={"NAME": "fixed"})
     assert app.shares() == {"3": 100}
 
 
