@@ -125,10 +125,10 @@ def measure_starts(measured: dict[str, dict]) -> None:
     """Measure the times to ready, and the memory then, of containers and of the process."""
     starts: dict[str, list[float]] = {"process": [], **{t: [] for t in TARGETS}}
     memory: dict[str, list[float]] = {t: [] for t in TARGETS}
-    for number in tqdm(range(ROUNDS + 1), unit="round"):
+    for round_index in tqdm(range(ROUNDS + 1), unit="round"):
         process = start_process()
         found = {target: start_container(target) for target in TARGETS}
-        if number:  # the first round reads files from the disk
+        if round_index:  # the first round reads files from the disk
             starts["process"].append(process)
             for target, (ready, used) in found.items():
                 starts[target].append(ready)

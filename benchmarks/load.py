@@ -80,14 +80,14 @@ class Report:
 def prompts(seed: int) -> Callable[[], str]:
     """Make a source of distinct prompts of 30 to 60 tokens; each call of it returns one."""
     draw, words = random.Random(seed), _WORDS.split()
-    number = 0
+    prompt_index = 0
 
     def next_prompt() -> str:
-        nonlocal number
-        number += 1
+        nonlocal prompt_index
+        prompt_index += 1
         some = " ".join(draw.choice(words) for _ in range(draw.randint(20, 45)))
-        # The number comes first, so that no two prompts share a prefix a cache could use.
-        return f"{seed}.{number}: write a story that uses these words: {some}."
+        # The index comes first, so that no two prompts share a prefix a cache could use.
+        return f"{seed}.{prompt_index}: write a story that uses these words: {some}."
 
     return next_prompt
 
@@ -141,8 +141,8 @@ def closed_loop(
         async with _session(target) as session:
             send = _sender(session, target, new_tokens, stream)
 
-            async def client(number: int, requests: int, phase: int) -> list[Outcome]:
-                next_prompt = prompts((seed * 2 + phase) * 1000 + number)
+            async def client(client_index: int, requests: int, phase: int) -> list[Outcome]:
+                next_prompt = prompts((seed * 2 + phase) * 1000 + client_index)
                 return [await send(next_prompt()) for _ in range(requests)]
 
             await asyncio.gather(*(client(i, warm_up, 0) for i in range(clients)))

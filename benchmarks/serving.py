@@ -126,10 +126,10 @@ def main(
             print(f"{name}: not measured: {reason}")
     values: dict[str, dict[str, list[float]]] = {name: {} for name in present}
     progress = tqdm(total=rounds * len(present), unit="system")
-    for number in range(rounds):
+    for round_index in range(rounds):
         for name in present:
             progress.set_description(name)
-            for quantity, value in measure(SYSTEMS[name], seed=number).items():
+            for quantity, value in measure(SYSTEMS[name], seed=round_index).items():
                 values[name].setdefault(quantity, []).append(value)
             progress.update()
     progress.close()

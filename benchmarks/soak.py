@@ -54,9 +54,9 @@ class Soak:
         """Minutes since the start."""
         return (time.monotonic() - self.began) / 60
 
-    async def client(self, session: aiohttp.ClientSession, number: int) -> None:
+    async def client(self, session: aiohttp.ClientSession, client_index: int) -> None:
         """Send requests until time is up."""
-        draw, next_prompt = random.Random(number), prompts(number)
+        draw, next_prompt = random.Random(client_index), prompts(client_index)
         while time.monotonic() < self.end:
             self.sent += 1
             length = draw.choice(LENGTHS)
@@ -107,7 +107,7 @@ class Soak:
         timeout = aiohttp.ClientTimeout(total=300)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            clients = (self.client(session, number) for number in range(CLIENTS))
+            clients = (self.client(session, i) for i in range(CLIENTS))
             await asyncio.gather(self.watch(progress), *clients)
 
     def p99(self, begin: float, minutes: float) -> float | None:

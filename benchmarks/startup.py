@@ -74,10 +74,10 @@ app = cli.app(__doc__)
 def main() -> None:
     """Measure, and write results/startup.json."""
     values: dict[str, dict[str, list[float]]] = {name: {} for name in ENGINES}
-    for number in tqdm(range(ROUNDS + 1), unit="round"):
+    for round_index in tqdm(range(ROUNDS + 1), unit="round"):
         for name in ENGINES:
             for quantity, value in measure(name).items():
-                if number:  # the first round is the warm-up: files come from the disk
+                if round_index:  # the first round is the warm-up: files come from the disk
                     values[name].setdefault(quantity, []).append(value)
     measured = {name: {q: summary(v) for q, v in found.items()} for name, found in values.items()}
     print(write("startup", measured, ["torch", "torchserve", "openvino", "openvino-genai"]).name)

@@ -1,1 +1,4 @@
-"""The course as a website."""
+"""The documents: their generated parts, and the course as a website.
+
+Pages are in `pages/`. Tables and values are computed in `benchmarks.report`.
+"""
