@@ -44,7 +44,9 @@ INTERRUPTED = 130
 App = Annotated[
     str,
     typer.Argument(
-        metavar="APP", callback=_app_name, help="A name in handler/apps, or any with --model-dir."
+        metavar="APP",
+        callback=_app_name,
+        help="A name in handler/apps, or the name you gave your own model.",
     ),
 ]
 ModelDir = Annotated[Path | None, typer.Option(help="A folder in Hugging Face layout to use.")]

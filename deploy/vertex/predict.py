@@ -61,7 +61,7 @@ def predict_in_three_ways(
     lines = list(cast(Iterable[bytes], stream))
     events = list(server_sent_events(lines, "stream_raw_predict"))
     if not events:
-        raise UserError(f"stream_raw_predict: {b' '.join(lines).decode().strip() or 'no answer'}")
+        raise UserError(f"stream_raw_predict: {b' '.join(lines).decode().strip() or 'no response'}")
     return {
         "predict": predicted.predictions,
         "raw_predict": raw.json(),

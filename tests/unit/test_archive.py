@@ -290,3 +290,8 @@ def test_usage_error_is_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_apps_leave_the_choice_of_the_engine_open():
+    for name in ("smollm2-135m", "gpt2", "dolly-v2-3b"):
+        assert load_app(name).engine.name == "auto"

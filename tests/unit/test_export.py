@@ -14,7 +14,7 @@ import yaml
 from deploy.archive.build import build_archive
 from deploy.archive.export import EXPORTED, choose_engine, export
 from deploy.common.paths import UserError
-from handler.config import engine_config, load_app
+from handler.config import engine_config
 from handler.engine.folder import ModelFolder
 from tests import tiny
 
@@ -125,8 +125,3 @@ def test_start_token_of_the_chat_template_is_not_added_twice(tiny_llama: Path, t
     folder = ModelFolder(tmp_path)
     prompt = folder.chat_prompt([{"role": "user", "content": "ab"}])
     assert folder.encode(prompt).count(0) == 1
-
-
-def test_apps_leave_the_choice_of_the_engine_open():
-    for name in ("smollm2-135m", "gpt2", "dolly-v2-3b"):
-        assert load_app(name).engine.name == "auto"
