@@ -80,10 +80,10 @@ def deploy(
 ) -> None:
     """Push the image and deploy it. You pay from now on, until undeploy or cleanup."""
     settings = _settings(config, project, region)
+    check_canary(canary)  # before the minutes that a push can take
     if dry_run:
         print(texts.plan(settings, app))
         return
-    check_canary(canary)  # before the minutes that a push can take
     with _deployer(settings, app) as deployer:
         host = deployer.deploy(image or push_image(settings, app, tag), canary)
         print(f"{app} serves requests at https://{host}")
