@@ -213,8 +213,9 @@ def test_rejects_options_of_other_commands_and_wrong_values(arguments, capsys):
 
 
 @pytest.mark.parametrize("canary", ["0", "100", "-1"])
-def test_rejects_a_canary_before_it_pushes(canary, capsys):
-    assert main(["deploy", APP, "--canary", canary]) == 1
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_rejects_a_canary_before_it_pushes(canary, dry_run, capsys):
+    assert main(["deploy", APP, "--canary", canary, *dry_run]) == 1
     assert f"canary: {canary} given; should be a whole number from 1 to 99" in (
         capsys.readouterr().err
     )
