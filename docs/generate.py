@@ -87,7 +87,8 @@ app = cli.app(__doc__)
 
 def documents() -> list[Path]:
     """The documents that may have generated parts."""
-    return sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/pages/**/*.md")])
+    folders = ("", "docs/", "docs/pages/**/", "standin/")
+    return sorted(path for folder in folders for path in ROOT.glob(f"{folder}*.md"))
 
 
 def generate(text: str) -> str:
