@@ -1,4 +1,4 @@
-"""Shut down without dropping requests: what the worker and the container's entry tell each other.
+"""Shut down without dropping requests: signals between the worker and the entry of the container.
 
 They use two empty files in the folder that `SERVING_STATE` names; without that variable nothing
 happens. The entry (`docker/serve.py`) makes `draining` when the platform says stop; from then on

@@ -1,7 +1,7 @@
 """Write an instance as the prompt that the model was trained to read.
 
 There are three kinds of models. A plain one continues text (gpt2). An instruction-tuned one needs
-a template around the text (dolly). A chat model brings its template in the tokenizer's files.
+a template around the text (dolly). A chat model has its template in the tokenizer's files.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """The JSON body a client sends, checked and typed; the errors it gets back.
 
 Vertex AI's shape: `{"instances": [...], "parameters": {...}}`. An instance is a string,
-`{"prompt": ...}` or `{"messages": [...]}`, and may have `parameters` of its own, which win over the
-shared ones. Nothing here knows about models or TorchServe.
+`{"prompt": ...}` or `{"messages": [...]}`, and may have `parameters`, which override the shared
+ones. Nothing here knows about models or TorchServe.
 
 Each field is declared once (`fields.py`). From its declaration come pydantic's checks, the error
 messages and `parameter_table`.
@@ -37,7 +37,7 @@ _STATUS = {
     500: "INTERNAL",
     503: "UNAVAILABLE",
 }
-"""Google's names for HTTP codes. Source: google/rpc/code.proto; it has none of its own for 413."""
+"""Google's names for HTTP codes. Source: google/rpc/code.proto; it has no name for 413."""
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import httpx
 
 from deploy.common.paths import UserError
 
-SAMPLE_REQUEST = {
+SAMPLE_REQUEST: dict[str, Any] = {
     "instances": [{"messages": [{"role": "user", "content": "What is the capital of Japan?"}]}]
 }
 """The request of `make quickstart` and `make test`."""

@@ -8,14 +8,12 @@ from google.api_core.exceptions import NotFound
 from google.cloud import aiplatform
 
 from deploy.common.paths import UserError
-from deploy.torchserve.client import server_sent_events
+from deploy.torchserve.client import SAMPLE_REQUEST, server_sent_events
 from deploy.vertex.config import VertexSettings
 from deploy.vertex.credentials import default_credentials
 
-EXAMPLE = {
-    "instances": ["How to prepare a spanish omelette:"],
-    "parameters": {"max_new_tokens": 20, "temperature": 0},
-}
+EXAMPLE = SAMPLE_REQUEST | {"parameters": {"max_new_tokens": 20, "temperature": 0}}
+"""The request of `make test-vertex`."""
 
 
 def predict_in_three_ways(

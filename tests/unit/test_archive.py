@@ -104,6 +104,7 @@ def test_every_app_is_valid():
         ("app: [1]", r"mine\.yaml: app: should be a mapping, not \[1\]"),
         ("app:", r"mine\.yaml: app: should be a mapping, not null"),
         ("app: {title: x, engine: auto}", r"app\.engine: should be a mapping, not .auto"),
+        ("app: {title: x, prompt: chat}", r"app\.prompt: should be a mapping, not .chat"),
         (
             "app: {title: x, engine: {openvino: {group_size: 0}}}",
             r"app\.engine\.openvino\.group_size: .*-1.*, not 0",
