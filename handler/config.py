@@ -223,7 +223,7 @@ def app_yaml(name: str, *, local: bool = False) -> dict[str, Any]:
     where = f"handler/apps/{name}.yaml"
     app = _mapping(own.get("app", {}), "app", where)
     check_engine(_mapping(app.get("engine", {}), "app.engine", where), where)
-    return _merge(_read(DEFAULTS), own)
+    return merge(_read(DEFAULTS), own)
 
 
 def parse_app(config: dict[str, Any], where: str) -> App:
@@ -232,7 +232,7 @@ def parse_app(config: dict[str, Any], where: str) -> App:
     Raises:
         ConfigError: a field is unknown, missing or out of range; the message names it.
     """
-    complete = _merge(_read(DEFAULTS), config)
+    complete = merge(_read(DEFAULTS), config)
     try:
         return ModelConfig.model_validate({str(key): complete[key] for key in complete}).app
     except ValidationError as error:
@@ -281,7 +281,7 @@ def check_engine(settings: dict[str, Any], where: str) -> None:
 
 def engine_config(**settings: Any) -> EngineConfig:
     """Return the engine settings of an app whose YAML has only these under `app.engine`."""
-    return EngineConfig.model_validate(_merge(_read(DEFAULTS)["app"]["engine"], settings))
+    return EngineConfig.model_validate(merge(_read(DEFAULTS)["app"]["engine"], settings))
 
 
 def load_app(name: str, *, local: bool = False) -> App:
@@ -306,12 +306,12 @@ def _mapping(value: Any, field: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Return `base` with the values of `over`; mappings in both are merged in turn."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        merged[key] = merge(merged[key], value) if both else value
     return merged
 
 
