@@ -16,6 +16,7 @@ from typing import Any, TextIO, TypeVar
 import numpy as np
 from IPython import get_ipython
 from IPython.display import HTML, display
+from IPython.utils.capture import capture_output
 from ipywidgets import ValueWidget, VBox  # type: ignore[import-untyped]  # no types published
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -37,10 +38,20 @@ def short_errors() -> None:
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """Show a moving bar while the block runs; send what it prints to build/notebook.log."""
+    """Show a moving bar while the block runs; send what it prints to build/notebook.log.
+
+    What the block displays is dropped: whether a library shows its progress bar depends on what is
+    already on the disk, and stored outputs must not.
+    """
     bar = display(HTML(f"<progress></progress> {what}"), display_id=True)
     try:
-        with _log() as log, _descriptors(log.fileno()), redirect_stdout(log), redirect_stderr(log):
+        with (
+            _log() as log,
+            _descriptors(log.fileno()),
+            redirect_stdout(log),
+            redirect_stderr(log),
+            capture_output(stdout=False, stderr=False),  # libraries display progress bars
+        ):
             yield
     except BaseException:
         bar.update(HTML(f"✗ {what}"))
