@@ -365,7 +365,10 @@ class Deployer:
             traffic_split=change.traffic or {},
         )
         step = f"undeploy version {change.version}"
-        self._finish(step, self.endpoints.undeploy_model(request))
+        try:
+            self._finish(step, self.endpoints.undeploy_model(request))
+        except NotFound:  # another run, or a killed one, was faster
+            self.report(f"{step}: it is undeployed already")
 
     def _delete(self, kind: str, name: str, call: Callable[..., Operation]) -> None:
         """Delete a resource. One that is gone already is fine; `cleanup` lists what is left."""

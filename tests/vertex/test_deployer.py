@@ -15,7 +15,7 @@ from google.cloud.aiplatform_v1 import types
 from deploy.common.paths import ROOT, UserError
 from deploy.common.ports import can_connect, free_port
 from deploy.common.waiting import wait_until
-from deploy.vertex.changes import includes
+from deploy.vertex.changes import includes, removal
 from deploy.vertex.deployer import Deployer
 from deploy.vertex.messages import fields
 from deploy.vertex.operations import timeline
@@ -366,6 +366,16 @@ def test_cleanup_names_what_it_cannot_remove(app: Rehearsed):
         deployer.cleanup(attempts=1)
     assert any("cannot be deleted" in line for line in app.lines)
     foreign.delete(force=True)
+
+
+def test_cleanup_continues_if_another_run_undeploys_first(app: Rehearsed):
+    app.deploy()
+    deployer = app.deployer()
+    outdated = deployer.inventory()
+    app.deployer().undeploy()
+    deployer.apply(removal(outdated))
+    assert "undeploy version 1: it is undeployed already" in app.lines
+    assert not deployer.resources()
 
 
 @pytest.mark.parametrize("canary", [None, 20])
