@@ -50,7 +50,7 @@ quickstart: setup ## Set up, serve APP, send it one request, print the response,
 check: setup lint types ## Set up and run every check (JOBS=3 at a time)
 	@exec $(PY) -m tests --jobs "$(JOBS)"
 
-fast: lint types ## Run lint, types and the quick tests, after every change (30 seconds)
+fast: lint types ## Run lint, types and the quick tests, after every change (30 seconds; longer the first time)
 	@$(PY) -m pytest -q tests/unit tests/notebooks -m "not slow and not served"
 
 lint: setup ## Check style, Dockerfile, import layers, dependencies and generated documents

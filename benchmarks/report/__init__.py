@@ -1,4 +1,4 @@
 """Tables, single values and plots, made from `benchmarks/results/*.json`.
 
-Nothing here measures, and nothing but `plots` imports matplotlib.
+Nothing here measures, and only `plots` imports matplotlib.
 """

@@ -40,7 +40,7 @@ def at(path: str, statistic: str | None = "median") -> Any:
 
     Args:
         path: the keys, the file's name first.
-        statistic: which one of repeated measurements; None for what is there as it is.
+        statistic: which one of repeated measurements; None for a value that was not repeated.
     """
     name, *keys = path.split("/")
     found = read(name)["measurements"]

@@ -19,7 +19,7 @@ def push(
     The tag in the registry is the local tag and the first digits of the image's digest. So another
     build has another tag, and `deploy` notices that it is another image.
 
-    With `push_images: false` nothing is pushed, and the address has the tag as it is.
+    With `push_images: false` nothing is pushed, and the address has the unchanged tag.
 
     Raises:
         UserError: no container runtime, no such image, an image that Vertex AI could not run with
