@@ -20,13 +20,15 @@ import time
 from pathlib import Path
 from threading import Event
 
-from launch import java_command
+from launch import grpc_address, java_command
 
 HERE = Path(__file__).parent
 TEMPORARY = Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108  the only writable folder
 STATE = TEMPORARY / "serving"
 DRAIN_SECONDS = 20
 """The default of the environment variable."""
+METRICS_PORT = 7082
+"""As in config.properties."""
 JAVA_SECONDS = 5
 """From SIGTERM to SIGKILL for TorchServe, after the drain."""
 QUIET_SECONDS = 1.0
@@ -41,14 +43,14 @@ def main() -> int:
         signal.signal(stop_signal, lambda *_: stop.set())
     try:
         drain_seconds = whole_number("DRAIN_SECONDS", DRAIN_SECONDS, most=86_400)
-        if whole_number("AIP_HTTP_PORT", 7080, least=1, most=65535) in range(7081, 7085):
-            raise ValueError("AIP_HTTP_PORT: management and metrics use the ports 7081 to 7084")
+        if whole_number("AIP_HTTP_PORT", 7080, least=1, most=65_535) == METRICS_PORT:
+            raise ValueError(f"AIP_HTTP_PORT: the metrics use the port {METRICS_PORT}")
         store = by_name(model_store())
         archive = only_archive(store)
     except (ValueError, OSError, LookupError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    STATE.mkdir(exist_ok=True)
+    STATE.mkdir(mode=0o700, exist_ok=True)
     for leftover in STATE.iterdir():
         leftover.unlink()
     command = java_command(
@@ -59,7 +61,8 @@ def main() -> int:
         archive=archive,
         temporary=TEMPORARY,
     )
-    server = subprocess.Popen(command, env=os.environ | {"SERVING_STATE": str(STATE)})
+    settings = {"SERVING_STATE": str(STATE), "GRPC_ADDRESS": grpc_address()}
+    server = subprocess.Popen(command, env=os.environ | settings)
     while server.poll() is None:
         if stop.wait(0.2):
             drain(drain_seconds, server)

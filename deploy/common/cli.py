@@ -31,10 +31,10 @@ def _app_name(text: str) -> str:
 
 
 def _port(value: str | int) -> int:
-    """Read a server's first port; four more belong to it."""
+    """Read a server's port; its metrics are two ports higher."""
     text = str(value)
-    if not text.isdecimal() or not 1024 <= int(text) <= 65_531:
-        raise typer.BadParameter(f"PORT={text}: use a number from 1024 to 65531")
+    if not text.isdecimal() or not 1024 <= int(text) <= 65_533:
+        raise typer.BadParameter(f"PORT={text}: use a number from 1024 to 65533")
     return int(text)
 
 
@@ -52,7 +52,8 @@ App = Annotated[
 ModelDir = Annotated[Path | None, typer.Option(help="A folder in Hugging Face layout to use.")]
 ShapeOnly = Annotated[bool, typer.Option("--shape-only", help="Random weights of the true size.")]
 Port = Annotated[
-    int, typer.Option(parser=_port, metavar="PORT", help="The first of the server's five ports.")
+    int,
+    typer.Option(parser=_port, metavar="PORT", help="The port of predictions; metrics use PORT+2."),
 ]
 
 

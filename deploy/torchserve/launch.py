@@ -5,11 +5,13 @@ library.
 """
 
 import importlib.util
+import socket
 import sys
 from pathlib import Path
 
 HEAP = "512m"
 """Java's heap limit. Java's default is a quarter of the machine; the frontend uses 0.2 GB."""
+_MULTICAST = "224.0.0.1"
 
 
 def java_command(
@@ -39,6 +41,21 @@ def java_command(
     command += ["--python", sys.executable, "-f", config, "-ncs"]
     command += ["-s", store, "-m", f"{name}={archive}"]
     return [str(part) for part in command]
+
+
+def grpc_address() -> str:
+    """Return the address for TorchServe's gRPC server, which no setting switches off.
+
+    One gRPC call stops the worker and all requests in it. On Linux a program can listen on a
+    multicast address, to which nobody can connect. Elsewhere it is loopback, with a random port.
+    """
+    with socket.socket() as probe:
+        try:
+            probe.bind((_MULTICAST, 0))
+            probe.listen()
+        except OSError:
+            return "127.0.0.1"
+    return _MULTICAST
 
 
 def read_properties(path: Path) -> dict[str, str]:

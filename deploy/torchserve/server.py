@@ -19,8 +19,9 @@ import psutil
 from deploy.common.paths import BUILD, ROOT, UserError, shown
 from deploy.common.process_guard import dismiss_guard, start_guard
 from deploy.common.waiting import wait_until
+from deploy.torchserve import management
 from deploy.torchserve.java import find_java
-from deploy.torchserve.launch import java_command, read_properties
+from deploy.torchserve.launch import grpc_address, java_command, read_properties
 
 PORT = 7080
 _LOG4J = ROOT / "docker" / "log4j2.xml"
@@ -35,13 +36,13 @@ class ServerError(UserError):
 class Server:
     """One TorchServe process tree that serves one archive.
 
-    Use it in a `with` block, or call `start()` and `stop()`. Inference listens on `port`;
-    management, metrics and gRPC listen on the four ports after it. Workers' sockets are in a
-    private folder, so servers on ports that are ten apart do not collide.
+    Use it in a `with` block, or call `start()` and `stop()`. Predictions listen on `port`, metrics
+    on `port` + 2. Management and the workers listen on sockets in a private folder, and nobody can
+    connect to gRPC.
 
     Args:
         archive: what `deploy.archive.build.build_archive` returned.
-        port: the inference port, the only one that other machines may reach.
+        port: the port of predictions, the only one that other machines may reach.
         host: the address to listen on; the default is this machine alone.
         settings: lines for config.properties that override ours.
         environment: additional environment variables for Java and the workers.
@@ -64,6 +65,7 @@ class Server:
         self.log = BUILD / f"server-{port}.log"
         self._process: subprocess.Popen | None = None
         self._temporary: Path | None = None
+        self._management = ""
         self._guard: subprocess.Popen | None = None
 
     @property
@@ -72,16 +74,39 @@ class Server:
         return f"http://127.0.0.1:{self.port}/predictions/{self.name}"
 
     @property
-    def management(self) -> str:
-        return f"http://127.0.0.1:{self.port + 1}"
+    def management_address(self) -> str:
+        """TorchServe's `management_address`; it begins with `unix:` if it is a socket.
+
+        Raises:
+            ServerError: the server is not started.
+        """
+        if not self.started:
+            raise ServerError(f"the server on port {self.port} is not started")
+        return self._management
 
     @property
     def metrics(self) -> str:
+        """The address of Prometheus metrics."""
         return f"http://127.0.0.1:{self.port + 2}/metrics"
 
     @property
-    def ports(self) -> range:
-        return range(self.port, self.port + 5)
+    def ports(self) -> tuple[int, int]:
+        """The ports of predictions and metrics."""
+        return self.port, self.port + 2
+
+    def management_api(self, timeout: float = 5.0) -> httpx.Client:
+        """Return a client of the management API, whose URLs begin with `/models`.
+
+        Use it in a `with` block. The API listens on a socket that only this user can open.
+
+        Raises:
+            ServerError: the server is not started.
+        """
+        address = self.management_address
+        if not address.startswith(management.UNIX):
+            return httpx.Client(base_url=address, timeout=timeout)
+        transport = httpx.HTTPTransport(uds=address.removeprefix(management.UNIX))
+        return httpx.Client(transport=transport, base_url="http://management", timeout=timeout)
 
     @property
     def started(self) -> bool:
@@ -116,8 +141,9 @@ class Server:
         java = find_java()
         BUILD.mkdir(exist_ok=True)
         try:
-            # Short, because the path of a worker's socket is limited to 107 characters.
+            # Short, because the path of a socket is limited to 107 characters.
             temporary = self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
+            self._management = management.address(temporary)
             with self.log.open("wb") as log:
                 self._process = subprocess.Popen(
                     self._command(java, temporary),
@@ -136,7 +162,7 @@ class Server:
         return self
 
     def check_ports(self) -> None:
-        """Make sure all five ports are free.
+        """Make sure both ports are free.
 
         Raises:
             ServerError: a port is taken; the message names the program that holds it.
@@ -144,8 +170,8 @@ class Server:
         for port in self.ports:
             if holder := port_holder(port):
                 raise ServerError(
-                    f"port {port} is taken by {holder}. A server needs five ports, here "
-                    f"{self.port} to {self.port + 4}: stop that program, or set another PORT="
+                    f"port {port} is taken by {holder}. A server needs two ports, here "
+                    f"{self.port} and {self.port + 2}: stop that program, or set another PORT="
                 )
 
     def ready(self) -> bool:
@@ -157,10 +183,12 @@ class Server:
 
     def workers(self) -> list[dict]:
         """The model's workers as the management API lists them; empty if it does not answer."""
+        if not self.started:
+            return []
         try:
-            response = httpx.get(f"{self.management}/models/{self.name}", timeout=5)
-            return response.json()[0].get("workers", [])
-        except (httpx.HTTPError, ValueError, LookupError):
+            (description,) = management.get(self._management, f"/models/{self.name}", timeout=5)
+            return description["workers"]
+        except (OSError, ValueError, LookupError, TypeError):
             return []
 
     def stop(self, grace: float = 5.0) -> None:
@@ -215,12 +243,13 @@ class Server:
 
     def _properties(self) -> dict[str, str]:
         """The container's config.properties, with this server's addresses."""
+        grpc = grpc_address()
         return read_properties(_SETTINGS) | {
             "inference_address": f"http://{self.host}:{self.port}",
-            "management_address": f"http://127.0.0.1:{self.port + 1}",
+            "management_address": self._management,
             "metrics_address": f"http://127.0.0.1:{self.port + 2}",
-            "grpc_inference_port": str(self.port + 3),
-            "grpc_management_port": str(self.port + 4),
+            "grpc_inference_address": grpc,
+            "grpc_management_address": grpc,
         }
 
     def _environment(self) -> dict[str, str]:

@@ -221,4 +221,4 @@ def stop(server: Server) -> None:
     server.stop()
     for port in server.ports:
         assert port_holder(port) is None, f"port {port} is still taken by {port_holder(port)}"
-    print(f"stopped; ports {server.ports[0]} to {server.ports[-1]} are free")
+    print(f"stopped; ports {server.ports[0]} and {server.ports[1]} are free")

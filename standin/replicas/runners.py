@@ -252,7 +252,7 @@ class TorchServe:
         archive = archive_of(self.spec.image)
         if archive is None:
             raise ServerError(f"{self.spec.image}: the archive was removed; run `make archive`")
-        self.port = _five_free_ports()
+        self.port = _free_server_port()
         environment, _, _ = self.spec.expanded()
         self._server = Server(
             archive,
@@ -328,8 +328,9 @@ async def run(
     return await process.wait(), output.decode(errors="replace")
 
 
-def _five_free_ports() -> int:
+def _free_server_port() -> int:
+    """Return a port that a `Server` can use: it and the one for metrics are free."""
     while True:
         port = free_port()
-        if port < 65_000 and not any(can_connect(port + i) for i in range(5)):
+        if port < 65_000 and not any(map(can_connect, Server(Path(), port=port).ports)):
             return port

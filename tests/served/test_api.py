@@ -277,6 +277,7 @@ def total(header):
     return sum(int(count) for count in header.split(","))
 
 
-def test_management_port_registers_no_models(server):
-    response = httpx.post(f"{server.management}/models?url=other.mar")
+def test_management_registers_no_models(server):
+    with server.management_api() as management:
+        response = management.post("/models?url=other.mar")
     assert response.status_code in (403, 405), response.text

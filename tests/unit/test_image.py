@@ -93,7 +93,7 @@ def test_rejects_option_of_another_command(arguments, capsys):
 @pytest.mark.parametrize("port", ["0", "80", "70000", "-1", "abc", ""])
 def test_rejects_impossible_port(port, capsys):
     assert main(["run", "gpt2", f"--port={port}"]) == 2
-    assert f"PORT={port}: use a number from 1024 to 65531" in capsys.readouterr().err
+    assert f"PORT={port}: use a number from 1024 to 65533" in capsys.readouterr().err
 
 
 def test_how_to_build_an_image_without_weights():
@@ -167,9 +167,10 @@ def test_cloud_build_uses_the_same_targets_and_arguments():
 def test_java_command_and_configuration():
     settings = read_properties(ROOT / "docker" / "config.properties")
     assert settings["inference_address"] == "http://0.0.0.0:$$AIP_HTTP_PORT$$"
-    loopback = ("management_address", "metrics_address")
-    assert all(settings[name].startswith("http://127.0.0.1:") for name in loopback)
-    assert all(settings[f"grpc_{n}_address"] == "127.0.0.1" for n in ("inference", "management"))
+    assert settings["management_address"] == "unix:$$SERVING_STATE$$/management.sock"
+    assert settings["metrics_address"].startswith("http://127.0.0.1:")
+    names = ("grpc_inference_address", "grpc_management_address")
+    assert all(settings[name] == "$$GRPC_ADDRESS$$" for name in names)
     x = Path("/somewhere")
     command = java_command("java", config=x, log4j=x, store=x, archive="a.mar", temporary=x)
     assert command[0] == "java" and command[-2:] == ["-m", "a=a.mar"]
