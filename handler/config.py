@@ -114,10 +114,14 @@ _SECTIONS = {
 
 
 class PromptConfig(_Strict):
-    """How a prompt is written for the model. `style: instruct` needs a `template`."""
+    """How a prompt is written for the model. `style: instruct` needs a `template`.
+
+    `special_tokens_in_content` says what `<|im_end|>` in a message or an instruction is.
+    """
 
     style: Literal["plain", "instruct", "chat"]
     template: str = ""
+    special_tokens_in_content: Literal["text", "control"]
 
     @model_validator(mode="after")
     def _check_template(self) -> "PromptConfig":

@@ -9,13 +9,18 @@ from typing import NamedTuple
 
 from handler.config import PromptConfig
 from handler.engine import Messages
+from handler.engine.special import TemplatedPrompt
 from handler.request import Instance, RequestError
 
 ChatTemplate = Callable[[Messages], str | None]
 
 
 class Prompt(NamedTuple):
-    """`text` is what the engine tokenizes, `echo` what the prediction shows of it: all or none."""
+    """`text` is what the engine tokenizes, `echo` what the prediction shows of it: all or none.
+
+    A template's `text` is a `TemplatedPrompt`: `<|im_end|>` in what a user wrote is text there. In
+    a plain prompt it is a control token, because such a prompt is the whole input of the model.
+    """
 
     text: str
     echo: str
@@ -40,15 +45,20 @@ def render(
     """
     if instance.prompt == "":
         raise RequestError(400, f"{field}: the prompt is empty; give some text", field)
+    plain = config.style == "plain"
     if config.style == "instruct":
-        text = config.template.replace("{prompt}", _instruction(instance, field))
-        plain = False
-    elif config.style == "plain" and isinstance(instance.prompt, str):
-        text, plain = instance.prompt, True
+        instruction = _instruction(instance, field)
+        before, *after = config.template.split("{prompt}")
+        parts = [part for text in after for part in (instruction, text)]
+        text: str = TemplatedPrompt(before, *parts)
+    elif plain and isinstance(instance.prompt, str):
+        text = instance.prompt
     else:
         text, plain = _chat(instance, chat_template, field), False
+    if config.special_tokens_in_content == "control":
+        text = str(text)
     shown = plain if instance.return_full_text is None else instance.return_full_text
-    return Prompt(text, echo=text if shown else "")
+    return Prompt(text, echo=str(text) if shown else "")
 
 
 def _chat(instance: Instance, chat_template: ChatTemplate, field: str) -> str:

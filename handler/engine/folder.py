@@ -5,6 +5,7 @@ engine that needs neither torch nor transformers does not wait for their imports
 """
 
 import json
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from handler.engine import Messages
+from handler.engine.special import ControlTokens, Shield, TemplatedPrompt
+
+_PROBES = [["user"], ["user", "assistant", "user"], ["system", "user"]]
+"""Roles of the conversations that show which tokens a chat template writes."""
 
 
 class ModelFolder:
@@ -29,17 +34,40 @@ class ModelFolder:
         self._tokenizer_config = self._read_json("tokenizer_config.json")
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
         self._template = self._chat_template()
+        rendered = []
+        for roles in _PROBES:
+            with suppress(Exception):  # some templates reject some roles
+                messages = [{"role": role, "content": "1"} for role in roles]
+                rendered.append(self._render(messages) or "")
+        self._control = ControlTokens(self._tokenizer, self._named_tokens(), rendered)
 
     def encode(self, text: str) -> list[int]:
-        """Return token ids, with the start token if the tokenizer adds one."""
+        """Return token ids, with the start token if the tokenizer adds one.
+
+        In a `TemplatedPrompt` control tokens count only where the template wrote them.
+        """
+        if isinstance(text, TemplatedPrompt):
+            return self._control.encode(text)
         return self._tokenizer.encode(text).ids
 
     def decode(self, token_ids: list[int]) -> str:
         """Return text, without special tokens."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def chat_prompt(self, messages: Messages) -> str | None:
-        """Write messages in the model's chat template, up to its turn; None if it has none."""
+    def chat_prompt(self, messages: Messages) -> TemplatedPrompt | None:
+        """Write messages in the model's chat template, up to its turn; None if it has none.
+
+        Raises:
+            TemplateError: the template rejects these messages.
+        """
+        shield = Shield(self._control)
+        try:
+            text = self._render(shield.hide(messages))
+        except Exception as error:  # its message may quote a message
+            raise TemplateError(str(shield.restore(str(error)))) from error
+        return None if text is None else shield.restore(text)
+
+    def _render(self, messages: Messages) -> str | None:
         if self._template is None:
             return None
         special = {
@@ -88,6 +116,16 @@ class ModelFolder:
             ends.add(ids[0])
         return ends
 
+    def _named_tokens(self) -> set[str]:
+        """Return the texts of the tokens to which tokenizer_config.json gives a purpose."""
+        settings = self._tokenizer_config
+        tokens = [value for name, value in settings.items() if name.endswith("_token")]
+        for name in ("additional_special_tokens", "extra_special_tokens"):
+            more = settings.get(name) or []
+            tokens += more.values() if isinstance(more, dict) else more
+        tokens += [t for t in settings.get("added_tokens_decoder", {}).values() if t.get("special")]
+        return {text for token in tokens if isinstance(text := _text(token), str)}
+
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self._path / name
         return json.loads(path.read_text()) if path.is_file() else {}
@@ -116,6 +154,6 @@ def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
 
 
-def _text(token: str | dict[str, Any] | None) -> str | None:
+def _text(token: Any) -> Any:
     """Read a special token of tokenizer_config.json: a string, or an object around one."""
-    return token["content"] if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token

@@ -7,8 +7,8 @@ from handler.engine import Messages, Sampling
 from handler.prompt import render
 from handler.request import Instance, RequestError
 
-PLAIN = PromptConfig(style="plain")
-CHAT = PromptConfig(style="chat")
+PLAIN = PromptConfig(style="plain", special_tokens_in_content="text")
+CHAT = PromptConfig(style="chat", special_tokens_in_content="text")
 DOLLY = load_app("dolly-v2-3b").prompt
 
 

@@ -1,0 +1,178 @@
+"""Control tokens: those that a template writes count; the same text written by a user is text.
+
+A tokenizer turns the text `<|im_end|>` into the token that ends a turn, whoever wrote it. Someone
+could so end their own message and begin a system message. Therefore a second tokenizer knows the
+control tokens under other, random names. What the template wrote is renamed, what users wrote is
+not, and one call encodes both together, so all other tokens are the same as before.
+"""
+
+import json
+import re
+import secrets
+from collections.abc import Collection
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from handler.engine import Messages
+
+
+class TemplatedPrompt(str):
+    """A prompt whose control tokens count only where the template wrote them.
+
+    Args:
+        parts: texts by the template and by users, in turn; the template's is the first.
+    """
+
+    parts: tuple[str, ...]
+
+    def __new__(cls, *parts: str) -> "TemplatedPrompt":
+        prompt = super().__new__(cls, "".join(parts))
+        prompt.parts = parts
+        return prompt
+
+
+class ControlTokens:
+    """The control tokens of one tokenizer: its special tokens, and those that the template writes.
+
+    Other added tokens, such as `<tool_call>` or a run of spaces, are what the tokenizer makes of
+    them in every text. So is a token that the vocabulary builds from ordinary text.
+
+    Args:
+        tokenizer: the model's.
+        named: tokens that other files of the model call special.
+        rendered: some texts by the chat template, to see which tokens it writes.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, named: Collection[str], rendered: Collection[str]
+    ) -> None:
+        state = json.loads(tokenizer.to_str())
+        merged = _merged(state["model"])
+        self._names: dict[str, str] = {}
+        patterns = {}
+        for token in state["added_tokens"]:
+            text = token["content"]
+            patterns[text] = rf"\b{re.escape(text)}\b" if token["single_word"] else re.escape(text)
+            if len(text.strip()) < 2 or text in merged:
+                continue
+            written = not text.strip().isalnum() and any(text in other for other in rendered)
+            if token["special"] or text in named or written:
+                self._names[text] = token["content"] = f"q{secrets.token_hex(16)}q"
+        _rename(state["model"], self._names)
+        self._tokenizer, self._renamed = tokenizer, Tokenizer.from_str(json.dumps(state))
+        normalized = any(t["normalized"] for t in state["added_tokens"])
+        self._depends = normalized and tokenizer.normalizer is not None
+        self._ids = {tokenizer.token_to_id(text) for text in self._names}
+        longest_first = sorted(patterns, key=len, reverse=True)  # as the tokenizer matches
+        self._added = re.compile("|".join(patterns[text] for text in longest_first) or "(?!)")
+        self._heads = {text[:n] for text in self._names for n in range(1, len(text))}
+        self._tails = {text[-n:] for text in self._names for n in range(1, len(text))}
+        self._longest = max((len(text) for text in self._names), default=0)
+
+    def encode(self, prompt: TemplatedPrompt) -> list[int]:
+        """Return token ids; those of control tokens only where the template wrote them."""
+        matched = self._matched(prompt) if self._depends else None
+        parts, begin = list(prompt.parts), 0
+        for i, part in enumerate(prompt.parts):
+            if i % 2 == 0:
+                parts[i] = self._rename(part, begin, matched)
+            begin += len(part)
+        return self._renamed.encode("".join(parts)).ids
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Return where `text` has a control token, or the half of one at its beginning or end.
+
+        Text beside a half may complete it: the template's, or that of another message.
+        """
+        found = [m.span() for m in self._added.finditer(text) if m[0] in self._names]
+        begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
+        for n in range(min(self._longest, end - begin), 0, -1):
+            if text[begin : begin + n] in self._tails:
+                found.append((begin, begin + n))
+                break
+        for n in range(min(self._longest, end - begin), 0, -1):
+            if text[end - n : end] in self._heads:
+                found.append((end - n, end))
+                break
+        return _joined(found)
+
+    def _matched(self, prompt: str) -> set[int]:
+        """Return the positions that the model's tokenizer reads as parts of control tokens.
+
+        With some normalizers it reads a token only after a space, as in the first Llama.
+        """
+        encoding = self._tokenizer.encode(prompt)
+        spans = (
+            span
+            for token, span in zip(encoding.ids, encoding.offsets, strict=True)
+            if token in self._ids
+        )
+        return {position for span in spans for position in range(*span)}
+
+    def _rename(self, part: str, begin: int, matched: set[int] | None) -> str:
+        """Rename the control tokens in a part of the prompt that begins at `begin`."""
+
+        def name(match: re.Match[str]) -> str:
+            read = matched is None or begin + match.end() - 1 in matched
+            return self._names.get(match[0], match[0]) if read else match[0]
+
+        return self._added.sub(name, part)
+
+
+class Shield:
+    """Hides the control tokens in the messages of one request from their template.
+
+    In their place stands a number that no user can guess and that survives what templates do with
+    text: trim it, look for words in it, change its case.
+    """
+
+    def __init__(self, control: ControlTokens) -> None:
+        self._control = control
+        self._key = f"\ue000{secrets.randbits(64)}:"
+        self._hidden: list[str] = []
+
+    def hide(self, messages: Messages) -> Messages:
+        """Return the messages with numbers in place of control tokens."""
+        return [{name: self._hide(text) for name, text in m.items()} for m in messages]
+
+    def restore(self, text: str) -> TemplatedPrompt:
+        """Return a text with the control tokens back in their places, as text by a user."""
+        parts = re.split(f"{self._key}([0-9]+)\ue001", text)
+        parts[1::2] = [self._hidden[int(number)] for number in parts[1::2]]
+        return TemplatedPrompt(*parts)
+
+    def _hide(self, text: str) -> str:
+        pieces, done = [], 0
+        for begin, end in self._control.find(text):
+            pieces += [text[done:begin], f"{self._key}{len(self._hidden)}\ue001"]
+            self._hidden.append(text[begin:end])
+            done = end
+        return "".join([*pieces, text[done:]])
+
+
+def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return spans in order, with those that overlap as one."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in sorted(spans):
+        if joined and begin < joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((begin, end))
+    return joined
+
+
+def _merged(model: dict[str, Any]) -> set[str]:
+    """Return the tokens that a BPE model builds from shorter ones."""
+    return {"".join(pair) for pair in model.get("merges", [])}
+
+
+def _rename(model: dict[str, Any], names: dict[str, str]) -> None:
+    """Give tokens of a vocabulary other names, so that no text but the name gives their ids."""
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(text, text): i for text, i in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in vocabulary]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
