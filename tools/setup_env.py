@@ -20,7 +20,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
+CUDA_LOCK = ROOT / "docker" / "locks" / "gpu.txt"
+"""Has the packages of TORCH=cuda that requirements.lock leaves out, with hashes."""
 TESTED = (3, 11)
+ONLY_WHEELS = ("--only-binary=:all:",)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -40,8 +43,13 @@ def main() -> int:
     if flavour not in ("cpu", "cuda"):
         print(f"error: TORCH={flavour}: use cpu or cuda", file=sys.stderr)
         return 1
+    if flavour == "cuda" and sys.platform != "linux":
+        print("error: TORCH=cuda: CUDA needs Linux; use TORCH=cpu", file=sys.stderr)
+        return 1
     done = venv / ".setup-done"
-    inputs = LOCK.read_bytes() + (ROOT / "pyproject.toml").read_bytes()
+    inputs = b"".join(
+        path.read_bytes() for path in (LOCK, CUDA_LOCK, ROOT / "pyproject.toml", Path(__file__))
+    )
     state = f"{hashlib.sha256(inputs).hexdigest()} {flavour} {ROOT}"
     if not (done.is_file() and done.read_text() == state):
         try:
@@ -83,17 +91,14 @@ def install(venv: Path, flavour: str) -> None:
         [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"],
         blocks["uv"],
     )
-    uv = [str(python.with_name("uv")), "pip", "install", "--python", str(python)]
-    if not sys.stderr.isatty():
-        uv.append("--quiet")  # no list of 240 packages in a log
+    uv = uv_install(python.with_name("uv"), python)
     options, origin = torch_source(sources, flavour, torch)
     print(f"installing torch from {origin}", flush=True)
-    if flavour == "cuda":  # its CUDA libraries are not in the lock, and [tool.uv] leaves them out
-        _run([*uv, "--no-config", *options, torch.split("+cpu")[0]])
-    else:
-        _run([*uv, *options], torch)
+    _run([*uv, *options], cuda_blocks(blocks) if flavour == "cuda" else torch)
     print(f"installing {len(blocks)} locked packages", flush=True)
     _run([*uv, *uv_sources(sources)], "".join(blocks.values()))
+    # An older lock had it. It reports to an analytics host.
+    _run([uv[0], "pip", "uninstall", "--quiet", "--python", str(python), "openvino-telemetry"])
     _run([*uv, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)])
     java_check = [str(python), "-m", "deploy.torchserve.java"]
     if subprocess.run(java_check, cwd=ROOT, capture_output=True).returncode != 0:
@@ -113,6 +118,40 @@ def locked_blocks(text: str) -> dict[str, str]:
         elif name and line.startswith("    --hash"):
             blocks[name] += line
     return blocks
+
+
+def install_peer(python: Path, lock: Path, *, built_here: tuple[str, ...] = ()) -> None:
+    """Fill another environment with the packages of a lock; this environment has uv.
+
+    Args:
+        python: the interpreter of that environment.
+        lock: requirements with hashes; torch is the CPU build.
+        built_here: packages that are compiled from their source. Its hash is checked, but the
+            packages that the compilation needs are the newest that the source allows.
+
+    Raises:
+        SetupError: uv failed; its messages are above.
+    """
+    blocks = locked_blocks(lock.read_text())
+    uv = uv_install(Path(sys.executable).with_name("uv"), python)
+    sources = pip_sources(Path(sys.executable))
+    if torch := blocks.pop("torch", ""):
+        _run([*uv, *torch_source(sources, "cpu", torch)[0]], torch)
+    binary = tuple(f"--no-binary={name}" for name in built_here) or ONLY_WHEELS
+    _run([*uv, *uv_sources(sources)], "".join(blocks.values()), binary)
+
+
+def uv_install(uv: Path, python: Path) -> list[str]:
+    """Return the command that installs into the environment of `python`."""
+    command = [str(uv), "pip", "install", "--python", str(python)]
+    # A log needs no list of 240 packages.
+    return command if sys.stderr.isatty() else [*command, "--quiet"]
+
+
+def cuda_blocks(locked: dict[str, str]) -> str:
+    """Return the lines that pin PyPI's torch and the CUDA libraries that `locked` lacks."""
+    blocks = locked_blocks(CUDA_LOCK.read_text())
+    return "".join(block for name, block in blocks.items() if name not in locked)
 
 
 def torch_source(sources: dict[str, list[str]], flavour: str, block: str) -> tuple[list[str], str]:
@@ -153,13 +192,15 @@ def uv_sources(sources: dict[str, list[str]]) -> list[str]:
     return options + [f"--find-links={folder}" for folder in sources["find-links"]]
 
 
-def _run(command: list[str], locked: str | None = None) -> None:
+def _run(
+    command: list[str], locked: str | None = None, binary: tuple[str, ...] = ONLY_WHEELS
+) -> None:
     """Run pip or uv, for these lines of the lock if given. Its messages go to the terminal."""
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
         if locked is not None:
             requirements.write(locked)
             requirements.flush()
-            command = [*command, "--no-deps", "--require-hashes", "--only-binary=:all:"]
+            command = [*command, "--no-deps", "--require-hashes", *binary]
             command += ["--requirement", requirements.name]
         if subprocess.run(command, cwd=ROOT).returncode != 0:
             name = "pip" if "-m" in command else "uv"
