@@ -28,6 +28,8 @@ GOOGLE  := $(if $(PROJECT),--project "$(PROJECT)") $(if $(REGION),--region "$(RE
 ARCHIVE := $(WEIGHTS) --format "$(FORMAT)" $(if $(ENGINE),--engine "$(ENGINE)")
 
 export VENV TORCH
+# huggingface_hub and vLLM then send nothing about their use (SECURITY.md).
+export DO_NOT_TRACK ?= 1
 # torch's threads then sleep while they wait, instead of spinning. If other programs use the cores,
 # chapters are several times as fast (LOG.md).
 lab chapters notebooks: export OMP_WAIT_POLICY = passive
@@ -79,9 +81,11 @@ notebooks: setup ## Run every chapter and store its new outputs
 	@$(PY) -m nbconvert --to notebook --inplace --CoalesceStreamsPreprocessor.enabled=True \
 	  notebooks/0*.ipynb
 
-# The project's folder is the root, so that links to README, LOG and code open.
+# The project's folder is the root, so that links to README, LOG and code open. JupyterLab fetches no
+# news and does not look for updates.
 lab: setup ## Open the course in JupyterLab
 	@$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks \
+	  --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 	  $(if $(filter 0,$(shell id -u)),--allow-root)
 
 site: setup ## Build the course as a website into build/site, from the stored outputs

@@ -8,6 +8,7 @@ versions and settings, so a change of any of these makes a new export.
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -128,7 +129,9 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 def _run_exporter(command: list[str | Path], target: Path, cache: Path) -> None:
     log = cache / "export.log"
     with log.open("w") as stream:
-        run = subprocess.run(command, stderr=stream, cwd=ROOT)
+        # The weights are here: nothing is asked of the Hub.
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        run = subprocess.run(command, env=environment, stderr=stream, cwd=ROOT)
     if run.returncode != 0 or not (target / EXPORTED).is_file():
         last = (log.read_text().strip() or "no message").splitlines()[-1]
         raise UserError(

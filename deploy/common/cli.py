@@ -11,6 +11,7 @@
 Exit status 2 is a usage error, 1 an error that the user can fix (`UserError`, `ConfigError`).
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -82,6 +83,8 @@ def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> i
         program: the module, as in `python -m program`.
         arguments: instead of those of this process.
     """
+    # Libraries read it when they are imported, in child processes too (SECURITY.md).
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     try:
         status = typer.main.get_command(app).main(
             args=arguments, prog_name=f"python -m {program}", standalone_mode=False
