@@ -14,13 +14,14 @@ itself, with any code, so that the platform restarts the container.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from threading import Event
 
-from launch import grpc_address, java_command
+from launch import grpc_address, java_command, max_request_size
 
 HERE = Path(__file__).parent
 TEMPORARY = Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108  the only writable folder
@@ -43,10 +44,17 @@ def main() -> int:
         signal.signal(stop_signal, lambda *_: stop.set())
     try:
         drain_seconds = whole_number("DRAIN_SECONDS", DRAIN_SECONDS, most=86_400)
-        if whole_number("AIP_HTTP_PORT", 7080, least=1, most=65_535) == METRICS_PORT:
+        port = whole_number("AIP_HTTP_PORT", 7080, least=1, most=65_535)
+        if port == METRICS_PORT:
             raise ValueError(f"AIP_HTTP_PORT: the metrics use the port {METRICS_PORT}")
+        check_port("AIP_HTTP_PORT", port)
         store = by_name(model_store())
         archive = only_archive(store)
+        settings = {
+            "SERVING_STATE": str(STATE),
+            "GRPC_ADDRESS": grpc_address(),
+            "MAX_REQUEST_SIZE": str(max_request_size(store / archive)),
+        }
     except (ValueError, OSError, LookupError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
@@ -61,7 +69,6 @@ def main() -> int:
         archive=archive,
         temporary=TEMPORARY,
     )
-    settings = {"SERVING_STATE": str(STATE), "GRPC_ADDRESS": grpc_address()}
     server = subprocess.Popen(command, env=os.environ | settings)
     while server.poll() is None:
         if stop.wait(0.2):
@@ -82,6 +89,18 @@ def whole_number(name: str, default: int, *, least: int = 0, most: int) -> int:
     if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
         raise ValueError(f"{name}: {text!r} is not a whole number from {least} to {most}")
     return int(text)
+
+
+def check_port(name: str, port: int) -> None:
+    """Make sure that TorchServe will be able to listen on a port.
+
+    Raises:
+        ValueError: the port is taken, or only root may listen on it.
+    """
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(f"{name}: cannot listen on port {port}: {error.strerror}") from error
 
 
 def model_store() -> Path:

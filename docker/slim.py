@@ -10,6 +10,7 @@ store bytecode and would compile at every start.
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 UNUSED = {
@@ -80,12 +81,25 @@ def main(environment: Path) -> None:
     (packages / "distutils-precedence.pth").unlink(missing_ok=True)  # also from setuptools
     for program in environment.glob("bin/pip*"):
         program.unlink()
+    for jar in packages.glob("ts/frontend/*.jar"):
+        extract_epoll(jar)
     modules = [*WORKER.split()]
     for name, more in ENGINES.items():
         if (packages / name).is_dir():
             modules += more.split()
     code = "import importlib\n" + "\n".join(f"importlib.import_module({m!r})" for m in modules)
     subprocess.run([environment / "bin" / "python", "-c", code], check=True)
+
+
+def extract_epoll(jar: Path) -> None:
+    """Put TorchServe's native libraries for Unix sockets beside its jar, where Java finds them.
+
+    Netty would extract them to /tmp when it starts, but containers mount /tmp with noexec.
+    """
+    with zipfile.ZipFile(jar) as content:
+        for name in content.namelist():
+            if name.startswith("META-INF/native/libnetty_transport_native_epoll_"):
+                (jar.parent / Path(name).name).write_bytes(content.read(name))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def default_limit(name: str) -> int:
 
 def declared(file: str, name: str) -> int:
     """Read a whole number that a file assigns to a name at the start of a line."""
-    match = re.search(rf"^{name} ?= ?(\d+)$", (ROOT / file).read_text(), re.MULTILINE)
+    match = re.search(rf"^{name} ?= ?([\d_]+)$", (ROOT / file).read_text(), re.MULTILINE)
     if not match:
         raise UserError(f"{file} does not set {name} to a whole number")
     return int(match[1])
@@ -66,8 +66,8 @@ def declared(file: str, name: str) -> int:
 SETTINGS: dict[str, Callable[[], str]] = {
     "limits.max_instances": lambda: str(default_limit("max_instances")),
     "limits.max_body_kb": lambda: f"{default_limit('max_body_bytes') / 1000:g}",
-    "limits.frontend_body_mib": lambda: (
-        f"{declared('docker/config.properties', 'max_request_size') / 2**20:g}"
+    "limits.over_body_kib": lambda: (
+        f"{declared('deploy/torchserve/launch.py', 'OVER_LIMIT') / 1024:g}"
     ),
     "limits.smollm2_context": lambda: str(load_app("smollm2-135m").engine.max_context),
     "container.drain_seconds": lambda: str(declared("docker/serve.py", "DRAIN_SECONDS")),

@@ -1,16 +1,25 @@
 """The command that starts TorchServe, on this machine (`server.py`) and in the container.
 
-The container's entry (`docker/serve.py`) imports only this file, which imports only the standard
-library.
+The container's entry (`docker/serve.py`) imports this file, which imports only the standard library
+and PyYAML.
 """
 
 import importlib.util
 import socket
 import sys
+import zipfile
 from pathlib import Path
+
+import yaml
 
 HEAP = "512m"
 """Java's heap limit. Java's default is a quarter of the machine; the frontend uses 0.2 GB."""
+OVER_LIMIT = 65_536
+"""Bytes by which a body may be over the app's limit and still reach the handler, whose error says
+what is allowed. TorchServe rejects a larger one with an empty 413, before it reads it."""
+FOREIGN_LIMIT = 1_000_000
+"""The limit in bytes for an archive without `app.limits.max_body_bytes`: of another handler."""
+_CONFIG = "model-config.yaml"
 _MULTICAST = "224.0.0.1"
 
 
@@ -35,12 +44,43 @@ def java_command(
         raise ModuleNotFoundError("torchserve is not installed")
     home = Path(spec.origin).parent.parent
     name = archive.removesuffix(".mar")
+    frontend = home / "ts" / "frontend"
     command: list[str | Path] = [java, f"-Xmx{HEAP}", f"-Dmodel_server_home={home}"]
+    # Unix sockets need netty's native library: beside the jar in the image (docker/slim.py). Else
+    # netty extracts it there, and not to /tmp, which may be mounted with noexec.
+    command += [f"-Djava.library.path={frontend}", f"-Dio.netty.native.workdir={frontend}"]
     command += [f"-Djava.io.tmpdir={temporary}", f"-Dlog4j.configurationFile={log4j}"]
-    command += ["-cp", home / "ts" / "frontend" / "*", "org.pytorch.serve.ModelServer"]
+    command += ["-cp", frontend / "*", "org.pytorch.serve.ModelServer"]
     command += ["--python", sys.executable, "-f", config, "-ncs"]
     command += ["-s", store, "-m", f"{name}={archive}"]
     return [str(part) for part in command]
+
+
+def max_request_size(archive: Path) -> int:
+    """Return the size of the largest body that TorchServe should accept for an archive, in bytes.
+
+    The handler's own limit is `app.limits.max_body_bytes`. TorchServe holds each body in Java's
+    memory, several times, before the handler can reject it.
+
+    Args:
+        archive: a folder, or a `.mar` file.
+
+    Raises:
+        ValueError: its model-config.yaml cannot be read.
+    """
+    try:
+        if archive.is_dir():
+            text = (archive / _CONFIG).read_bytes()
+        else:
+            with zipfile.ZipFile(archive) as mar:
+                text = mar.read(_CONFIG)
+        app = yaml.safe_load(text).get("app", {})
+        limit = int(app.get("limits", {}).get("max_body_bytes", FOREIGN_LIMIT))
+    except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:
+        raise ValueError(f"{archive}: {_CONFIG} cannot be read: {error!r}") from error
+    except (yaml.YAMLError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{archive}: {_CONFIG} cannot be read: {error}") from error
+    return limit + OVER_LIMIT
 
 
 def grpc_address() -> str:

@@ -21,7 +21,7 @@ from deploy.common.process_guard import dismiss_guard, start_guard
 from deploy.common.waiting import wait_until
 from deploy.torchserve import management
 from deploy.torchserve.java import find_java
-from deploy.torchserve.launch import grpc_address, java_command, read_properties
+from deploy.torchserve.launch import grpc_address, java_command, max_request_size, read_properties
 
 PORT = 7080
 _LOG4J = ROOT / "docker" / "log4j2.xml"
@@ -244,12 +244,17 @@ class Server:
     def _properties(self) -> dict[str, str]:
         """The container's config.properties, with this server's addresses."""
         grpc = grpc_address()
+        try:
+            largest_body = max_request_size(self.archive)
+        except ValueError as error:
+            raise ServerError(str(error)) from error
         return read_properties(_SETTINGS) | {
             "inference_address": f"http://{self.host}:{self.port}",
             "management_address": self._management,
             "metrics_address": f"http://127.0.0.1:{self.port + 2}",
             "grpc_inference_address": grpc,
             "grpc_management_address": grpc,
+            "max_request_size": str(largest_body),
         }
 
     def _environment(self) -> dict[str, str]:

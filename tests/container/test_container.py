@@ -73,9 +73,21 @@ def test_management_is_reachable_only_from_inside(container):
     form = "{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}"
     address = docker("inspect", "--format", form, container)
     assert httpx.get(f"http://{address}:7080/ping", timeout=5).status_code == 200
-    for port in (7081, 7082, 7083, 7084):
+    for port in (7081, 7082):
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"http://{address}:{port}/models", timeout=5)
+
+
+def test_container_listens_on_two_ports_and_a_socket(container):
+    """gRPC, which one call can use to kill the worker, listens where nobody can connect."""
+    rows = [line.split() for line in docker("exec", container, "cat", "/proc/net/tcp").splitlines()]
+    listening = {
+        (row[1].split(":")[0], int(row[1].split(":")[1], 16)) for row in rows if "0A" in row
+    }
+    loopback, every, multicast = "0100007F", "00000000", "010000E0"
+    reachable = {(host, port) for host, port in listening if host != multicast}
+    assert reachable == {(every, 7080), (loopback, 7082)}
+    docker("exec", container, "test", "-S", "/tmp/serving/management.sock")
 
 
 def test_memory_under_two_hundred_requests(container):
@@ -182,13 +194,14 @@ def test_rounds_of_stop_kill_and_restart_under_load(container):
     assert names == ["java", "python", "python", "tini"], "the entry, Java and one worker"
 
 
-def test_port_of_vertex_ai(lean):
-    """With the variables that Vertex AI sets."""
+@pytest.mark.parametrize("port", ["8080", "9000"])
+def test_port_of_vertex_ai(lean, port):
+    """With the variables that Vertex AI sets; 9000 is TorchServe's first port for workers."""
     name = run_container(
         APP,
         tag="lean-test",
         port=PORT,
-        environment={"AIP_HTTP_PORT": "8080", "AIP_MODE": "PREDICTION"},
+        environment={"AIP_HTTP_PORT": port, "AIP_MODE": "PREDICTION"},
     )
     assert httpx.get(f"http://127.0.0.1:{PORT}/ping", timeout=5).json()["status"] == "Healthy"
     assert "Tokyo" in predict(URL, SAMPLE_REQUEST)["predictions"][0]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from deploy.torchserve.launch import max_request_size
 from handler.request import Parameters
 from tests.bad_input import BAD, GOOD, OK
 
@@ -117,10 +118,13 @@ def test_unknown_model_and_route_are_404(any_server):
 
 
 def test_rejects_body_over_the_limit_of_the_frontend(any_server, worker_pid):
-    """The frontend itself rejects bodies over 10 MiB; the handler does not see them."""
-    body = {"instances": ["x" * (11 * 2**20)]}
-    response = httpx.post(any_server.url, json=body, timeout=60)
+    """The frontend rejects bodies far over the app's limit; the handler does not see them."""
+    body = b" " * (max_request_size(any_server.archive) + 1)
+    response = httpx.post(any_server.url, content=body, timeout=60)
+    assert response.status_code == 413 and not response.content
+    response = httpx.post(any_server.url, content=body[:-1], timeout=60)
     assert response.status_code == 413
+    assert "at most 300000 are allowed" in response.json()["error"]["message"]
     assert httpx.post(any_server.url, json=OK).status_code == 200
 
 

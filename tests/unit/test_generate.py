@@ -55,9 +55,9 @@ def test_every_value_is_a_number_that_a_document_has():
 
 
 def test_reads_settings_where_they_are_declared():
-    text = "The limit is <!-- value limits.frontend_body_mib -->0<!-- end --> MiB."
-    size = declared("docker/config.properties", "max_request_size")
-    assert f"-->{size // 2**20}<!--" in generate(text)
+    text = "Over the limit by <!-- value limits.over_body_kib -->0<!-- end --> KiB."
+    size = declared("deploy/torchserve/launch.py", "OVER_LIMIT")
+    assert f"-->{size // 1024}<!--" in generate(text)
     with pytest.raises(UserError, match="does not set max_size"):
         declared("docker/config.properties", "max_size")
 

@@ -2,8 +2,10 @@
 
 import importlib.util
 import re
+import socket
 import stat
 import sys
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +21,13 @@ from deploy.image.report import PARTS, REST, part_of, table
 from deploy.image.run import STOP_SECONDS
 from deploy.image.runtime import container_runtime
 from deploy.torchserve import launch
-from deploy.torchserve.launch import java_command, read_properties
+from deploy.torchserve.launch import (
+    FOREIGN_LIMIT,
+    OVER_LIMIT,
+    java_command,
+    max_request_size,
+    read_properties,
+)
 from handler.drain import BUSY, DRAINING, VARIABLE, Drain
 
 DOCKERFILE_TEXT = DOCKERFILE.read_text()
@@ -176,6 +184,30 @@ def test_java_command_and_configuration():
     assert command[0] == "java" and command[-2:] == ["-m", "a=a.mar"]
 
 
+def test_largest_body_is_a_little_over_the_limit_of_the_app(tmp_path):
+    folder, mar = tmp_path / "a", tmp_path / "a.mar"
+    folder.mkdir()
+    for config, limit in (
+        ("app: {limits: {max_body_bytes: 5000}}", 5000),
+        ("minWorkers: 1", FOREIGN_LIMIT),
+    ):
+        (folder / "model-config.yaml").write_text(config)
+        with zipfile.ZipFile(mar, "w") as content:
+            content.writestr("model-config.yaml", config)
+        assert max_request_size(folder) == max_request_size(mar) == limit + OVER_LIMIT
+
+
+@pytest.mark.parametrize("config", [None, "a: [", "[]", "app: {limits: {max_body_bytes: many}}"])
+def test_rejects_archive_with_an_unreadable_configuration(tmp_path, config):
+    if config is not None:
+        (tmp_path / "model-config.yaml").write_text(config)
+    with pytest.raises(ValueError, match=r"model-config\.yaml cannot be read: "):
+        max_request_size(tmp_path)
+    (tmp_path / "a.mar").write_text("not a zip file")
+    with pytest.raises(ValueError, match=r"model-config\.yaml cannot be read: "):
+        max_request_size(tmp_path / "a.mar")
+
+
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
     """The container's entry, which finds `launch` beside itself."""
@@ -216,6 +248,15 @@ def test_rejects_archive_without_a_name(serve, tmp_path, manifest):
     archive_in(tmp_path / "itself", manifest)
     with pytest.raises(ValueError, match=r"MANIFEST\.json: model\.modelName cannot be read"):
         serve.by_name(tmp_path / "itself")
+
+
+def test_rejects_port_that_it_cannot_listen_on(serve):
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        message = f"AIP_HTTP_PORT: cannot listen on port {port}: Address already in use"
+        with pytest.raises(ValueError, match=message):
+            serve.check_port("AIP_HTTP_PORT", port)
+    serve.check_port("AIP_HTTP_PORT", port)
 
 
 def test_containers_are_killed_after_their_drain(serve):
