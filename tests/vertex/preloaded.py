@@ -6,6 +6,7 @@ for every command. The fork is killed like any process that a user starts.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,8 @@ def serve() -> None:
             file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, 1)
             os.dup2(file, 2)
+            # A shell starts background jobs with SIGINT ignored, and the fork inherits that.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             status = main(arguments)
             sys.stdout.flush()
             os._exit(status)

@@ -1,7 +1,8 @@
 """`deploy` and `cleanup` are killed at every kind of point, and the next run continues.
 
-The points are requests that the stand-in received. The process gets SIGKILL milliseconds later,
-while it waits for the response, writes a line, or sleeps between two looks at an operation.
+The points are requests that the stand-in received. The process gets its signal milliseconds later,
+while it waits for the response, writes a line, or sleeps between two looks at an operation. The
+signal is SIGKILL, or that of Ctrl-C.
 """
 
 import json
@@ -39,6 +40,9 @@ POINTS = [
 SECOND = ["UploadModel", "DeployModel", "DeployModel GetOperation", "UndeployModel"]
 """The same for a deployment of another image beside one that serves."""
 
+INTERRUPTED = ["ListModelVersions", "UploadModel", "CreateEndpoint GetOperation", *SECOND[1:3]]
+"""Five of the points, for Ctrl-C."""
+
 CLEANUP = ["UndeployModel", "UndeployModel GetOperation", "DeleteEndpoint", "DeleteModel"]
 """The same for `cleanup`."""
 
@@ -63,8 +67,12 @@ class Killer:
         self.config, self.output = folder / "vertex.yaml", folder / "output"
         self.config.write_text(yaml.safe_dump(json.loads(small().model_dump_json())))
 
-    def kill_at(self, point: str, *command: str) -> None:
-        """Start a command, and kill it when it has sent some requests."""
+    def kill_at(self, point: str, *command: str, by: signal.Signals = signal.SIGKILL) -> int:
+        """Start a command, and send it a signal when it has sent some requests.
+
+        Returns:
+            Its exit status, or minus the signal.
+        """
         log = self.standin.folder / "calls.jsonl"
         seen = log.stat().st_size if log.exists() else 0
         arguments = [*command, "--config", str(self.config)]
@@ -83,8 +91,10 @@ class Killer:
                     line = ""
                 else:
                     time.sleep(0.001)
-        os.kill(process, signal.SIGKILL)
-        assert self.preloaded.wait() == -signal.SIGKILL, self.output.read_text()
+        os.kill(process, by)
+        status = self.preloaded.wait()
+        assert by != signal.SIGKILL or status == -by, self.output.read_text()
+        return status
 
 
 @pytest.fixture
@@ -130,6 +140,19 @@ def test_deploy_continues_a_killed_deploy(app: Rehearsed, killer: Killer, point:
     assert app.shares() == {"1": 100} and app.answers(1) == {"1": 1}
     made = app.changes()[len(before) :]
     assert sorted(made) == ["CreateEndpoint", "DeployModel", "UploadModel"]  # nothing twice
+
+
+@pytest.mark.parametrize("point", INTERRUPTED)
+def test_ctrl_c_in_a_deployment_says_how_to_clean_up(app: Rehearsed, killer: Killer, point: str):
+    """It cannot stop what has begun at Google, so the message has the command that does."""
+    given = "deploy", app.app, "--image", app.image("1")
+    status = killer.kill_at(point, *given, by=signal.SIGINT)
+    output = killer.output.read_text()
+    assert status == 130 and "Traceback" not in output, output
+    assert "This does not stop Google" in output
+    assert f"python -m deploy.vertex cleanup {app.app} --project" in output
+    app.deployer().cleanup()
+    assert nothing_is_left(app)
 
 
 @pytest.mark.parametrize("point", SECOND)
