@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from threading import Event
 
-from launch import grpc_address, java_command, max_request_size
+from launch import grpc_address, java_command, max_request_size, without_secrets
 
 HERE = Path(__file__).parent
 TEMPORARY = Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108  the only writable folder
@@ -69,7 +69,7 @@ def main() -> int:
         archive=archive,
         temporary=TEMPORARY,
     )
-    server = subprocess.Popen(command, env=os.environ | settings)
+    server = subprocess.Popen(command, env=without_secrets(os.environ) | settings)
     while server.poll() is None:
         if stop.wait(0.2):
             drain(drain_seconds, server)

@@ -15,7 +15,7 @@ from deploy.archive.export import choose_engine, export, exported_files
 from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
 from deploy.common.paths import BUILD, MODEL_STORE, UserError, shown
 from deploy.weights.fetch import get_weights
-from deploy.weights.folder import RANDOM, source_of, weight_files
+from deploy.weights.folder import RANDOM, left_out, source_of, weight_files
 from handler.config import EngineConfig, app_yaml, check_engine, parse_app
 from handler.request import RequestError, default_parameters
 
@@ -89,6 +89,8 @@ def prepare(
         UserError: the app's YAML is wrong, or the model cannot be exported.
     """
     config, settings = model_config(name, weights, engine)
+    if others := left_out(weights, weight_files(weights)):
+        print(f"{shown(weights)}: leaving out {others}", flush=True)
     if settings.name == "openvino":
         files = exported_files(export(weights, settings))
     else:

@@ -21,7 +21,7 @@ import psutil
 
 from deploy.common.locks import one_at_a_time
 from deploy.common.paths import BUILD, ROOT, UserError, link_or_copy, shown
-from deploy.weights.folder import choose_files, weight_files
+from deploy.weights.folder import TEXT_FILES, choose_files, weight_files
 from handler.config import EngineConfig
 
 EXPORTS = BUILD / "export"
@@ -142,8 +142,8 @@ def _run_exporter(command: list[str | Path], target: Path, cache: Path) -> None:
 
 def exported_files(folder: Path) -> list[Path]:
     """Return the files of an exported folder that a server needs."""
-    suffixes = {".xml", ".bin", ".json", ".jinja"}
-    return sorted(p for p in folder.iterdir() if p.suffix in suffixes)
+    names = TEXT_FILES | {EXPORTED, "openvino_model.bin", "openvino_config.json"}
+    return sorted(p for p in folder.iterdir() if p.name in names)
 
 
 def _key(weights: Path, recipe: list[str]) -> str:

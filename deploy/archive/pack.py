@@ -64,8 +64,9 @@ def pack(
         for folder in (stage, out, Path(temporary, "tmp")):
             folder.mkdir()
         if package:
-            ignored = shutil.ignore_patterns("__pycache__", entry.name)
-            shutil.copytree(package, stage / package.name, ignore=ignored)
+            for path in sources(package):
+                if path != entry:
+                    link_or_copy(path, stage / package.name / path.relative_to(package))
         if not as_directory:
             place(weights, stage / WEIGHTS)
         Path(temporary, CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
@@ -91,6 +92,26 @@ def pack_prepared(
     return pack(
         name, ENTRY, config, weights, package=HANDLER, archive_format=archive_format, store=store
     )
+
+
+def sources(package: Path) -> list[Path]:
+    """Return the files of a handler's package that belong into an archive: modules, apps' YAML.
+
+    A developer's folder may hold others, such as `.env`; print their names.
+    """
+    wanted, others = [], []
+    for path in sorted(p for p in package.rglob("*") if p.is_file() or p.is_symlink()):
+        parts = path.relative_to(package).parts
+        link = any(p.is_symlink() for p in (path, *path.parents) if p.is_relative_to(package))
+        hidden = any(part.startswith(".") for part in parts)
+        code = path.suffix == ".py" or (parts[0] == "apps" and path.suffix == ".yaml")
+        if code and not hidden and not link:
+            wanted.append(path)
+        elif "__pycache__" not in parts:
+            others.append("/".join((package.name, *parts)))
+    if others:
+        print(f"leaving out {', '.join(others)}", flush=True)
+    return wanted
 
 
 def place(files: list[Path], target: Path) -> None:

@@ -9,6 +9,7 @@ from deploy.common.paths import ROOT, UserError
 from deploy.image.context import CONTEXT, prepare_context
 from deploy.image.lookup import image_name
 from deploy.image.runtime import container_runtime
+from deploy.torchserve.launch import without_secrets
 
 TARGETS = ("cpu", "cpu-lean", "gpu")
 """The Dockerfile's targets."""
@@ -32,7 +33,8 @@ def build_image(
         UserError: the build failed; its last lines were printed.
     """
     program, name = container_runtime(), image_name(app, tag)
-    environment = os.environ | {"DOCKER_BUILDKIT": "1"}  # docker 20.10 has it, but not by default
+    # docker 20.10 has BuildKit, but not by default.
+    environment = without_secrets(os.environ) | {"DOCKER_BUILDKIT": "1"}
     with one_at_a_time(CONTEXT):
         target = prepare_context(app, weights, target)
         command: list[str | Path] = [program, "build", "--file", DOCKERFILE]

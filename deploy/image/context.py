@@ -1,6 +1,7 @@
 """Prepare build/image, the part of the build context that is made and not written."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def prepare_context(app: str, weights: Path, target: str | None = None) -> str:
         weights: a complete folder, as `get_weights` returns it.
         target: a target of the Dockerfile. None chooses the smallest that has the app's engine.
     """
+    shutil.rmtree(CONTEXT / "prepared", ignore_errors=True)
     engine = {"name": "transformers"} if target == "gpu" else None
     prepared = prepare(app, weights, CONTEXT / "prepared" / app, engine=engine)
     collect_wheels(CONTEXT / "wheels")

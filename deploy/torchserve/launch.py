@@ -5,9 +5,11 @@ and PyYAML.
 """
 
 import importlib.util
+import re
 import socket
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -21,6 +23,18 @@ FOREIGN_LIMIT = 1_000_000
 """The limit in bytes for an archive without `app.limits.max_body_bytes`: of another handler."""
 _CONFIG = "model-config.yaml"
 _MULTICAST = "224.0.0.1"
+
+_PASSED = re.compile(
+    # The system, Java and Python.
+    r"PATH|HOME|USER|LANG|LC_\w+|TZ|TMPDIR|JAVA_HOME|LD_\w+|DYLD_\w+|MALLOC_\w+|GLIBC_TUNABLES"
+    r"|PYTHON\w+|VIRTUAL_ENV|CONDA_PREFIX"
+    # Threads and devices of the engines.
+    r"|(OMP|GOMP|KMP|MKL|OPENBLAS|ONEDNN|DNNL|OV|OPENVINO|CUDA|NVIDIA|NCCL|TORCH|PYTORCH)_\w+"
+    r"|(TRITON|TORCHINDUCTOR|TOKENIZERS)_\w+"
+)
+_SECRET = re.compile(
+    r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|APIKEY|(^|_)(KEYS?|AUTH|PASS|PAT)(_|$)", re.IGNORECASE
+)
 
 
 def java_command(
@@ -81,6 +95,21 @@ def max_request_size(archive: Path) -> int:
     except (yaml.YAMLError, zipfile.BadZipFile) as error:
         raise ValueError(f"{archive}: {_CONFIG} cannot be read: {error}") from error
     return limit + OVER_LIMIT
+
+
+def server_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Choose the variables of this machine that TorchServe's processes get.
+
+    An allow-list of what the system and the engines read. The server needs neither HF_TOKEN nor
+    anybody's cloud credentials.
+    """
+    passed = {name: value for name, value in variables.items() if _PASSED.fullmatch(name)}
+    return without_secrets(passed)
+
+
+def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+    """Leave out the variables whose names say that they hold a secret."""
+    return {name: value for name, value in variables.items() if not _SECRET.search(name)}
 
 
 def grpc_address() -> str:

@@ -21,7 +21,13 @@ from deploy.common.process_guard import dismiss_guard, start_guard
 from deploy.common.waiting import wait_until
 from deploy.torchserve import management
 from deploy.torchserve.java import find_java
-from deploy.torchserve.launch import grpc_address, java_command, max_request_size, read_properties
+from deploy.torchserve.launch import (
+    grpc_address,
+    java_command,
+    max_request_size,
+    read_properties,
+    server_environment,
+)
 
 PORT = 7080
 _LOG4J = ROOT / "docker" / "log4j2.xml"
@@ -259,7 +265,8 @@ class Server:
 
     def _environment(self) -> dict[str, str]:
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        return os.environ | offline | {"PYTHONUNBUFFERED": "1"} | self.environment
+        passed = server_environment(os.environ)
+        return passed | offline | {"PYTHONUNBUFFERED": "1"} | self.environment
 
     def _wait_until_ready(self, timeout: float) -> None:
         try:

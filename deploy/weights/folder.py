@@ -1,6 +1,7 @@
 """Read a folder of weights: the files a server needs, their source, and whether they load."""
 
 import json
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,40 @@ unfinished."""
 
 RANDOM = "random weights"
 """The `source` of a checkpoint that `--shape-only` made."""
+
+TEXT_FILES = frozenset(
+    {
+        SOURCE_FILE,
+        # The model.
+        "config.json",
+        "generation_config.json",
+        # The tokenizer, in the form that the engines read and in those that it is converted from.
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "vocab.json",
+        "vocab.txt",
+        "vocab.bpe",
+        "merges.txt",
+        "tokenizer.model",
+        "sentencepiece.model",
+        "sentencepiece.bpe.model",
+        "spiece.model",
+        "spm.model",
+        "tokenizer.tiktoken",
+        "qwen.tiktoken",
+        "tekken.json",
+        "emoji.json",
+    }
+)
+"""The names that transformers gives to the files of a model, apart from its weights."""
+
+_BIN = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
+_SHOWN = 8
+"""Names in a message about files."""
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
@@ -27,22 +62,32 @@ def source_of(folder: Path) -> dict:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files of a folder that a server needs; see `choose_files`."""
-    names = [p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+    names = [p.name for p in folder.iterdir() if p.is_file()]
     return [folder / name for name in choose_files(names)]
 
 
 def choose_files(names: list[str]) -> list[str]:
     """Choose the files with the model and its tokenizer from a repository's files, weights first.
 
-    Prefers safetensors to `*.bin`, which are pickles; transformers reads them with `weights_only`,
-    which runs no code. Leaves out the formats of other frameworks.
+    Everything else stays out of archives and images, because people keep credentials and notes
+    beside weights. Prefers safetensors to `*.bin`, which are pickles; transformers reads them with
+    `weights_only`, which runs no code.
     """
-    names = sorted(name for name in names if "/" not in name)
+    names = sorted(name for name in names if "/" not in name and not name.startswith("."))
     tensors = [n for n in names if n.endswith(".safetensors")]
-    tensors = tensors or [n for n in names if n.endswith(".bin") and "training" not in n]
+    tensors = tensors or [n for n in names if _BIN.fullmatch(n)]
     index = f"{Path(tensors[0]).suffix}.index.json" if tensors else ".index.json"
-    texts = [n for n in names if Path(n).suffix in {".json", ".txt", ".model", ".jinja"}]
-    return tensors + [n for n in texts if not n.endswith(".index.json") or n.endswith(index)]
+    texts = TEXT_FILES | {f"{model}{index}" for model in ("model", "pytorch_model")}
+    return tensors + [n for n in names if n in texts]
+
+
+def left_out(folder: Path, used: list[Path]) -> str:
+    """Name what a folder holds besides the used files, in one line; empty if there is nothing."""
+    names = {p.name for p in used}
+    others = sorted(f"{p.name}/" if p.is_dir() else p.name for p in folder.iterdir())
+    others = [name for name in others if name not in names]
+    more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+    return ", ".join(others[:_SHOWN]) + more
 
 
 def check_folder(folder: Path) -> Path:
@@ -64,6 +109,7 @@ def check_folder(folder: Path) -> Path:
     if not tensors:
         raise UserError(f"{shown(folder)}: has no *.safetensors and no *.bin file")
     for path in files:
+        _check_link(path, folder)
         with path.open("rb") as stream:
             if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
                 raise UserError(
@@ -80,6 +126,21 @@ def check_folder(folder: Path) -> Path:
         if path.suffix == ".safetensors":
             _check_tensors(path)
     return folder
+
+
+def _check_link(path: Path, folder: Path) -> None:
+    """Reject a link out of the folder: it could put any file of this machine into an archive.
+
+    The Hub's cache links from `snapshots/REVISION` to `blobs`. Weights in safetensors may be
+    elsewhere, because their form is checked.
+    """
+    in_cache = folder.parent.name == "snapshots" and (folder.parents[1] / "blobs").is_dir()
+    home = (folder.parents[1] if in_cache else folder).resolve()
+    target = path.resolve()
+    if path.suffix != ".safetensors" and not target.is_relative_to(home):
+        raise UserError(
+            f"{shown(path)}: is a link to {target}, outside of its folder; replace it by a copy"
+        )
 
 
 def _check_architecture(path: Path) -> None:

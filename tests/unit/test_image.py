@@ -7,11 +7,13 @@ import stat
 import sys
 import zipfile
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import yaml
 
+from deploy.archive.pack import HANDLER, sources
 from deploy.common.paths import ROOT, UserError
 from deploy.image import report as image_report
 from deploy.image.__main__ import main
@@ -160,7 +162,9 @@ def test_context_holds_what_the_dockerfile_copies():
     for line in re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE_TEXT, re.MULTILINE):
         for path in line.split():
             assert (ROOT / path).exists(), path
-            assert any(path == k or path.startswith(f"{k}/") for k in kept), path
+            for file in sources(HANDLER) if path == "handler" else [ROOT / path]:
+                name = str(file.relative_to(ROOT))
+                assert any(fnmatch(name, k) and name.count("/") == k.count("/") for k in kept), name
 
 
 def test_cloud_build_uses_the_same_targets_and_arguments():
