@@ -37,7 +37,21 @@ def stream(url: str, body: dict, timeout: float = 600.0) -> Iterator[dict]:
         if response.status_code != 200:
             text = response.read().decode().strip()
             raise UserError(f"{response.status_code} from {url}: {text}")
-        yield from server_sent_events(response.iter_lines(), url)
+        yield from server_sent_events(split_lines(response.iter_bytes()), url)
+
+
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a stream as they arrive, without their ends.
+
+    Lines end with a newline. httpx's `iter_lines` also splits at U+2028, U+2029 and U+0085, which
+    JSON allows in strings.
+    """
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
 
 
 def server_sent_events(lines: Iterable[str | bytes], source: str) -> Iterator[dict]:

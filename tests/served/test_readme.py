@@ -72,7 +72,7 @@ def test_curl_commands_of_the_api_page(smollm2_server):
         outputs.append(run.stdout)
     first, second = json.loads(outputs[0])["predictions"]
     assert first.startswith("Once upon a time") and "Paris" in second
-    events = list(server_sent_events(outputs[1].splitlines(), "curl"))
+    events = list(server_sent_events(outputs[1].split("\n"), "curl"))
     assert len(events) > 1 and events[-1]["completion_tokens"] == 3
 
 

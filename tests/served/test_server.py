@@ -17,7 +17,7 @@ from deploy.archive.build import build_archive
 from deploy.archive.pack import FORMATS
 from deploy.common.paths import MODEL_STORE, ROOT
 from deploy.common.waiting import wait_until
-from deploy.torchserve.launch import grpc_address
+from deploy.torchserve.launch import grpc_address, server_environment
 from deploy.torchserve.server import Server, ServerError, port_holder
 from tests.bad_input import OK
 
@@ -195,3 +195,16 @@ def test_killed_starter_leaves_no_server(tiny_llama: Path, tmp_path: Path):
     starter.wait()
     ports = Server(archive, port=7200).ports
     wait_until(lambda: not temporary.exists() and not any(map(port_holder, ports)), timeout=30)
+
+
+def test_processes_have_no_variable_outside_of_the_list(smollm2_server):
+    """Nothing that could hold a credential of the user reaches Java or the worker."""
+    ours = {"HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"}
+    java = psutil.Process(smollm2_server.process.pid)
+    processes = [java, *java.children(recursive=True)]
+    assert len(processes) >= 2
+    for process in processes:
+        names = {n for n in process.environ() if not n.startswith("TS_")} - ours
+        assert not names - set(server_environment(dict.fromkeys(names, ""))), process
+        remote = [c.raddr.ip for c in process.net_connections() if c.raddr]
+        assert set(remote) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, "nothing else is contacted"
