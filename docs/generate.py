@@ -69,6 +69,8 @@ SETTINGS: dict[str, Callable[[], str]] = {
     "limits.over_body_kib": lambda: (
         f"{declared('deploy/torchserve/launch.py', 'OVER_LIMIT') / 1024:g}"
     ),
+    "limits.seconds": lambda: str(default_limit("seconds")),
+    "limits.queue_tokens": lambda: str(load_app("smollm2-135m").engine.max_queue_tokens),
     "limits.smollm2_context": lambda: str(load_app("smollm2-135m").engine.max_context),
     "container.drain_seconds": lambda: str(declared("docker/serve.py", "DRAIN_SECONDS")),
     "container.stop_seconds": lambda: str(STOP_SECONDS),

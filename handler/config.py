@@ -100,6 +100,7 @@ class EngineConfig(_Strict):
     max_context: Annotated[int, Field(ge=2)] | None = None
     max_batch: Annotated[int, Field(ge=1)]
     max_queue: Annotated[int, Field(ge=0)]
+    max_queue_tokens: Annotated[int, Field(ge=1)]
     stop_tokens: list[str] = []
     openvino: OpenVINOConfig
     transformers: TransformersConfig
@@ -136,6 +137,7 @@ class Limits(_Strict):
     max_instances: Annotated[int, Field(ge=1)]
     max_new_tokens: Annotated[int, Field(ge=1)]
     max_body_bytes: Annotated[int, Field(ge=1)]
+    seconds: Annotated[int, Field(ge=1)]
 
 
 class App(_Strict):

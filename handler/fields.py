@@ -49,7 +49,7 @@ class AppLimit:
     def __get_pydantic_core_schema__(
         self, source: Any, handler: GetCoreSchemaHandler
     ) -> CoreSchema:
-        def check(value: int, info: core_schema.ValidationInfo) -> int:
+        def check(value: float, info: core_schema.ValidationInfo) -> float:
             if value > getattr(info.context, self.name):
                 raise PydanticCustomError("too_large", "is too large")
             return value

@@ -43,6 +43,9 @@ TICK_DOUBLES_AT = 32
 
 RETRY_AFTER_SECONDS = 2
 
+ALWAYS_ACCEPTED = 64
+"""A request of one part in 64 of `max_queue_tokens` does not count: 512 tokens by default."""
+
 
 class LLMHandler:
     """Serves one model. All state is in `active`: request id -> what is known of the request."""
@@ -55,6 +58,8 @@ class LLMHandler:
         self.engine = create_engine(folder / "weights", self.app.engine)
         self.metrics = Metrics(context.metrics, context.model_name)
         self.active: dict[str, ActiveRequest] = {}
+        self._seen: dict[str, float] = {}
+        """Request id -> when it was in a tick for the first time."""
         self.drain = Drain()
         self.initialized = True
         random = " (random weights: the text means nothing)" if self.app.random_weights else ""
@@ -78,19 +83,29 @@ class LLMHandler:
         if not self.engine.alive():
             logger.critical("the engine has failed; leaving, so that the frontend replaces us")
             os._exit(1)
-        request_ids = dict(context.request_ids)
         try:
+            request_ids = dict(context.request_ids)
             responses = self._tick(request_ids, data)
+            self.drain.report(len(self.active))
+            return self._send(request_ids, responses, context)
         except Exception:  # the state of the engine is unknown now
             logger.critical("a tick failed; leaving", exc_info=True)
             os._exit(1)
-        self.drain.report(len(self.active))
-        return self._send(request_ids, responses, context)
 
     def _tick(self, request_ids: dict[int, str], data: list[dict[str, Any]]) -> dict[str, Response]:
-        """Drop requests whose client left, admit new ones, decode, collect the responses."""
+        """Drop requests whose client left, admit new ones, decode, collect the responses.
+
+        The frontend reports that the client of a stream left, but not that of a plain request. So
+        every request has a deadline, at which it ends with what it has.
+        """
+        now = time.monotonic()
+        self._seen = {i: self._seen.get(i, now) for i in request_ids.values()}
         for request_id in set(self.active) - set(request_ids.values()):
             self._drop(request_id)
+        for active in self.active.values():
+            if now >= active.deadline:
+                for unfinished in active.unfinished:
+                    self.engine.expire(unfinished)
         responses: dict[str, Response] = {}
         admit_until = time.monotonic() + TICK_SECONDS
         active_before = len(self.active)
@@ -123,7 +138,9 @@ class LLMHandler:
         try:
             request = parse_request(parts, self.app.limits, self.defaults)
             self._check_capacity(len(request.instances))
+            waiting_tokens = self.engine.waiting_tokens
             active = ActiveRequest(request, random_weights=self.app.random_weights)
+            active.arrived_at = self._seen[request_id]
             self.active[request_id] = active
             for i, instance in enumerate(request.instances):
                 field = f"instances[{i}]"
@@ -136,6 +153,7 @@ class LLMHandler:
                 except PromptError as error:
                     raise RequestError(400, f"{field}: the prompt {error}", field) from error
                 active.add(key, prompt_tokens, prompt.echo)
+                self._check_queue(waiting_tokens, self.engine.waiting_tokens - waiting_tokens)
         except RequestError as error:
             rejected = error
         except Exception:
@@ -151,12 +169,26 @@ class LLMHandler:
         if self.drain.requested():
             raise RequestError(503, "the server is shutting down; retry, another server answers")
         config = self.app.engine
-        in_use = sum(active.unfinished for active in self.active.values())
+        in_use = sum(len(active.unfinished) for active in self.active.values())
         if in_use and in_use + wanted > config.max_batch + config.max_queue:
             raise RequestError(
                 429,
                 f"the server is full: {in_use} sequences are running or waiting, and "
                 f"{config.max_batch + config.max_queue} is the most; retry later",
+            )
+
+    def _check_queue(self, waiting: int, added: int) -> None:
+        """Reject a request whose prompts add too many tokens to those that wait.
+
+        Without waiting prompts any request is accepted. So is a short one: it will be before the
+        long ones, and `max_queue` bounds the number of short ones.
+        """
+        most = self.app.engine.max_queue_tokens
+        if waiting and waiting + added > most and added * ALWAYS_ACCEPTED > most:
+            raise RequestError(
+                429,
+                f"the server is full: {waiting} prompt tokens are waiting, this request adds "
+                f"{added} or more, and {most} is the most; retry later",
             )
 
     def _drop(self, request_id: str) -> None:

@@ -36,6 +36,7 @@ _STATUS = {
     429: "RESOURCE_EXHAUSTED",
     500: "INTERNAL",
     503: "UNAVAILABLE",
+    504: "DEADLINE_EXCEEDED",
 }
 """Google's names for HTTP codes. Source: google/rpc/code.proto; it has no name for 413."""
 
@@ -126,9 +127,18 @@ class Parameters(Input):
 
 
 class SharedParameters(Parameters):
-    """Parameters of the whole request. A response is streamed as one, so `stream` is only here."""
+    """Parameters of the whole request, besides those that hold for each instance."""
 
     stream: Annotated[bool, Doc("Send events as text is generated. Shared only.")] = False
+    timeout: Annotated[
+        float | None,
+        Field(ge=0.1),
+        AppLimit("seconds"),
+        Doc(
+            "Seconds after which the request ends with what it has. Shared only.",
+            default="the highest",
+        ),
+    ] = None
 
 
 class Message(Input):
@@ -192,6 +202,8 @@ class Request:
 
     instances: list[Instance]
     stream: bool
+    seconds: float
+    """The time in which it must be answered."""
 
 
 def default_parameters(app: App) -> dict[str, Any]:
@@ -227,7 +239,7 @@ def parse_request(parts: dict[str, Any], limits: Limits, defaults: dict[str, Any
             "instances",
         )
     body = _validate(Body, raw, limits)
-    shared = body.parameters.model_dump(exclude_unset=True, exclude={"stream"})
+    shared = body.parameters.model_dump(exclude_unset=True, exclude={"stream", "timeout"})
     instances = []
     for instance in body.instances:
         values = defaults | shared | instance.parameters.model_dump(exclude_unset=True)
@@ -237,7 +249,10 @@ def parse_request(parts: dict[str, Any], limits: Limits, defaults: dict[str, Any
         if instance.messages:
             prompt = [message.model_dump() for message in instance.messages]
         instances.append(Instance(prompt, Sampling(**values), full_text))
-    return Request(instances, body.parameters.stream)
+    seconds = body.parameters.timeout
+    return Request(
+        instances, body.parameters.stream, limits.seconds if seconds is None else seconds
+    )
 
 
 def _payload(parts: dict[str, Any]) -> bytes:

@@ -83,7 +83,7 @@ class ActiveRequest:
         """Record what the engine reports on one of the completions."""
         completion = self.completions[progress.key]
         now = time.monotonic()
-        if completion.first_token_at is None:
+        if completion.first_token_at is None and progress.completion_tokens:
             completion.first_token_at = now
             completion.queue_seconds = progress.queue_seconds
         completion.completion_tokens = progress.completion_tokens
@@ -93,14 +93,25 @@ class ActiveRequest:
             completion.finish_reason, completion.finished_at = progress.finish_reason, now
 
     @property
-    def unfinished(self) -> int:
-        """The number of instances that the engine still has to complete."""
-        return sum(c.finish_reason is None for c in self.completions.values())
+    def deadline(self) -> float:
+        """When the request must end with what it has."""
+        return self.arrived_at + self.request.seconds
+
+    @property
+    def unfinished(self) -> list[SequenceKey]:
+        """The instances that the engine still has to complete."""
+        return [key for key, c in self.completions.items() if c.finish_reason is None]
 
     def take_response(self) -> Response | None:
         """Return what can be sent now, if anything. Call once a tick."""
         if any(c.finish_reason == "error" for c in self.completions.values()):
-            return self._failure()
+            return self._failure("generation failed; the server's log says why", 500)
+        if all(c.finish_reason == "timeout" for c in self.completions.values()) and not any(
+            c.completion_tokens for c in self.completions.values()
+        ):
+            return self._failure(
+                f"no token was generated within {self.request.seconds:g} seconds; retry later", 504
+            )
         if self.request.stream:
             return self._events()
         return self._whole() if not self.unfinished else None
@@ -121,7 +132,8 @@ class ActiveRequest:
     def _events(self) -> Response | None:
         events = []
         for key, c in self.completions.items():
-            if c.first_token_at is None or c.end_sent or not (c.unsent or c.finish_reason):
+            begun = c.first_token_at is not None or c.finish_reason
+            if not begun or c.end_sent or not (c.unsent or c.finish_reason):
                 continue
             event: dict[str, Any] = {"index": key.instance_index, "text": c.unsent}
             c.unsent = ""
@@ -149,9 +161,9 @@ class ActiveRequest:
         body = b"".join(_event(event) for event in events)
         return Response(body, headers={"content-type": EVENTS}, delivery=delivery)
 
-    def _failure(self) -> Response:
+    def _failure(self, message: str, code: int) -> Response:
         # The log has the exception. Its text may describe the machine, so clients do not get it.
-        error = RequestError(500, "generation failed; the server's log says why")
+        error = RequestError(code, message)
         if not self._stream_started:
             return error_response(error, retry_after=0)
         headers = {"content-type": EVENTS}
@@ -163,5 +175,12 @@ def _encode(value: dict[str, Any]) -> bytes:
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + _encode(value) + b"\n\n"
+    """One server-sent event.
+
+    Clients that split text into lines by Unicode's rules, as Python's `splitlines` does, would
+    split an event at these characters, so they are escaped.
+    """
+    data = json.dumps(value, ensure_ascii=False)
+    for separator in "\u0085\u2028\u2029":
+        data = data.replace(separator, f"\\u{ord(separator):04x}")
+    return f"data: {data}\n\n".encode()

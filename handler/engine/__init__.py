@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 if TYPE_CHECKING:
     from handler.config import EngineConfig
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "timeout", "error"]
+"""Why a completion ended: by an end token or a stop string; at `max_new_tokens` or the end of the
+context; at the request's deadline; by a failure."""
 
 Messages = list[dict[str, str]]
 """The turns of a conversation, each with `role` and `content`."""
@@ -54,9 +56,8 @@ class Progress:
 
     `key` is the one that `submit` got. `text` is what is new since the last `Progress` of the same
     key; all texts of a key joined are its completion. `completion_tokens` is the total so far.
-    `queue_seconds` is the time between `submit` and the first forward pass; the openvino engine
-    reports the time of the first token, the earliest it can see. `finish_reason` is None while the
-    sequence runs; "error" means that the engine failed on it and has logged why.
+    `queue_seconds` is the time between `submit` and the first forward pass. `finish_reason` is None
+    while the sequence runs; "error" means that the engine failed on it and has logged why.
     """
 
     key: Any
@@ -84,6 +85,11 @@ class Engine(Protocol):
         """The number of sequences that wait, run, or have an end to report."""
         ...
 
+    @property
+    def waiting_tokens(self) -> int:
+        """The prompt tokens of the sequences that wait for their prefill to begin."""
+        ...
+
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         """Queue one sequence and return its prompt length in tokens.
 
@@ -96,6 +102,13 @@ class Engine(Protocol):
 
     def advance(self, seconds: float) -> list[Progress]:
         """Decode until something is ready, or about `seconds` have passed."""
+        ...
+
+    def expire(self, key: Hashable) -> None:
+        """End a sequence with what it has; `advance` reports it, with finish reason `timeout`.
+
+        Unknown keys are ignored, as are sequences that have ended.
+        """
         ...
 
     def cancel(self, key: Hashable) -> None:

@@ -8,9 +8,11 @@ It needs neither torch nor transformers. Not here: draft models, several devices
 """
 
 import logging
+import math
 import secrets
 import time
 from collections.abc import Hashable, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +24,42 @@ from handler.config import EngineConfig, OpenVINOConfig
 from handler.engine import Messages, Progress, Sampling
 from handler.engine.folder import ModelFolder
 from handler.engine.sequence import Sequence, new_sequence
+from handler.engine.waiting import SHARE, Waiting
 
 logger = logging.getLogger(__name__)
 
 _NGRAM = 3
 """Longest run of tokens that prompt lookup looks for in the earlier text."""
 
+_STEPS_BETWEEN_INTERRUPTIONS = 4
+"""Steps that a long prefill runs before it can be interrupted again. An interruption loses up to a
+block of 32 tokens of it, so with fewer steps a flood of short prompts could stop it."""
+
+_WARM_UP_TOKENS = 64
+"""Two blocks of the cache."""
+
+
+@dataclass
+class _Running:
+    """A sequence in the pipeline. `steps` counts since it was added or added again."""
+
+    sequence: Sequence
+    generation: genai.GenerationConfig
+    handle: "genai.GenerationHandle"  # only the type stubs have it
+    steps: int = 0
+
+    @property
+    def in_prefill(self) -> bool:
+        """Whether it has no token yet."""
+        return not self.sequence.completion_tokens and not self.sequence.finish_reason
+
 
 class OpenVINOEngine:
-    """See `handler.engine.Engine` for the contract of the public methods."""
+    """See `handler.engine.Engine` for the contract of the public methods.
+
+    The pipeline prefills prompts in the order in which it gets them, one after the other. So
+    sequences wait here, and the pipeline gets only as many as fill its next step.
+    """
 
     def __init__(self, weights: Path, config: EngineConfig) -> None:
         settings = config.openvino
@@ -41,7 +70,15 @@ class OpenVINOEngine:
         self._pipeline = genai.ContinuousBatchingPipeline(
             weights, _scheduler(config), "CPU", properties(config) | _speculation(settings)
         )
-        self._sequences: dict[Hashable, tuple[Sequence, genai.GenerationHandle]] = {}
+        self._step_tokens = settings.max_num_batched_tokens
+        self._can_interrupt = settings.prefix_caching
+        self._waiting = Waiting()
+        self._generations: dict[Hashable, genai.GenerationConfig] = {}
+        """Of the waiting sequences."""
+        self._running: dict[Hashable, _Running] = {}
+        """In the pipeline, in its order."""
+        self._ended: list[Sequence] = []
+        """Ended before they were in the pipeline; not reported yet."""
         self._lookup = settings.prompt_lookup
         self._submitted = 0
         self._alive = True
@@ -51,7 +88,7 @@ class OpenVINOEngine:
             f"KV cache {settings.cache_gb} GB, context {self.max_context}"
             + (f", prompt lookup of {self._lookup} tokens" if self._lookup else "")
         )
-        self._warm_up()
+        self._cache_tokens = self._warm_up()
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         sequence = new_sequence(
@@ -63,35 +100,47 @@ class OpenVINOEngine:
             max_context=self.max_context,
             end_tokens=self.end_tokens,
         )
-        handle = self._pipeline.add_request(
-            self._submitted,
-            openvino.Tensor(np.array([sequence.token_ids], dtype=np.int64)),
-            _generation(sampling, sequence.max_new_tokens, sequence.end_tokens, self._lookup),
+        self._generations[key] = _generation(
+            sampling, sequence.max_new_tokens, sequence.end_tokens, self._lookup
         )
-        self._submitted += 1
-        self._sequences[key] = sequence, handle
+        self._waiting.add(sequence)
         return sequence.prompt_tokens
 
     def advance(self, seconds: float) -> list[Progress]:
         deadline = time.monotonic() + seconds
-        while self._sequences:
+        while self._waiting or self._running:
+            if self._ready():
+                break
             try:
+                self._admit()
                 self._pipeline.step()
             except Exception:  # the state of the pipeline is unknown now
-                logger.exception("the pipeline failed with %d sequences", len(self._sequences))
+                logger.exception("the pipeline failed with %d sequences", self.unfinished)
                 self._alive = False
-                for sequence, _ in self._sequences.values():
+                self._ended += self._waiting.clear()
+                for sequence in [*self._ended, *(r.sequence for r in self._running.values())]:
                     sequence.end("error")
             else:
                 self._read()
-            urgent = any(sequence.urgent for sequence, _ in self._sequences.values())
-            if urgent or time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 break
         return self._collect()
 
+    def expire(self, key: Hashable) -> None:
+        if sequence := self._waiting.remove(key):
+            self._ended.append(sequence)
+        elif key in self._running:
+            sequence = self._running[key].sequence
+            self._running[key].handle.cancel()
+        if sequence:
+            sequence.end("timeout")
+
     def cancel(self, key: Hashable) -> None:
-        if key in self._sequences:
-            self._sequences.pop(key)[1].cancel()
+        self._waiting.remove(key)
+        self._generations.pop(key, None)
+        self._ended = [sequence for sequence in self._ended if sequence.key != key]
+        if key in self._running:
+            self._running.pop(key).handle.cancel()
 
     def alive(self) -> bool:
         return self._alive
@@ -101,14 +150,76 @@ class OpenVINOEngine:
 
     @property
     def unfinished(self) -> int:
-        return len(self._sequences)
+        return len(self._waiting) + len(self._running) + len(self._ended)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._waiting.prompt_tokens
+
+    def _ready(self) -> bool:
+        return bool(self._ended) or any(r.sequence.urgent for r in self._running.values())
+
+    def _admit(self) -> None:
+        """Add waiting sequences to the pipeline, until their prompts fill its next step."""
+        if self._can_interrupt and self._prefill_tokens() >= self._step_tokens:
+            self._interrupt()
+        while self._prefill_tokens() < self._step_tokens:
+            sequence = self._waiting.take(self._room(), idle=not self._running)
+            if not sequence:
+                return
+            self._add(sequence, self._generations.pop(sequence.key))
+
+    def _interrupt(self) -> None:
+        """Let short prompts go before a long one whose prefill has begun.
+
+        The pipeline cannot reorder prompts. So the long one is cancelled and added again behind
+        the short ones; prefix caching keeps what was prefilled of it, in whole blocks.
+        """
+        *_, long = (running for running in self._running.values() if running.in_prefill)
+        if 0 < long.steps < _STEPS_BETWEEN_INTERRUPTIONS:
+            return
+        longest = min(long.sequence.prompt_tokens // SHARE, self._step_tokens)
+        added = 0
+        while added < self._step_tokens:
+            short = self._waiting.take(self._room(), idle=False, longest=longest)
+            if not short:
+                break
+            if not added:
+                long.handle.cancel()
+            self._add(short, self._generations.pop(short.key))
+            added += short.prompt_tokens
+        if added:
+            del self._running[long.sequence.key]
+            self._add(long.sequence, long.generation)
+
+    def _prefill_tokens(self) -> int:
+        """Return the prompt tokens in the pipeline of sequences that have no token yet."""
+        return sum(r.sequence.prompt_tokens for r in self._running.values() if r.in_prefill)
+
+    def _room(self) -> float:
+        """Return the tokens that the cache can hold beside the longest text of what runs."""
+        return self._cache_tokens - sum(r.sequence.room for r in self._running.values())
+
+    def _add(self, sequence: Sequence, generation: genai.GenerationConfig) -> None:
+        """Add a sequence to the pipeline, behind all others."""
+        sequence.start()
+        ids = openvino.Tensor(np.array([sequence.token_ids], dtype=np.int64))
+        self._submitted += 1
+        try:
+            handle = self._pipeline.add_request(self._submitted, ids, generation)
+        except Exception:  # only this sequence is lost
+            logger.exception("the pipeline rejected a sequence")
+            sequence.end("error")
+            self._ended.append(sequence)
+            return
+        self._running[sequence.key] = _Running(sequence, generation, handle)
 
     def _read(self) -> None:
         """Read the new tokens of every sequence from the pipeline."""
-        for sequence, handle in self._sequences.values():
+        for running in self._running.values():
+            sequence, handle = running.sequence, running.handle
+            running.steps += 1
             while handle.can_read():
-                if not sequence.started_at:
-                    sequence.start()
                 for token in next(iter(handle.read().values())).generated_ids:
                     if not sequence.finish_reason:
                         sequence.append(token)
@@ -120,22 +231,32 @@ class OpenVINOEngine:
                 sequence.end("stop" if status == genai.GenerationStatus.FINISHED else "error")
 
     def _collect(self) -> list[Progress]:
-        out = [s.progress() for s, _ in self._sequences.values() if s.pending or s.finish_reason]
+        sequences = [*self._ended, *(running.sequence for running in self._running.values())]
+        out = [s.progress() for s in sequences if s.pending or s.finish_reason]
         for progress in out:
             if progress.finish_reason:
-                del self._sequences[progress.key]
+                self._generations.pop(progress.key, None)
+                self._running.pop(progress.key, None)
+        self._ended = []
         return out
 
-    def _warm_up(self) -> None:
-        """Run one short request, since the first forward pass compiles and allocates."""
+    def _warm_up(self) -> float:
+        """Run one short request, since the first forward pass compiles and allocates.
+
+        Returns:
+            The tokens that the cache can hold, from the part of it that this request took.
+        """
         token = next(iter(self.end_tokens), 0)
-        request = openvino.Tensor(np.array([[token] * 8], dtype=np.int64))
+        prompt = [token] * min(_WARM_UP_TOKENS, self.max_context - 2)
+        request = openvino.Tensor(np.array([prompt], dtype=np.int64))
         self._pipeline.add_request(
             0, request, _generation(Sampling(), 2, self.end_tokens, self._lookup)
         )
-        self._submitted = 1
+        used = 0.0
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
+            used = max(used, self._pipeline.get_metrics().max_cache_usage)
+        return len(prompt) * 100 / used if used else math.inf
 
 
 def _generation(

@@ -32,13 +32,18 @@ class Sequence:
         return len(self.token_ids) - self.prompt_tokens
 
     @property
+    def room(self) -> int:
+        """The tokens that it may come to hold in the engine's cache."""
+        return self.prompt_tokens + self.max_new_tokens
+
+    @property
     def urgent(self) -> bool:
         """Whether it has ended, or has the first text of a stream: `advance` should return."""
         return bool(self.finish_reason or (self.stream and self.pending and not self.reported))
 
     def start(self) -> None:
         """Note that the first forward pass begins."""
-        self.started_at = time.monotonic()
+        self.started_at = self.started_at or time.monotonic()
 
     def append(self, token: int) -> None:
         """Add the next token, which may end the sequence."""
@@ -53,7 +58,9 @@ class Sequence:
             self.end("length")
 
     def end(self, reason: FinishReason) -> None:
-        """End the sequence; no more tokens follow."""
+        """End the sequence; no more tokens follow. The first end counts."""
+        if self.finish_reason:
+            return
         self.finish_reason = reason
         self.pending += self.text_stream.finish()
 

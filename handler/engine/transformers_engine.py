@@ -5,14 +5,18 @@ prefilled and join between steps (`batch.py`). Of a model it needs only `forward
 cache. So it also runs models that accelerate has spread over RAM and disk, which transformers' own
 continuous batching does not; LOG.md compares the two.
 
-Not here: paged attention, chunked prefill, speculative decoding.
+A prompt of more than `max_prefill_tokens` is prefilled in chunks, with a decode step for the others
+after each. So no forward pass takes long, and short prompts may go between the chunks.
+
+Not here: paged attention, speculative decoding.
 """
 
 import inspect
 import logging
+import math
 import time
-from collections import deque
 from collections.abc import Hashable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,11 +30,23 @@ from handler.engine.folder import ModelFolder
 from handler.engine.loading import device_summary, load_model
 from handler.engine.sampling import Sampler
 from handler.engine.sequence import Sequence, new_sequence
+from handler.engine.waiting import SHARE, Waiting
 
 logger = logging.getLogger(__name__)
 
 _MAX_FAILURES = 3
 """Forward passes that may fail in a row before the engine counts as dead."""
+
+
+@dataclass
+class _LongPrefill:
+    """A prompt whose first `done` tokens are in the cache."""
+
+    sequence: Sequence
+    cache: DynamicCache
+    done: int = 0
+    interrupted: bool = False
+    """Whether the last forward pass was for others."""
 
 
 class TransformersEngine:
@@ -46,7 +62,8 @@ class TransformersEngine:
         self.max_context = min(config.max_context or limit, limit)
         self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = Waiting()
+        self._long: _LongPrefill | None = None
         self._batch = Batch()
         self._done: list[Sequence] = []
         self._samplers: dict[Hashable, Sampler] = {}
@@ -68,21 +85,35 @@ class TransformersEngine:
             max_context=self.max_context,
             end_tokens=self.end_tokens,
         )
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
         self._samplers[key] = Sampler(sampling)
         return sequence.prompt_tokens
 
     def advance(self, seconds: float) -> list[Progress]:
         deadline = time.monotonic() + seconds
-        while self._waiting or self._batch:
-            self._prefill()  # one group, then a step for all, so that neither starves
+        while (self._waiting or self._long or self._batch) and not self._ready():
+            self._prefill()  # one pass, then a step for all, so that neither starves
             self._decode_step()
-            if self._ready() or time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 break
         return self._collect()
 
+    def expire(self, key: Hashable) -> None:
+        if sequence := self._waiting.remove(key):
+            self._done.append(sequence)
+        elif self._long and self._long.sequence.key == key:
+            sequence, self._long = self._long.sequence, None
+            self._done.append(sequence)
+        else:
+            sequence = next((s for s in self._batch.sequences if s.key == key), None)
+        if sequence:
+            sequence.end("timeout")
+            self._retire()
+
     def cancel(self, key: Hashable) -> None:
-        self._waiting = deque(s for s in self._waiting if s.key != key)
+        self._waiting.remove(key)
+        if self._long and self._long.sequence.key == key:
+            self._long = None
         self._done = [s for s in self._done if s.key != key]
         self._batch.keep([i for i, s in enumerate(self._batch.sequences) if s.key != key])
         self._samplers.pop(key, None)
@@ -95,22 +126,53 @@ class TransformersEngine:
 
     @property
     def unfinished(self) -> int:
-        return len(self._waiting) + len(self._batch) + len(self._done)
+        return len(self._waiting) + bool(self._long) + len(self._batch) + len(self._done)
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._waiting.prompt_tokens
 
     def _ready(self) -> bool:
         return bool(self._done) or any(s.urgent for s in self._batch.sequences)
 
     def _prefill(self) -> None:
-        """Run waiting prompts through the model, as many as fit, and let them join the batch."""
+        """Run one forward pass of prompts: a group of waiting ones, or a chunk of a long one."""
+        limit = self.config.transformers.max_prefill_tokens
         group: list[Sequence] = []
-        longest = 0
-        while self._waiting and len(self._batch) + len(group) < self._max_batch:
-            longest = max(longest, self._waiting[0].prompt_tokens)
-            if group and longest * (len(group) + 1) > self.config.transformers.max_prefill_tokens:
+        if self._long is None:
+            group = self._next_group(math.inf)
+            if group and group[0].prompt_tokens > limit:
+                group[0].start()
+                self._long = _LongPrefill(group[0], DynamicCache(config=self.model.config))
+                group = []
+        elif not self._long.interrupted:
+            group = self._next_group(min(limit, self._long.sequence.prompt_tokens // SHARE))
+            self._long.interrupted = bool(group)
+        if group:
+            self._prefill_group(group)
+        elif self._long:
+            self._prefill_chunk(self._long)
+
+    def _next_group(self, longest: float) -> list[Sequence]:
+        """Take waiting sequences for one forward pass. A prompt too long for it comes alone."""
+        limit = self.config.transformers.max_prefill_tokens
+        running = [*self._batch.sequences, *([self._long.sequence] if self._long else [])]
+        room = self._max_batch * self.max_context - sum(sequence.room for sequence in running)
+        group: list[Sequence] = []
+        widest = 0
+        while len(running) + len(group) < self._max_batch and widest * (len(group) + 1) <= limit:
+            idle = not running and not group
+            sequence = self._waiting.take(room, idle=idle, longest=longest)
+            if not sequence:
                 break
-            group.append(self._waiting.popleft())
-        if not group:
-            return
+            group.append(sequence)
+            room -= sequence.room
+            widest = max(widest, sequence.prompt_tokens)
+            longest = min(longest, limit // (len(group) + 1))
+        return group
+
+    def _prefill_group(self, group: list[Sequence]) -> None:
+        """Run whole prompts through the model; they join the batch."""
         longest = max(sequence.prompt_tokens for sequence in group)
         try:
             ids = torch.zeros(len(group), longest, dtype=torch.long)
@@ -127,6 +189,25 @@ class TransformersEngine:
         else:
             self._batch.join(Batch(group, last, mask, cache))
             self._retire()
+
+    def _prefill_chunk(self, long: _LongPrefill) -> None:
+        """Run the next tokens of a long prompt through the model; after the last ones it joins."""
+        sequence, long.interrupted = long.sequence, False
+        end = min(long.done + self.config.transformers.max_prefill_tokens, sequence.prompt_tokens)
+        try:
+            ids = torch.tensor([sequence.token_ids[long.done : end]])
+            mask = torch.ones(1, end, dtype=torch.long)
+            logits = self._forward(ids, mask, long.cache)
+            long.done = end
+            if end < sequence.prompt_tokens:
+                return
+            last = self._append([sequence], logits)
+        except Exception as error:  # only this prompt is lost
+            self._fail([sequence], error)
+        else:
+            self._batch.join(Batch([sequence], last, mask, long.cache))
+            self._retire()
+        self._long = None
 
     def _decode_step(self) -> None:
         """One new token for every running sequence."""

@@ -18,6 +18,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.keys: list[SequenceKey] = []
+        self.waiting_tokens = 0
         self.failures: dict[str, Exception] = {}
         self.next_progress: list[Progress] = []
         self.seconds: list[float] = []
@@ -26,12 +27,16 @@ class FakeEngine:
         if prompt in self.failures:
             raise self.failures[prompt]
         self.keys.append(key)
+        self.waiting_tokens += len(prompt)
         return len(prompt)
 
     def advance(self, seconds: float) -> list[Progress]:
         self.seconds.append(seconds)
         progress, self.next_progress = self.next_progress, []
         return progress
+
+    def expire(self, key: SequenceKey) -> None:
+        self.next_progress.append(Progress(key, "", 0, "timeout"))
 
     def cancel(self, key: SequenceKey) -> None:
         if key in self.keys:
@@ -158,3 +163,103 @@ def test_tick_with_new_requests_decodes_one_step_and_others_longer(worker):
     worker.tick()
     tick = handler.llm_handler.TICK_SECONDS
     assert worker.engine.seconds == [0, pytest.approx(tick * 33 / 32), 0, pytest.approx(tick * 2)]
+
+
+LONG = "x" * 30_000
+
+
+def test_prompts_beyond_the_queue_limit_are_rejected_with_the_numbers(worker):
+    assert worker.tick(one=body(LONG)) == {}
+    status, content = worker.tick(two=body(LONG))["two"]
+    assert status == 429
+    assert content["error"]["message"] == (
+        "the server is full: 30000 prompt tokens are waiting, this request adds 30000 or more, "
+        "and 32768 is the most; retry later"
+    )
+    assert worker.context.headers[1, "retry-after"] == "2"
+    assert worker.engine.keys == [SequenceKey("one", 0)]
+    worker.engine.waiting_tokens = 0
+    assert worker.tick(two=body(LONG)) == {}
+
+
+def test_short_request_is_accepted_while_long_prompts_fill_the_queue(worker):
+    assert worker.tick(many=body(LONG, LONG)) == {}, "any request, if nothing waits"
+    assert worker.tick(short=body("x" * 512)) == {}
+    assert list(worker.tick(longer=body("x" * 513))) == ["longer"]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The handler's clock; a test moves it."""
+    now = SimpleNamespace(time=1000.0)
+    monkeypatch.setattr(handler.llm_handler.time, "monotonic", lambda: now.time)
+    return now
+
+
+def timed(seconds: float, *instances: str, stream: bool = False) -> dict:
+    return body(*instances) | {"parameters": {"timeout": seconds, "stream": stream}}
+
+
+def test_plain_request_ends_at_its_deadline_with_what_it_has(worker, clock):
+    worker.tick(one=timed(2, "a", "b"), two=timed(3, "c"))
+    worker.engine.next_progress = [end(SequenceKey("one", 0), "!")]
+    clock.time += 1.9
+    assert worker.tick() == {}
+    clock.time += 0.1
+    assert worker.tick() == {"one": (200, {"predictions": ["a!", "b"]})}
+    assert worker.context.headers[0, "x-finish-reason"] == "stop,timeout"
+    assert list(worker.handler.active) == ["two"]
+    assert worker.engine.keys == [SequenceKey("two", 0)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_request_without_a_token_at_its_deadline_is_a_504(worker, clock, stream):
+    worker.tick(one=timed(2, "a", "b", stream=stream))
+    clock.time += 2
+    status, content = worker.tick()["one"]
+    message = "no token was generated within 2 seconds; retry later"
+    assert status == 504
+    assert content["error"] == {"code": 504, "status": "DEADLINE_EXCEEDED", "message": message}
+    assert worker.handler.active == {}
+
+
+def test_deadline_of_the_app_holds_for_a_request_without_timeout(worker, clock):
+    worker.tick(one=body("a"))
+    clock.time += worker.handler.app.limits.seconds - 1
+    assert worker.tick() == {}
+    clock.time += 1
+    assert worker.tick()["one"][0] == 504
+
+
+def test_clock_starts_when_the_request_is_first_seen(worker, clock, monkeypatch):
+    """A tick admits requests for a moment only; the others are admitted in later ticks."""
+    submit = worker.engine.submit
+
+    def slow(*args, **options):
+        clock.time += 1
+        return submit(*args, **options)
+
+    monkeypatch.setattr(worker.engine, "submit", slow)
+    worker.tick(one=timed(1.5, "a"), two=timed(1.5, "b"))
+    assert list(worker.handler.active) == ["one"]
+    worker.tick()
+    assert worker.handler.active["two"].arrived_at == 1000
+
+
+def test_failure_anywhere_in_a_tick_ends_the_worker(worker, monkeypatch):
+    """An exception that reached TorchServe would fail every request with a wrong response."""
+
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(handler.llm_handler.os, "_exit", leave)
+    for broken in ("set_response_header", "request_ids"):
+        worker.engine.next_progress = []
+        with monkeypatch.context() as patch, pytest.raises(Left, match="1"):
+            worker.tick(**{broken: body("a")})
+            worker.engine.next_progress = [end(SequenceKey(broken, 0), "!")]
+            patch.setattr(worker.context, broken, None)
+            worker.handler.handle([{}], worker.context)

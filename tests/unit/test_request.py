@@ -154,6 +154,7 @@ def test_table_has_every_parameter_and_its_default():
         "ignore_eos": "false",
         "return_full_text": "true for plain text, else false",
         "stream": "false",
+        "timeout": "the highest",
     }
 
 
@@ -162,3 +163,17 @@ def test_rejects_null(name):
     """A parameter that should have its default is left out."""
     with pytest.raises(RequestError, match=rf"^parameters\.{name}: should be .*, not null$"):
         parse({"instances": ["a"], "parameters": {name: None}})
+
+
+def test_timeout_may_lower_the_deadline_of_the_app():
+    limits = load_app("my-own-model", local=True).limits
+
+    def seconds(**parameters) -> float:
+        content = {"instances": ["a"], "parameters": parameters}
+        return parse_request({"body": json.dumps(content)}, limits, {}).seconds
+
+    assert seconds() == limits.seconds == 120
+    assert seconds(timeout=0.5) == 0.5 and seconds(timeout=120) == 120
+    with pytest.raises(RequestError) as error:
+        seconds(timeout=121)
+    assert error.value.message == "parameters.timeout: should be a number from 0.1 to 120, not 121"

@@ -124,3 +124,40 @@ def test_codes_that_torchserve_reads():
         Delivery.STREAM_END: True,
     }
     assert [Response(b"", delivery=d).last for d in Delivery] == [True, False, True]
+
+
+def test_last_event_of_a_stream_has_the_reason_timeout():
+    active = start(stream=True)
+    active.update(FIRST)
+    active.take_response()
+    active.update(Progress(KEY, "y", 2, "timeout"))
+    response = active.take_response()
+    event = json.loads(response.body.removeprefix(b"data: "))
+    assert response.delivery == Delivery.STREAM_END
+    assert (event["text"], event["finish_reason"], event["completion_tokens"]) == (
+        "y",
+        "timeout",
+        2,
+    )
+
+
+def test_sequence_without_a_token_at_the_deadline_has_no_time_to_first_token():
+    active = start(stream=True)
+    other = SequenceKey("request", 1)
+    active.add(other, 5, "")
+    active.update(FIRST)
+    active.update(Progress(other, "", 0, "timeout"))
+    active.update(Progress(KEY, "", 1, "timeout"))
+    events = [json.loads(line[6:]) for line in active.take_response().body.split(b"\n") if line]
+    assert [(e["index"], e["finish_reason"]) for e in events] == [(0, "timeout"), (1, "timeout")]
+    assert active.completions[other].first_token_at is None
+
+
+def test_event_has_no_line_separators_of_unicode():
+    """Python's `splitlines` and other readers end a line at each of them."""
+    active = start(stream=True)
+    text = "a\u2028b\u2029c\u0085d\x0b\x0c\x1c\x1d\x1e\r\né"
+    active.update(Progress(KEY, text, 1, "stop"))
+    event = active.take_response().body.decode()
+    assert event.count("\n") == 2 and event.splitlines() == [event.removesuffix("\n\n"), ""]
+    assert json.loads(event.removeprefix("data: "))["text"] == text and "é" in event
