@@ -5,7 +5,6 @@ The archive is self-contained: the handler's package, the app's completed YAML a
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 
 from deploy.archive.export import choose_engine, export, exported_files
 from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
-from deploy.common.paths import BUILD, MODEL_STORE, UserError, shown
+from deploy.common.paths import MODEL_STORE, UserError, shown, temporary_folder
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import RANDOM, left_out, source_of, weight_files
 from handler.config import EngineConfig, app_yaml, check_engine, parse_app
@@ -68,9 +67,8 @@ def build_archive(
     Raises:
         UserError: the app's YAML is wrong, or torch-model-archiver failed.
     """
-    BUILD.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
-        prepared = prepare(name, weights, Path(temporary, name), engine=engine)
+    with temporary_folder() as temporary:
+        prepared = prepare(name, weights, temporary / name, engine=engine)
         return pack_prepared(name, prepared, archive_format=archive_format, store=store)
 
 
@@ -98,8 +96,8 @@ def prepare(
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     (target / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
-    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-        place(_with_tokenizer(files, weights, Path(temporary)), target / WEIGHTS)
+    with temporary_folder() as temporary:
+        place(_with_tokenizer(files, weights, temporary), target / WEIGHTS)
     return target
 
 

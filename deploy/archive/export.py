@@ -72,6 +72,8 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
 
 
 def _make(folder: Path, weights: Path, config: EngineConfig, cache: Path) -> None:
+    for stale in cache.glob("*.unfinished"):  # of a program that was killed; we hold the lock
+        shutil.rmtree(stale, ignore_errors=True)
     traced = _trace(weights, cache)
     print(f"making its weights {config.openvino.precision} ...", flush=True)
     with _unfinished(folder) as unfinished:

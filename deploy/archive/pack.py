@@ -6,18 +6,19 @@ Imports nothing outside docker/locks/archive.txt: no torch, no Typer.
 """
 
 import argparse
+import errno
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import handler
-from deploy.common.paths import BUILD, MODEL_STORE, UserError, link_or_copy
+from deploy.common.paths import MODEL_STORE, UserError, link_or_copy, temporary_folder
 
 DIRECTORY = "no-archive"
 FORMATS = (DIRECTORY, "zip-store", "default")
@@ -58,10 +59,9 @@ def pack(
     store.mkdir(parents=True, exist_ok=True)
     as_directory = archive_format == DIRECTORY
     target = archive_path(name, archive_format, store)
-    BUILD.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD) as temporary:
-        stage, out = Path(temporary, "stage"), Path(temporary, "out")
-        for folder in (stage, out, Path(temporary, "tmp")):
+    with temporary_folder() as temporary:
+        stage, out = temporary / "stage", temporary / "out"
+        for folder in (stage, out, temporary / "tmp"):
             folder.mkdir()
         if package:
             for path in sources(package):
@@ -69,8 +69,8 @@ def pack(
                     link_or_copy(path, stage / package.name / path.relative_to(package))
         if not as_directory:
             place(weights, stage / WEIGHTS)
-        Path(temporary, CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
-        _run_archiver(name, entry, archive_format, stage, out, Path(temporary))
+        (temporary / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        _run_archiver(name, entry, archive_format, stage, out, temporary)
         made = out / target.name
         if as_directory:  # the archiver copies gigabytes; hard links cost no space
             place(weights, made / WEIGHTS)
@@ -136,10 +136,20 @@ def _run_archiver(
 
 
 def _replace(made: Path, target: Path) -> None:
-    """Replace an archive only when the new one is complete: a failed build keeps the old one."""
-    if target.is_dir():
-        shutil.rmtree(target)
-    made.replace(target)
+    """Replace an archive only when the new one is complete: a failed build keeps the old one.
+
+    Several programs may do so at once. The archive is missing only for the moment between two
+    renames, and the last program's archive stays.
+    """
+    for attempt in count():
+        try:
+            made.replace(target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+        with suppress(FileNotFoundError):  # another program moved it
+            target.rename(made.with_name(f"replaced-{attempt}"))
 
 
 def main() -> None:

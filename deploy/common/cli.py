@@ -13,7 +13,9 @@ Exit status 2 is a usage error, 1 an error that the user can fix (`UserError`, `
 
 import os
 import re
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +77,21 @@ def app(docstring: str | None) -> typer.Typer:
     )
 
 
+def stop_in_order() -> None:
+    """Turn the signals that end a program into KeyboardInterrupt, so that it cleans up first.
+
+    A closed terminal sends SIGHUP; `kill` and service managers send SIGTERM. A shell that starts a
+    program in the background makes it ignore Ctrl-C. `nohup` makes it ignore SIGHUP, which stays.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return  # Python sets signal handlers only there
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    for stop in signals:
+        signal.signal(stop, signal.default_int_handler)
+
+
 def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status; print what the user can fix in one line.
 
@@ -85,6 +102,7 @@ def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> i
     """
     # Libraries read it when they are imported, in child processes too (SECURITY.md).
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    stop_in_order()
     try:
         status = typer.main.get_command(app).main(
             args=arguments, prog_name=f"python -m {program}", standalone_mode=False

@@ -5,7 +5,6 @@ python -m deploy.torchserve quickstart smollm2-135m    # archive, serve, send on
 """
 
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -64,8 +63,6 @@ def _archive(
     name: str, model_dir: Path | None, shape_only: bool, format: str, engine: str | None, port: int
 ) -> Server:
     """Make the archive; return the server for it, not yet started."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell may have made us ignore Ctrl-C
-        signal.signal(stop, signal.default_int_handler)
     server = Server(archive_path(name, format), port=port)
     server.check_ports()  # before the minutes that weights may take
     build_app(
