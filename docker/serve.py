@@ -1,4 +1,4 @@
-"""The container's entry: start TorchServe, and drain and stop it on SIGTERM.
+"""The container's entry: start TorchServe, watch it, and drain and stop it on SIGTERM.
 
 Environment variables, all optional:
     AIP_HTTP_PORT     the port to listen on; Vertex AI sets it
@@ -8,7 +8,8 @@ Environment variables, all optional:
     DRAIN_SECONDS     time for requests in flight after SIGTERM; the default is below
 
 Exit codes: 0 after SIGTERM or SIGINT; 2 for a wrong environment variable; 1 if TorchServe ended by
-itself, with any code, so that the platform restarts the container.
+itself, with any code, or does not serve any more (`watch.py`), so that the platform restarts the
+container.
 """
 
 import json
@@ -18,10 +19,13 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from threading import Event
 
+import management
 from launch import grpc_address, java_command, max_request_size, without_secrets
+from watch import Frontend, Watcher
 
 HERE = Path(__file__).parent
 TEMPORARY = Path(os.environ.get("TMPDIR", "/tmp"))  # noqa: S108  the only writable folder
@@ -70,12 +74,20 @@ def main() -> int:
         temporary=TEMPORARY,
     )
     server = subprocess.Popen(command, env=without_secrets(os.environ) | settings)
-    while server.poll() is None:
+    get = partial(management.get, management.address(STATE))
+    watcher = Watcher(Frontend(port, archive.removesuffix(".mar"), get, STATE)).start()
+    while server.poll() is None and not watcher.verdict:
         if stop.wait(0.2):
             drain(drain_seconds, server)
             end(server)
             return 0
-    print(f"TorchServe ended by itself, with code {server.returncode}", file=sys.stderr, flush=True)
+    if server.returncode is None:
+        server.kill()  # a stuck frontend does not stop in order
+        server.wait()
+        print(f"ended TorchServe: {watcher.verdict}", file=sys.stderr, flush=True)
+    else:
+        code = server.returncode
+        print(f"TorchServe ended by itself, with code {code}", file=sys.stderr, flush=True)
     return 1
 
 

@@ -170,7 +170,7 @@ class ModelConfig(_Strict):
     batchSize: Annotated[int, Field(ge=1)]
     maxBatchDelay: Annotated[int, Field(ge=0)]
     jobQueueSize: Annotated[int, Field(ge=1)]
-    responseTimeout: Annotated[int, Field(ge=1)]
+    responseTimeout: Annotated[int, Field(ge=1)] | None
     startupTimeout: Annotated[int, Field(ge=1)]
     deviceType: Any = None
     deviceIds: Any = None

@@ -1,16 +1,38 @@
-"""Shut down without dropping requests: signals between the worker and the entry of the container.
+"""Signals between the worker and the program that started TorchServe.
 
-They use two empty files in the folder that `SERVING_STATE` names; without that variable nothing
-happens. The entry (`docker/serve.py`) makes `draining` when the platform says stop; from then on
-the worker rejects new requests. The worker keeps `busy` while a request is active. When it is gone,
-the entry may stop TorchServe, which would otherwise reset every connection.
+They are empty files in the folder that `SERVING_STATE` names; without that variable nothing
+happens. To shut down without dropping requests, the container's entry (`docker/serve.py`) makes
+`draining`; from then on the worker rejects new requests. The worker keeps `busy` while a request is
+active. When it is gone, the entry may stop TorchServe, which would otherwise reset every
+connection. The time of `ticked` is that of the last tick. `failed` says why the model cannot be
+loaded.
+
+A full disk or a missing folder costs these signals, not requests.
 """
 
+import ctypes
 import os
+import signal
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "SERVING_STATE"
-DRAINING, BUSY = "draining", "busy"
+DRAINING, BUSY, TICKED, FAILED = "draining", "busy", "ticked", "failed"
+
+
+def record_failure(reason: str) -> None:
+    """Tell the program that started TorchServe why the model cannot be loaded."""
+    if folder := os.environ.get(VARIABLE):
+        with suppress(OSError):
+            Path(folder, FAILED).write_text(reason)
+
+
+def end_with_frontend() -> None:
+    """Make the kernel kill this worker when the frontend ends, even if it is stuck (on Linux)."""
+    if sys.platform == "linux" and sys.argv[0].endswith("model_service_worker.py"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 class Drain:
@@ -24,14 +46,21 @@ class Drain:
 
     def requested(self) -> bool:
         """Return whether the server is shutting down."""
-        return self._folder is not None and (self._folder / DRAINING).exists()
+        with suppress(OSError):
+            return self._folder is not None and (self._folder / DRAINING).exists()
+        return False
 
     def report(self, active: int) -> None:
-        """Make `busy` say whether requests are active; touches the disk only on a change."""
-        if self._folder is None or self._busy == bool(active):
+        """Record a tick, and make `busy` say whether requests are active."""
+        if self._folder is None:
             return
-        self._busy = bool(active)
-        if active:
-            (self._folder / BUSY).touch()
-        else:
-            (self._folder / BUSY).unlink(missing_ok=True)
+        with suppress(OSError):
+            (self._folder / TICKED).touch()
+        if self._busy == bool(active):
+            return
+        with suppress(OSError):
+            if active:
+                (self._folder / BUSY).touch()
+            else:
+                (self._folder / BUSY).unlink(missing_ok=True)
+            self._busy = bool(active)

@@ -23,12 +23,12 @@ import psutil
 
 from handler.config import parse_app
 from handler.context import Context
-from handler.drain import Drain
+from handler.drain import Drain, end_with_frontend, record_failure
 from handler.engine import PromptError, SequenceKey, create_engine
 from handler.metrics import Metrics
 from handler.prompt import render
 from handler.request import RequestError, default_parameters, parse_request
-from handler.response import ActiveRequest, Response, error_response
+from handler.response import PROBE, PROBE_RESPONSE, ActiveRequest, Response, error_response
 
 logger = logging.getLogger(__name__)
 
@@ -51,17 +51,32 @@ class LLMHandler:
     """Serves one model. All state is in `active`: request id -> what is known of the request."""
 
     def initialize(self, context: Context) -> None:
-        """Load the model; TorchServe reports the worker READY when this returns."""
+        """Load the model; TorchServe reports the worker READY when this returns.
+
+        If the model cannot be loaded, the worker responds to every request with 503 until the
+        server is ended (`deploy/torchserve/watch.py`). An exception would make TorchServe start new
+        workers for five minutes, while clients wait.
+        """
+        end_with_frontend()
+        self.active: dict[str, ActiveRequest] = {}
+        self.failure = ""
+        self.initialized = True
+        try:
+            self._load(context)
+        except Exception as error:
+            logger.critical("the model cannot be loaded", exc_info=True)
+            record_failure(str(error) or repr(error))
+            self.failure = "the model cannot be loaded; the server's log says why"
+
+    def _load(self, context: Context) -> None:
         folder = Path(context.system_properties["model_dir"])
         self.app = parse_app(context.model_yaml_config, "model-config.yaml")
         self.defaults = default_parameters(self.app)
         self.engine = create_engine(folder / "weights", self.app.engine)
         self.metrics = Metrics(context.metrics, context.model_name)
-        self.active: dict[str, ActiveRequest] = {}
         self._seen: dict[str, float] = {}
         """Request id -> when it was in a tick for the first time."""
         self.drain = Drain()
-        self.initialized = True
         random = " (random weights: the text means nothing)" if self.app.random_weights else ""
         chosen = f" (chosen because {self.app.engine.chosen})" if self.app.engine.chosen else ""
         memory_gb = psutil.Process().memory_info().rss / 1e9
@@ -80,11 +95,14 @@ class LLMHandler:
         Returns:
             One body for each position; those deleted from `context.request_ids` are not sent.
         """
-        if not self.engine.alive():
+        if not self.failure and not self.engine.alive():
             logger.critical("the engine has failed; leaving, so that the frontend replaces us")
             os._exit(1)
         try:
             request_ids = dict(context.request_ids)
+            if self.failure:
+                failed = error_response(RequestError(503, self.failure), RETRY_AFTER_SECONDS)
+                return self._send(request_ids, dict.fromkeys(request_ids.values(), failed), context)
             responses = self._tick(request_ids, data)
             self.drain.report(len(self.active))
             return self._send(request_ids, responses, context)
@@ -135,6 +153,8 @@ class LLMHandler:
 
     def _admit(self, request_id: str, parts: dict[str, Any]) -> Response | None:
         """Submit the instances of a new request to the engine, or respond with an error."""
+        if parts.get("body") == PROBE:
+            return PROBE_RESPONSE
         try:
             request = parse_request(parts, self.app.limits, self.defaults)
             self._check_capacity(len(request.instances))

@@ -41,6 +41,13 @@ class Response:
         return self.delivery.value
 
 
+PROBE = b'{"probe": true}'
+"""The body of a request that asks whether ticks happen (`deploy/torchserve/watch.py` sends it). It
+needs no place in the engine, so a full or draining server answers it, too."""
+
+PROBE_RESPONSE = Response(b'{"status": "ok"}', headers={"content-type": JSON})
+
+
 def error_response(error: RequestError, retry_after: int) -> Response:
     """Respond to a rejected request. 429 and 503 say to retry after `retry_after` seconds."""
     headers = {"content-type": JSON}

@@ -4,7 +4,6 @@ Prints the lines that direct the SDK, gcloud and curl in another terminal to it.
 """
 
 import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,8 +33,6 @@ def run(
     port: Annotated[int, typer.Option(help="The proxy's port; 0 for any free one.")] = 0,
 ) -> None:
     """Run the local Vertex AI until Ctrl-C; print the lines that direct clients to it."""
-    for stop in (signal.SIGINT, signal.SIGTERM):  # a shell may have set Ctrl-C to be ignored
-        signal.signal(stop, signal.default_int_handler)
     standin = Standin(
         scale, seed, runner, limit_scale=limit_scale, region=region, folder=folder, port=port
     )

@@ -4,6 +4,7 @@ The archive is self-contained: the handler's package, the app's completed YAML a
 `model-config.yaml`, and the weights in the form that the engine loads.
 """
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ from deploy.weights.fetch import get_weights
 from deploy.weights.folder import RANDOM, left_out, source_of, weight_files
 from handler.config import EngineConfig, app_yaml, check_engine, parse_app
 from handler.request import RequestError, default_parameters
+
+TICK_SECONDS = 15
+"""What a tick may take with a small model; usually it takes a tenth of a second."""
+
+TICK_SECONDS_PER_GB = {"openvino": 20, "transformers": 40}
+"""The longest part of a tick is prefill. On two slow cores, at 50 GFLOP/s, openvino's 128 tokens
+take 5 s for each GB of int8 weights. The 2,048 tokens of transformers take 20 s for each GB of
+float32 weights and 40 s for 16-bit weights. Layers on a slow disk are read in 10 s for each GB."""
 
 
 def build_app(
@@ -93,12 +102,21 @@ def prepare(
         files = exported_files(export(weights, settings))
     else:
         files = weight_files(weights)
+    if config["responseTimeout"] is None:
+        config["responseTimeout"] = tick_seconds(
+            settings.name, sum(path.stat().st_size for path in files)
+        )
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     (target / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     with temporary_folder() as temporary:
         place(_with_tokenizer(files, weights, temporary), target / WEIGHTS)
     return target
+
+
+def tick_seconds(engine: str, weight_bytes: int) -> int:
+    """Return the time after which a tick counts as stuck: a factor for each GB of weights."""
+    return max(TICK_SECONDS, math.ceil(TICK_SECONDS_PER_GB[engine] * weight_bytes / 1e9))
 
 
 def model_config(

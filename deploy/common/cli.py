@@ -16,7 +16,9 @@ import re
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import click
@@ -85,11 +87,16 @@ def stop_in_order() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return  # Python sets signal handlers only there
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        signals.append(signal.SIGHUP)
-    for stop in signals:
+    for stop in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, _hang_up)
+
+
+def _hang_up(number: int, frame: FrameType | None) -> None:
+    """Interrupt once: the kernel and the shell both send SIGHUP when a terminal closes."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> int:
@@ -116,5 +123,6 @@ def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> i
     except click.Abort:
         status = INTERRUPTED
     if status == INTERRUPTED:
-        print("\nstopped")
+        with suppress(OSError):  # the terminal may be gone
+            print("\nstopped", flush=True)
     return status if isinstance(status, int) else 0

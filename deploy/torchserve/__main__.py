@@ -29,14 +29,14 @@ def serve(
     engine: Engine = None,
     port: cli.Port = PORT,
 ) -> None:
-    """Archive an APP and serve it until Ctrl-C."""
+    """Archive an APP and serve it until Ctrl-C, or until it cannot serve any more."""
     server = _archive(name, model_dir, shape_only, format, engine, port)
     print(f"starting; the log is {shown(server.log)}", flush=True)
     with server:
         test = f"make test APP={server.name} PORT={server.port}"
         print(f"ready: POST {server.url}   (test: {test}; stop: Ctrl-C)", flush=True)
-        status = server.process.wait()
-        raise ServerError(f"TorchServe ended with code {status}. {server.log_end()}")
+        reason = server.watch()
+        raise ServerError(f"{reason}. {server.log_end()}")
 
 
 @app.command()

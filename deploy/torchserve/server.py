@@ -10,14 +10,16 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import httpx
 import psutil
 
 from deploy.common.paths import BUILD, ROOT, UserError, shown
-from deploy.common.process_guard import dismiss_guard, start_guard
+from deploy.common.process_guard import BoundProcess, dismiss_guard, start_guard
 from deploy.common.waiting import wait_until
 from deploy.torchserve import management
 from deploy.torchserve.java import find_java
@@ -28,11 +30,18 @@ from deploy.torchserve.launch import (
     read_properties,
     server_environment,
 )
+from deploy.torchserve.watch import Frontend, State, Watcher
+from handler.drain import VARIABLE
 
 PORT = 7080
 _LOG4J = ROOT / "docker" / "log4j2.xml"
 _SETTINGS = ROOT / "docker" / "config.properties"
-_LOAD_FAILED = ("Failed to load model", "Backend worker process died", "Load model failed")
+_LOAD_FAILED = (
+    "the model cannot be loaded",  # our handler's; the others are TorchServe's
+    "Failed to load model",
+    "Backend worker process died",
+    "Load model failed",
+)
 
 
 class ServerError(UserError):
@@ -69,7 +78,7 @@ class Server:
         self.settings = settings or {}
         self.environment = environment or {}
         self.log = BUILD / f"server-{port}.log"
-        self._process: subprocess.Popen | None = None
+        self._java: BoundProcess | None = None
         self._temporary: Path | None = None
         self._management = ""
         self._guard: subprocess.Popen | None = None
@@ -117,7 +126,7 @@ class Server:
     @property
     def started(self) -> bool:
         """Whether there is a `process`, running or ended: from `start` until `stop`."""
-        return self._process is not None
+        return self._java is not None
 
     @property
     def process(self) -> subprocess.Popen:
@@ -126,9 +135,9 @@ class Server:
         Raises:
             ServerError: the server is not started.
         """
-        if self._process is None:
+        if self._java is None:
             raise ServerError(f"the server on port {self.port} is not started")
-        return self._process
+        return self._java.process
 
     def start(self, timeout: float = 1200.0) -> "Server":
         """Start, and return when a worker is READY.
@@ -151,7 +160,7 @@ class Server:
             temporary = self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
             self._management = management.address(temporary)
             with self.log.open("wb") as log:
-                self._process = subprocess.Popen(
+                self._java = BoundProcess(
                     self._command(java, temporary),
                     env=self._environment(),
                     cwd=temporary,
@@ -160,7 +169,7 @@ class Server:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,  # Ctrl-C is for us; we stop Java in order
                 )
-            self._guard = start_guard(self._process.pid, temporary)
+            self._guard = start_guard(self.process.pid, temporary)
             self._wait_until_ready(timeout)
         except BaseException:
             self.stop()
@@ -181,11 +190,28 @@ class Server:
                 )
 
     def ready(self) -> bool:
-        """Whether a worker has loaded the model.
+        """Whether a worker has loaded the model and answers.
 
-        `/ping` does not show it: it answers 200 as soon as the port is open.
+        `/ping` does not show it: it answers 200 as soon as the port is open. Handlers other than
+        ours do not know the probe, so for them a loaded model is enough.
         """
-        return any(worker["status"] == "READY" for worker in self.workers())
+        if not any(worker["status"] == "READY" for worker in self.workers()):
+            return False
+        frontend = self._frontend()
+        return not frontend.probed or frontend.check().state is State.SERVING
+
+    def watch(self, **patience: float) -> str:
+        """Wait until the server has ended or should be ended; return why.
+
+        Args:
+            patience: arguments of `Watcher`.
+        """
+        watcher = Watcher(self._frontend(), **patience).start()
+        while self.process.poll() is None and not watcher.verdict:
+            time.sleep(0.2)
+        if watcher.verdict:
+            self.process.kill()  # a stuck frontend does not stop in order
+        return watcher.verdict or f"TorchServe ended with code {self.process.returncode}"
 
     def workers(self) -> list[dict]:
         """The model's workers as the management API lists them; empty if it does not answer."""
@@ -203,19 +229,20 @@ class Server:
         Args:
             grace: seconds for a clean exit before the rest is killed.
         """
-        if self._process is not None:
-            group = self._process.pid
+        if self._java is not None:
+            process = self._java.process
             try:
-                self._process.terminate()
+                process.terminate()
                 with suppress(subprocess.TimeoutExpired):
-                    self._process.wait(grace)
+                    process.wait(grace)
             finally:  # the workers are in Java's process group, however Java ended
                 with suppress(ProcessLookupError):
-                    os.killpg(group, signal.SIGKILL)
-                self._process.wait()
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
             with suppress(TimeoutError):  # after that, the ports are free again
-                wait_until(lambda: not _group_exists(group), timeout=5, interval=0.05)
-            self._process = None
+                wait_until(lambda: not _group_exists(process.pid), timeout=5, interval=0.05)
+            self._java.release()
+            self._java = None
         if self._guard is not None:
             dismiss_guard(self._guard)
             self._guard = None
@@ -233,6 +260,10 @@ class Server:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
+
+    def _frontend(self) -> Frontend:
+        get = partial(management.get, self.management_address)
+        return Frontend(self.port, self.name, get, self._temporary or Path())
 
     def _command(self, java: Path, temporary: Path) -> list[str]:
         config = temporary / "config.properties"
@@ -265,8 +296,8 @@ class Server:
 
     def _environment(self) -> dict[str, str]:
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        passed = server_environment(os.environ)
-        return passed | offline | {"PYTHONUNBUFFERED": "1"} | self.environment
+        settings = {"PYTHONUNBUFFERED": "1", VARIABLE: str(self._temporary)}
+        return server_environment(os.environ) | offline | settings | self.environment
 
     def _wait_until_ready(self, timeout: float) -> None:
         try:

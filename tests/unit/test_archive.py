@@ -9,7 +9,7 @@ import yaml
 
 import handler.config
 from deploy.archive.__main__ import main
-from deploy.archive.build import build_archive, model_config
+from deploy.archive.build import build_archive, model_config, tick_seconds
 from deploy.archive.pack import HANDLER
 from deploy.common.paths import UserError
 from deploy.weights.fetch import get_weights
@@ -64,9 +64,16 @@ def test_archive_has_the_complete_configuration(model_folder: Path, tmp_path: Pa
     config = yaml.safe_load((archive / "model-config.yaml").read_text())
     expected = app_yaml("smollm2-135m")
     expected["app"]["engine"] |= {"name": "transformers", "chosen": "the configuration names it"}
+    expected["responseTimeout"] = 15
     assert config == expected
     assert config["continuousBatching"] is True and config["minWorkers"] == 1
     assert parse_app(config, "").engine.max_context == 2048
+
+
+def test_stuck_ticks_are_noticed_later_with_more_weights():
+    assert tick_seconds("openvino", 135_000_000) == tick_seconds("transformers", 375_000_000) == 15
+    assert tick_seconds("openvino", 7_000_000_000) == 140
+    assert tick_seconds("transformers", 28_000_000_000) == 1120
 
 
 def test_archive_of_random_weights_is_marked(model_folder: Path, tmp_path: Path):

@@ -22,7 +22,7 @@ from deploy.image.lookup import TAGS, how_to_build, labels_of
 from deploy.image.report import PARTS, REST, part_of, table
 from deploy.image.run import STOP_SECONDS
 from deploy.image.runtime import container_runtime
-from deploy.torchserve import launch
+from deploy.torchserve import launch, management, watch
 from deploy.torchserve.launch import (
     FOREIGN_LIMIT,
     OVER_LIMIT,
@@ -214,8 +214,9 @@ def test_rejects_archive_with_an_unreadable_configuration(tmp_path, config):
 
 @pytest.fixture
 def serve(monkeypatch, tmp_path):
-    """The container's entry, which finds `launch` beside itself."""
-    monkeypatch.setitem(sys.modules, "launch", launch)
+    """The container's entry, which finds modules of `deploy.torchserve` beside itself."""
+    for module in (launch, management, watch):
+        monkeypatch.setitem(sys.modules, module.__name__.rpartition(".")[2], module)
     spec = importlib.util.spec_from_file_location("serve", ROOT / "docker" / "serve.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
