@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -60,7 +61,7 @@ def main() -> int:
             "MAX_REQUEST_SIZE": str(max_request_size(store / archive)),
         }
     except (ValueError, OSError, LookupError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        say(f"error: {error}")
         return 2
     STATE.mkdir(mode=0o700, exist_ok=True)
     for leftover in STATE.iterdir():
@@ -84,11 +85,16 @@ def main() -> int:
     if server.returncode is None:
         server.kill()  # a stuck frontend does not stop in order
         server.wait()
-        print(f"ended TorchServe: {watcher.verdict}", file=sys.stderr, flush=True)
+        say(f"ended TorchServe: {watcher.verdict}")
     else:
-        code = server.returncode
-        print(f"TorchServe ended by itself, with code {code}", file=sys.stderr, flush=True)
+        say(f"TorchServe ended by itself, with code {server.returncode}")
     return 1
+
+
+def say(line: str) -> None:
+    """Write a line to the log. A log that cannot be written to does not keep us from stopping."""
+    with suppress(OSError):
+        os.write(sys.stderr.fileno(), f"{line}\n".encode())
 
 
 def whole_number(name: str, default: int, *, least: int = 0, most: int) -> int:
@@ -169,7 +175,7 @@ def only_archive(store: Path) -> str:
 def drain(seconds: int, server: subprocess.Popen) -> None:
     """Let requests in flight finish; the handler rejects new ones with 503 (`handler/drain.py`)."""
     (STATE / "draining").touch()
-    print(f"stopping: requests in flight have {seconds} s", flush=True)
+    say(f"stopping: requests in flight have {seconds} s")
     now = time.monotonic()
     deadline, last_busy = now + seconds, now
     while now < deadline and now - last_busy < QUIET_SECONDS and server.poll() is None:
@@ -178,7 +184,7 @@ def drain(seconds: int, server: subprocess.Popen) -> None:
         if (STATE / "busy").exists():
             last_busy = now
     if now >= deadline:
-        print("time is up; dropping the requests in flight", flush=True)
+        say("time is up; dropping the requests in flight")
 
 
 def end(server: subprocess.Popen) -> None:
@@ -189,7 +195,7 @@ def end(server: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
-    print("stopped", flush=True)
+    say("stopped")
 
 
 if __name__ == "__main__":
