@@ -23,6 +23,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import TextIO
 
 import management
 from launch import grpc_address, java_command, max_request_size, without_secrets
@@ -61,7 +62,7 @@ def main() -> int:
             "MAX_REQUEST_SIZE": str(max_request_size(store / archive)),
         }
     except (ValueError, OSError, LookupError) as error:
-        say(f"error: {error}")
+        say(f"error: {error}", sys.stderr)
         return 2
     STATE.mkdir(mode=0o700, exist_ok=True)
     for leftover in STATE.iterdir():
@@ -85,16 +86,16 @@ def main() -> int:
     if server.returncode is None:
         server.kill()  # a stuck frontend does not stop in order
         server.wait()
-        say(f"ended TorchServe: {watcher.verdict}")
+        say(f"ended TorchServe: {watcher.verdict}", sys.stderr)
     else:
-        say(f"TorchServe ended by itself, with code {server.returncode}")
+        say(f"TorchServe ended by itself, with code {server.returncode}", sys.stderr)
     return 1
 
 
-def say(line: str) -> None:
+def say(line: str, file: TextIO = sys.stdout) -> None:
     """Write a line to the log. A log that cannot be written to does not keep us from stopping."""
     with suppress(OSError):
-        os.write(sys.stderr.fileno(), f"{line}\n".encode())
+        os.write(file.fileno(), f"{line}\n".encode())
 
 
 def whole_number(name: str, default: int, *, least: int = 0, most: int) -> int:
