@@ -114,7 +114,11 @@ class Parameters(Input):
     seed: Annotated[
         WholeNumber | None,
         Field(ge=0, le=2**63 - 1),
-        Doc("The same seed gives the same completion.", default="random"),
+        Doc(
+            "The same seed gives the same completion. Seeds from 2^32 on are reduced to 32 bits, "
+            "so two seeds can draw the same numbers.",
+            default="random",
+        ),
     ] = None
     ignore_eos: Annotated[
         bool | None,

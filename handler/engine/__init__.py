@@ -7,6 +7,7 @@ handler for the interpreter lock. An engine without sequences uses no CPU.
 Not here: HTTP, JSON and prompt formats. See `request.py` and `prompt.py`.
 """
 
+import secrets
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,19 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+
+    @property
+    def random_state(self) -> int:
+        """32 bits for a generator: of the seed, or random without one.
+
+        The generators of both engines read only the lower 32 bits of a seed. The upper ones are
+        multiplied by an odd number modulo 2^32, which maps different ones to different ones, and
+        mixed in. So seeds below 2^32 are themselves, and seeds with the same lower half differ.
+        """
+        if self.seed is None:
+            return secrets.randbits(32)
+        upper, lower = divmod(self.seed, 2**32)
+        return lower ^ (upper * 0x9E3779B1 % 2**32)  # 2^32 divided by the golden ratio
 
 
 @dataclass

@@ -8,8 +8,6 @@ It needs neither torch nor transformers. Not here: draft models, several devices
 """
 
 import logging
-import math
-import secrets
 import time
 from collections.abc import Hashable, Set
 from dataclasses import dataclass
@@ -35,8 +33,12 @@ _STEPS_BETWEEN_INTERRUPTIONS = 4
 """Steps that a long prefill runs before it can be interrupted again. An interruption loses up to a
 block of 32 tokens of it, so with fewer steps a flood of short prompts could stop it."""
 
-_WARM_UP_TOKENS = 64
-"""Two blocks of the cache."""
+_BLOCK_TOKENS = 32
+"""Tokens in a block of the pipeline's KV cache on a CPU. A test fills the cache that follows."""
+
+_SMALLEST_TOP_P = 1e-30
+"""The pipeline reads it in 32 bits, where a smaller one can be 0, which it rejects. The likeliest
+token alone has a higher probability, so the result is the same."""
 
 
 @dataclass
@@ -64,8 +66,6 @@ class OpenVINOEngine:
     def __init__(self, weights: Path, config: EngineConfig) -> None:
         settings = config.openvino
         self.folder = ModelFolder(weights)
-        limit = self.folder.context_length()
-        self.max_context = min(config.max_context or limit, limit)
         self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         self._pipeline = genai.ContinuousBatchingPipeline(
             weights, _scheduler(config), "CPU", properties(config) | _speculation(settings)
@@ -82,13 +82,18 @@ class OpenVINOEngine:
         self._lookup = settings.prompt_lookup
         self._submitted = 0
         self._alive = True
+        self.cache_tokens = self._warm_up()
+        limit = self.folder.context_length()
+        wanted = min(config.max_context or limit, limit)
+        self.max_context = min(wanted, self.cache_tokens - self._lookup)
+        cut = f" instead of {wanted}, to fit into the cache" if self.max_context < wanted else ""
         self.description = (
             f"engine openvino, {settings.precision}, device cpu, "
             f"{config.threads or 'all'} threads, batch {config.max_batch}, "
-            f"KV cache {settings.cache_gb} GB, context {self.max_context}"
+            f"KV cache {settings.cache_gb} GB for {self.cache_tokens} tokens, "
+            f"context {self.max_context}{cut}"
             + (f", prompt lookup of {self._lookup} tokens" if self._lookup else "")
         )
-        self._cache_tokens = self._warm_up()
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         sequence = new_sequence(
@@ -196,9 +201,9 @@ class OpenVINOEngine:
         """Return the prompt tokens in the pipeline of sequences that have no token yet."""
         return sum(r.sequence.prompt_tokens for r in self._running.values() if r.in_prefill)
 
-    def _room(self) -> float:
+    def _room(self) -> int:
         """Return the tokens that the cache can hold beside the longest text of what runs."""
-        return self._cache_tokens - sum(r.sequence.room for r in self._running.values())
+        return self.cache_tokens - sum(r.sequence.room for r in self._running.values())
 
     def _add(self, sequence: Sequence, generation: genai.GenerationConfig) -> None:
         """Add a sequence to the pipeline, behind all others."""
@@ -220,9 +225,11 @@ class OpenVINOEngine:
             sequence, handle = running.sequence, running.handle
             running.steps += 1
             while handle.can_read():
-                for token in next(iter(handle.read().values())).generated_ids:
-                    if not sequence.finish_reason:
-                        sequence.append(token)
+                # Empty if the pipeline gave the sequence up, for example for lack of cache.
+                for output in handle.read().values():
+                    for token in output.generated_ids:
+                        if not sequence.finish_reason:
+                            sequence.append(token)
             status = handle.get_status()
             if status == genai.GenerationStatus.RUNNING:
                 if sequence.finish_reason:
@@ -240,23 +247,22 @@ class OpenVINOEngine:
         self._ended = []
         return out
 
-    def _warm_up(self) -> float:
+    def _warm_up(self) -> int:
         """Run one short request, since the first forward pass compiles and allocates.
 
         Returns:
-            The tokens that the cache can hold, from the part of it that this request took.
+            The tokens that the KV cache holds. The request took one block of it.
         """
         token = next(iter(self.end_tokens), 0)
-        prompt = [token] * min(_WARM_UP_TOKENS, self.max_context - 2)
-        request = openvino.Tensor(np.array([prompt], dtype=np.int64))
-        self._pipeline.add_request(
-            0, request, _generation(Sampling(), 2, self.end_tokens, self._lookup)
-        )
-        used = 0.0
-        while self._pipeline.has_non_finished_requests():
+        request = openvino.Tensor(np.array([[token] * 8], dtype=np.int64))
+        generation = _generation(Sampling(), 2, frozenset(), self._lookup)  # no early end
+        # Without the handle the pipeline would drop the request and run nothing.
+        handle = self._pipeline.add_request(0, request, generation)
+        percent = 0.0
+        while handle.get_status() == genai.GenerationStatus.RUNNING:
             self._pipeline.step()
-            used = max(used, self._pipeline.get_metrics().max_cache_usage)
-        return len(prompt) * 100 / used if used else math.inf
+            percent = max(percent, self._pipeline.get_metrics().cache_usage)
+        return round(100 / percent) * _BLOCK_TOKENS
 
 
 def _generation(
@@ -272,11 +278,10 @@ def _generation(
     config.do_sample = sampling.temperature > 0
     if config.do_sample:
         config.temperature = sampling.temperature
-        config.top_p = sampling.top_p
+        config.top_p = max(sampling.top_p, _SMALLEST_TOP_P)
         if sampling.top_k:
             config.top_k = sampling.top_k
-        seed = sampling.seed
-        config.rng_seed = secrets.randbits(63) if seed is None else seed
+        config.rng_seed = sampling.random_state
     return config
 
 

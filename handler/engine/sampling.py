@@ -39,11 +39,7 @@ class Sampler:
         self.plain = self.greedy and sampling.repetition_penalty == 1.0
         """Whether the choice is always the largest logit."""
         self._chain = logits_processors(sampling)
-        self._generator = torch.Generator()
-        if sampling.seed is not None:
-            self._generator.manual_seed(sampling.seed)
-        else:
-            self._generator.seed()
+        self._generator = torch.Generator().manual_seed(sampling.random_state)
 
     def choose(self, token_ids: list[int], logits: torch.Tensor) -> int:
         """Return the next token id, given all ids so far and the logits [vocabulary]."""

@@ -58,11 +58,15 @@ class Sequence:
             self.end("length")
 
     def end(self, reason: FinishReason) -> None:
-        """End the sequence; no more tokens follow. The first end counts."""
+        """End the sequence; no more tokens follow. The first end counts.
+
+        The text that was held back may complete a stop string. Then that is why it ended.
+        """
         if self.finish_reason:
             return
-        self.finish_reason = reason
         self.pending += self.text_stream.finish()
+        found = reason != "error" and self.text_stream.stopped
+        self.finish_reason = "stop" if found else reason
 
     def progress(self) -> Progress:
         """Report what is new."""

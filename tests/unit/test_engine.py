@@ -1,6 +1,7 @@
 """Both engines on tiny models of several architectures, without a server."""
 
 import functools
+import json
 import tempfile
 import time
 from pathlib import Path
@@ -9,11 +10,14 @@ import openvino_genai as genai
 import psutil
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deploy.archive.export import export
-from handler.config import engine_config
-from handler.engine import PromptError, Sampling, create_engine
+from handler.config import engine_config, load_app
+from handler.engine import PromptError, Sampling, create_engine, openvino_engine
 from handler.engine.sampling import Sampler
+from handler.request import parse_request
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -153,6 +157,46 @@ def test_temperature_changes_the_text(engine):
     assert len(set(texts)) == 3
 
 
+EXTREMES = {
+    "temperature": st.sampled_from([0, 0.01, 2]) | st.floats(0.01, 2),
+    "top_p": st.sampled_from([5e-324, 1e-310, 1e-45, 2**-126, 1 - 2**-53, 1])
+    | st.floats(0, 1, exclude_min=True),
+    "top_k": st.sampled_from([0, 1, 10**6]),
+    "repetition_penalty": st.sampled_from([0.1, 1, 10]) | st.floats(0.1, 10),
+    "seed": st.sampled_from([0, 2**32, 2**63 - 1]) | st.integers(0, 2**63 - 1),
+}
+"""Values that `request.Parameters` allows, its bounds first."""
+
+
+@pytest.mark.parametrize("kind", ["transformers", "openvino"])
+@settings(max_examples=60, deadline=None)
+@given(values=st.fixed_dictionaries(EXTREMES))
+def test_every_allowed_sampling_value_gives_a_completion(make_engine, kind, values):
+    body = {"instances": ["Hello"], "parameters": {"max_new_tokens": 3, **values}}
+    limits = load_app("any", local=True).limits
+    (instance,) = parse_request({"body": json.dumps(body)}, limits, {}).instances
+    _, reasons = run(make_engine(kind, "LLAMA"), ["Hello"], instance.sampling)
+    assert reasons == ["length"]
+
+
+def test_seeds_that_differ_only_above_32_bits_draw_differently(engine):
+    seeds = [7, 7 + 2**32, 7 + 2**33, 7 + 2**62]
+    settings = [Sampling(max_new_tokens=20, temperature=1.0, seed=seed) for seed in seeds]
+    texts, _ = run(engine, [PROMPTS[0]] * 4, settings)
+    assert len(set(texts)) == 4
+    assert run(engine, [PROMPTS[0]] * 4, settings)[0] == texts
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**31 - 1))
+def test_seeds_with_one_lower_or_one_upper_half_never_coincide(seed, upper):
+    state = Sampling(seed=seed).random_state
+    assert 0 <= state < 2**32
+    assert Sampling(seed=seed % 2**32).random_state == seed % 2**32
+    other = (upper << 32) + seed % 2**32
+    assert (other == seed) == (Sampling(seed=other).random_state == state)
+    assert Sampling(seed=seed ^ 1).random_state != state
+
+
 def test_queue_time_is_in_seconds(engine):
     began = time.monotonic()
     engine.submit("k", PROMPTS[0], Sampling(max_new_tokens=1), stream=False)
@@ -179,6 +223,18 @@ def test_stop_string_ends_the_completion(engine):
     stopped, reasons = run(engine, [PROMPTS[1]], Sampling(stop=(stop,)))
     assert stopped[0] == text[: text.index(stop)]
     assert reasons == ["stop"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_on_the_last_token_is_the_reason(engine, stream):
+    """Also if the text is certain only at the end: here `stop` itself may go on."""
+    text = run(engine, [PROMPTS[1]], Sampling(max_new_tokens=20, ignore_eos=True))[0][0]
+    for size in (1, 3):
+        stop = text[-size:]
+        limit = 20 - len(text) + text.index(stop) + size  # one character a token
+        sampling = Sampling(max_new_tokens=limit, ignore_eos=True, stop=(stop, stop + "and more"))
+        stopped, reasons = run(engine, [PROMPTS[1]], sampling, stream=stream)
+        assert (stopped[0], reasons) == (text[: text.index(stop)], ["stop"])
 
 
 def test_end_token_ends_the_completion_unless_ignored(engine):
@@ -227,6 +283,71 @@ def test_rejects_empty_and_too_long_prompts(engine):
     with pytest.raises(PromptError, match="empty"):
         engine.submit("k", "", Sampling(), stream=False)
     assert engine.advance(0) == []
+
+
+@pytest.fixture(
+    scope="module", params=[{}, {"prompt_lookup": 5}, {"prefix_caching": True}], ids=str
+)
+def small_cache_engine(request, tiny_llama, tmp_path_factory):
+    """An engine whose KV cache is 5 blocks of 32 tokens; the model's context is 256."""
+    scheduler = openvino_engine._scheduler
+
+    def small(config):
+        made = scheduler(config)
+        made.cache_size, made.num_kv_blocks = 0, 5
+        return made
+
+    settings = request.param
+    config = engine_config(name="openvino", openvino={"precision": "fp16", **settings})
+    weights = export(tiny_llama, config, tmp_path_factory.mktemp("export"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_engine, "_scheduler", small)
+        engine = create_engine(weights, config)
+    engine.end_tokens = set()
+    return engine
+
+
+def test_context_is_what_the_cache_holds(small_cache_engine):
+    engine = small_cache_engine
+    assert engine.cache_tokens == 5 * 32
+    assert engine.max_context == 160 - engine._lookup
+    assert (
+        f"KV cache 1 GB for 160 tokens, context {engine.max_context} instead of 256, to fit into "
+        "the cache" in engine.description
+    )
+    for prompt in (1, 31, 32, 100, engine.max_context - 1):
+        engine.submit("k", "y" * prompt, Sampling(max_new_tokens=500), stream=False)
+        done = []
+        while not done:
+            done = [p for p in engine.advance(0.05) if p.finish_reason]
+        reached = (done[0].finish_reason, prompt + done[0].completion_tokens)
+        assert reached == ("length", engine.max_context)
+    with pytest.raises(PromptError, match=f"at most {engine.max_context - 1} fit"):
+        engine.submit("k", "y" * engine.max_context, Sampling(), stream=False)
+
+
+@pytest.mark.parametrize(
+    "small_cache_engine", [{}, {"prefix_caching": True}], indirect=True, ids=str
+)
+def test_sequences_that_fit_only_one_after_the_other_all_end(small_cache_engine):
+    prompts = ["a" * 100, "b" * 120, "c" * 3, "d" * 150, "e" * 3]
+    sampling = Sampling(max_new_tokens=30)
+    texts, reasons = run(small_cache_engine, prompts, sampling)
+    assert reasons == ["length"] * 5
+    assert texts == [run(small_cache_engine, [p], sampling)[0][0] for p in prompts]
+
+
+@pytest.mark.parametrize("small_cache_engine", [{}], indirect=True, ids=str)
+def test_sequence_that_the_pipeline_gives_up_does_not_end_the_engine(small_cache_engine):
+    """It has no output then. Reading it ended the worker, with everybody's sequences."""
+    engine = small_cache_engine
+    limit, engine.max_context = engine.max_context, 256  # as if the check were missing
+    try:
+        assert run(engine, ["x" * 200], Sampling(max_new_tokens=3)) == ([""], ["error"])
+    finally:
+        engine.max_context = limit
+    assert engine.alive()
+    assert run(engine, ["Hi"], Sampling(max_new_tokens=3))[1] == ["length"]
 
 
 def test_failing_prefill_fails_only_its_prompts(transformers_engine, monkeypatch):
