@@ -43,12 +43,12 @@ token alone has a higher probability, so the result is the same."""
 
 @dataclass
 class _Running:
-    """A sequence in the pipeline. `steps` counts since it was added or added again."""
+    """A sequence in the pipeline. `steps` counts since its prefill was interrupted, if it was."""
 
     sequence: Sequence
     generation: genai.GenerationConfig
     handle: "genai.GenerationHandle"  # only the type stubs have it
-    steps: int = 0
+    steps: int
 
     @property
     def in_prefill(self) -> bool:
@@ -181,7 +181,7 @@ class OpenVINOEngine:
         the short ones; prefix caching keeps what was prefilled of it, in whole blocks.
         """
         *_, long = (running for running in self._running.values() if running.in_prefill)
-        if 0 < long.steps < _STEPS_BETWEEN_INTERRUPTIONS:
+        if long.steps < _STEPS_BETWEEN_INTERRUPTIONS:
             return
         longest = min(long.sequence.prompt_tokens // SHARE, self._step_tokens)
         added = 0
@@ -195,7 +195,7 @@ class OpenVINOEngine:
             added += short.prompt_tokens
         if added:
             del self._running[long.sequence.key]
-            self._add(long.sequence, long.generation)
+            self._add(long.sequence, long.generation, steps=0)
 
     def _prefill_tokens(self) -> int:
         """Return the prompt tokens in the pipeline of sequences that have no token yet."""
@@ -205,7 +205,12 @@ class OpenVINOEngine:
         """Return the tokens that the cache can hold beside the longest text of what runs."""
         return self.cache_tokens - sum(r.sequence.room for r in self._running.values())
 
-    def _add(self, sequence: Sequence, generation: genai.GenerationConfig) -> None:
+    def _add(
+        self,
+        sequence: Sequence,
+        generation: genai.GenerationConfig,
+        steps: int = _STEPS_BETWEEN_INTERRUPTIONS,
+    ) -> None:
         """Add a sequence to the pipeline, behind all others."""
         sequence.start()
         ids = openvino.Tensor(np.array([sequence.token_ids], dtype=np.int64))
@@ -217,7 +222,7 @@ class OpenVINOEngine:
             sequence.end("error")
             self._ended.append(sequence)
             return
-        self._running[sequence.key] = _Running(sequence, generation, handle)
+        self._running[sequence.key] = _Running(sequence, generation, handle, steps)
 
     def _read(self) -> None:
         """Read the new tokens of every sequence from the pipeline."""

@@ -152,7 +152,7 @@ SETTINGS = [
     ("openvino", "precision", "int4"),
     ("openvino", "group_size", 32),
     ("openvino", "cache_gb", 2),
-    ("openvino", "prefix_caching", True),
+    ("openvino", "prefix_caching", False),
     ("openvino", "prompt_lookup", 4),
     ("openvino", "max_num_batched_tokens", 64),
     ("openvino", "dynamic_quantization", 0),

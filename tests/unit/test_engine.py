@@ -397,6 +397,87 @@ def test_new_sequences_do_not_starve_running_ones(batching_engine):
     assert "running" in finished
 
 
+@pytest.fixture(scope="module", params=["transformers", "openvino"])
+def small_steps(request, tmp_path_factory):
+    """An engine whose forward pass has 16 prompt tokens, so that 200 are many steps."""
+    weights = tiny.random_model(tmp_path_factory.mktemp("m") / "small-steps", tiny.LLAMA)
+    settings = {"precision": "fp16", "max_num_batched_tokens": 16, "prefix_caching": True}
+    config = engine_config(
+        name=request.param,
+        max_batch=8,
+        openvino=settings,
+        transformers={"max_prefill_tokens": 16},
+    )
+    if request.param == "openvino":
+        weights = export(weights, config, tmp_path_factory.mktemp("export"))
+    engine = create_engine(weights, config)
+    engine.end_tokens = set()
+    return engine
+
+
+def long_prompt(i: int) -> str:
+    """A prompt of 200 tokens, another for each number: the prefix cache knows none of them."""
+    return chr(48 + i) + "".join(chr(97 + (i * k * k) % 23) for k in range(199))
+
+
+def test_short_prompt_does_not_wait_for_the_long_ones_before_it(small_steps):
+    engine, ended = small_steps, []
+    for prompt in [*(long_prompt(i) for i in range(5)), "ab"]:
+        engine.submit(prompt, prompt, Sampling(max_new_tokens=2), stream=False)
+    while engine.unfinished:
+        ended += [p.key for p in engine.advance(0) if p.finish_reason]
+    assert ended[0] == "ab" and len(ended) == 6
+
+
+def test_oldest_long_prompt_does_not_wait_for_a_flood_of_short_ones(small_steps):
+    engine = small_steps
+    engine.submit("long", long_prompt(5), Sampling(max_new_tokens=1), stream=False)
+    ended = []
+    for i in range(200):
+        for j in range(4):
+            engine.submit((i, j), "abcd", Sampling(max_new_tokens=1), stream=False)
+        ended += [p.key for p in engine.advance(0) if p.finish_reason]
+        if "long" in ended:
+            break
+    assert "long" in ended and len(ended) > 4
+    while engine.unfinished:
+        engine.advance(1)
+
+
+def test_short_prompt_interrupts_a_long_prefill(small_steps):
+    """And the long prompt's text is the text alone, wherever it was interrupted."""
+    engine = small_steps
+    for i, steps in enumerate((1, 3, 7, 10), start=6):
+        engine.submit("long", long_prompt(i), Sampling(max_new_tokens=8), stream=False)
+        for _ in range(steps):
+            assert engine.advance(0) == []
+        engine.submit("short", "ab", Sampling(max_new_tokens=1), stream=True)
+        first = engine.advance(0)
+        assert [p.key for p in first] == ["short"]
+        text = ""
+        while engine.unfinished:
+            text += "".join(p.text for p in engine.advance(0) if p.key == "long")
+        assert text == run(engine, [long_prompt(i)], Sampling(max_new_tokens=8))[0][0]
+
+
+def test_expired_sequence_ends_with_what_it_has(engine):
+    text = run(engine, [PROMPTS[1]], Sampling(max_new_tokens=60))[0][0]
+    sampling = Sampling(max_new_tokens=200)
+    engine.submit("runs", PROMPTS[1], sampling, stream=False)
+    for _ in range(5):
+        engine.advance(0)
+    engine.submit("waits", PROMPTS[3], sampling, stream=False)
+    assert engine.waiting_tokens == 100
+    for key in ("runs", "waits", "unknown", "runs"):
+        engine.expire(key)
+    ended = {p.key: p for p in engine.advance(0.05)}
+    assert {key: p.finish_reason for key, p in ended.items()} == dict.fromkeys(ended, "timeout")
+    assert ended["waits"].completion_tokens == 0 and ended["waits"].text == ""
+    assert 1 <= ended["runs"].completion_tokens < 60
+    assert text.startswith(ended["runs"].text) and ended["runs"].text
+    assert engine.unfinished == 0 and engine.waiting_tokens == 0 and engine.advance(0) == []
+
+
 def test_engine_is_dead_after_three_failures(tiny_llama, monkeypatch):
     engine = create_engine(tiny_llama, engine_config(**TORCH))
     monkeypatch.setattr(engine, "_forward", lambda *_: 1 / 0)
@@ -470,7 +551,7 @@ def test_settings_reach_openvino(tiny_llama, monkeypatch):
         raise InterruptedError
 
     monkeypatch.setattr(genai, "ContinuousBatchingPipeline", stop_here)
-    own = {"cache_gb": 3, "max_num_batched_tokens": 77, "prefix_caching": True}
+    own = {"cache_gb": 3, "max_num_batched_tokens": 77, "prefix_caching": False}
     own |= {"dynamic_quantization": 32, "prompt_lookup": 4}
     config = engine_config(name="openvino", threads=5, max_batch=9, openvino=own)
     with pytest.raises(InterruptedError):
@@ -478,7 +559,7 @@ def test_settings_reach_openvino(tiny_llama, monkeypatch):
     scheduler = seen["scheduler"]
     assert scheduler.cache_size == 3
     assert scheduler.max_num_batched_tokens == 77
-    assert scheduler.enable_prefix_caching is True
+    assert scheduler.enable_prefix_caching is False
     assert scheduler.max_num_seqs == 9
     assert scheduler.dynamic_split_fuse is True
     assert seen["properties"] == {
