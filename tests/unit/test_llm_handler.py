@@ -9,6 +9,7 @@ import handler.llm_handler
 from handler.config import app_yaml
 from handler.engine import Messages, Progress, PromptError, Sampling, SequenceKey
 from handler.llm_handler import LLMHandler
+from handler.response import PROBE
 
 
 class FakeEngine:
@@ -77,6 +78,15 @@ class Worker:
         self.handler = LLMHandler()
         self.handler.initialize(self.context)
         self.bodies: dict[str, dict] = {}
+
+    def probe(self) -> tuple[int, bytes]:
+        """Send the watcher's probe beside the active requests."""
+        context = self.context
+        context.request_ids = dict(enumerate([*self.bodies, "probe"]))
+        context.statuses, context.headers = {}, {}
+        data = [{"body": json.dumps(body)} for body in self.bodies.values()]
+        bodies = self.handler.handle([*data, {"body": PROBE}], context)
+        return context.statuses[len(data)], bodies[len(data)]
 
     def tick(self, **new: dict) -> dict[str, tuple[int, dict]]:
         """Send requests; return request id -> status and body of those that are answered."""
@@ -263,3 +273,47 @@ def test_failure_anywhere_in_a_tick_ends_the_worker(worker, monkeypatch):
             worker.engine.next_progress = [end(SequenceKey(broken, 0), "!")]
             patch.setattr(worker.context, broken, None)
             worker.handler.handle([{}], worker.context)
+
+
+def test_probe_is_answered_when_the_server_is_full_or_draining(monkeypatch, tmp_path):
+    """It costs no place and is not counted as rejected."""
+    monkeypatch.setenv("SERVING_STATE", str(tmp_path))
+    worker = Worker(monkeypatch)
+    counted = []
+    worker.handler.metrics.count_rejected = lambda: counted.append(1)
+    assert worker.probe() == (200, b'{"status": "ok"}')
+    full = worker.handler.app.engine.max_batch + worker.handler.app.engine.max_queue
+    for i in range(full // 32):
+        worker.tick(**{f"r{i}": {"instances": ["a"] * 32}})
+    assert worker.tick(late={"instances": ["a"]})["late"][0] == 429
+    counted.clear()
+    assert worker.probe() == (200, b'{"status": "ok"}')
+    (tmp_path / "draining").touch()
+    assert worker.probe() == (200, b'{"status": "ok"}') and not counted
+
+
+def test_requests_are_answered_while_the_state_folder_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv("SERVING_STATE", str(tmp_path / "state"))
+    (tmp_path / "state").mkdir()
+    worker = Worker(monkeypatch)
+    (tmp_path / "state" / "ticked").unlink()
+    (tmp_path / "state").rmdir()
+    assert worker.tick(a={"instances": ["a"]}) == {}
+    worker.engine.next_progress = [Progress(SequenceKey("a", 0), "b", 1, "stop", 0.0)]
+    assert worker.tick()["a"][0] == 200
+
+
+def test_worker_without_a_model_responds_with_503_and_leaves_the_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("SERVING_STATE", str(tmp_path))
+
+    def fail(*_: object) -> None:
+        raise OSError("config.json is missing")
+
+    monkeypatch.setattr(handler.llm_handler, "create_engine", fail)
+    worker = Worker.__new__(Worker)
+    worker.context, worker.handler, worker.bodies = FakeContext(), LLMHandler(), {}
+    worker.handler.initialize(worker.context)
+    status, body = worker.tick(a={"instances": ["a"]})["a"]
+    assert status == 503 and body["error"]["message"].startswith("the model cannot be loaded")
+    assert "config.json" not in body["error"]["message"], "the reason describes the machine"
+    assert (tmp_path / "failed").read_text() == "config.json is missing"
