@@ -82,6 +82,7 @@ class Server:
         self._temporary: Path | None = None
         self._management = ""
         self._guard: subprocess.Popen | None = None
+        self._started_in = 0.0
 
     @property
     def url(self) -> str:
@@ -170,7 +171,9 @@ class Server:
                     start_new_session=True,  # Ctrl-C is for us; we stop Java in order
                 )
             self._guard = start_guard(self.process.pid, temporary)
+            began = time.monotonic()
             self._wait_until_ready(timeout)
+            self._started_in = time.monotonic() - began
         except BaseException:
             self.stop()
             raise
@@ -206,7 +209,7 @@ class Server:
         Args:
             patience: arguments of `Watcher`.
         """
-        watcher = Watcher(self._frontend(), **patience).start()
+        watcher = Watcher(self._frontend(), **{"started_in": self._started_in} | patience).start()
         while self.process.poll() is None and not watcher.verdict:
             time.sleep(0.2)
         if watcher.verdict:

@@ -159,6 +159,7 @@ class Watcher:
         frozen: seconds without any answer from the frontend.
         start: seconds until the first worker is ready.
         occupy_after: seconds without a worker until clients get 503 instead of waiting for one.
+        started_in: seconds that the start took, if it is over.
     """
 
     def __init__(
@@ -169,6 +170,7 @@ class Watcher:
         frozen: float = 15.0,
         start: float = 1200.0,
         occupy_after: float = 5.0,
+        started_in: float | None = None,
     ) -> None:
         self.frontend = frontend
         self.patience, self.frozen, self.start_seconds = patience, frozen, start
@@ -176,7 +178,7 @@ class Watcher:
         self.verdict = ""
         """Why the server should be ended; empty as long as it should not."""
         self._began = self._last = time.monotonic()
-        self._first_start: float | None = None
+        self._first_start = started_in
         """Seconds until the first worker was ready."""
         self._state: State | None = None
         self._seconds = dict.fromkeys(State, 0.0)

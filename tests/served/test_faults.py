@@ -2,8 +2,11 @@
 
 import asyncio
 import os
+import shutil
 import signal
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -137,3 +140,92 @@ def test_worker_with_a_failed_engine_is_replaced(tiny_llama: Path, tmp_path: Pat
         assert response.status_code in (500, 507), response.text
         wait_until(lambda: httpx.post(server.url, json=good, timeout=30).is_success, timeout=30)
         assert server.workers()[0]["pid"] != before["pid"]
+
+
+TICK_SECONDS = 3
+"""`responseTimeout` in the tests below; 15 s or more otherwise."""
+
+PATIENCE = {"patience": 60.0, "frozen": 3.0, "occupy_after": 1.0}
+
+
+@pytest.fixture
+def watched(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path: Path):
+    """A server, and the verdict of its watcher in the future."""
+    archive = build_archive("watched", tiny_llama, **TORCH, store=tmp_path / "store")
+    config = yaml.safe_load((archive / "model-config.yaml").read_text())
+    config["responseTimeout"] = TICK_SECONDS
+    (archive / "model-config.yaml").write_text(yaml.safe_dump(config))
+    with Server(archive, port=7200) as server, ThreadPoolExecutor() as pool:
+        verdict = pool.submit(server.watch, **PATIENCE | getattr(request, "param", {}))
+        yield server, verdict
+        if not verdict.done():
+            os.kill(server.process.pid, signal.SIGKILL)
+
+
+def statuses_until(ended: Callable[[], bool], url: str) -> list[int]:
+    """Send a request every quarter of a second; return all statuses, 0 for a closed connection."""
+
+    def one() -> int:
+        try:
+            return httpx.post(url, json=SHORT, timeout=30).status_code
+        except httpx.TransportError:
+            return 0
+
+    with ThreadPoolExecutor(200) as pool:
+        requests = []
+        deadline = time.monotonic() + 40
+        while not ended():
+            assert time.monotonic() < deadline
+            requests.append(pool.submit(one))
+            time.sleep(0.25)
+        return [request.result() for request in requests]
+
+
+def test_stopped_worker_is_not_ready_and_is_replaced(watched):
+    """SIGSTOP during a request: it gets a 500, later ones wait for the new worker."""
+    server, verdict = watched
+    (worker,) = server.workers()
+    with ThreadPoolExecutor() as pool:
+        active = pool.submit(httpx.post, server.url, json=LONG, timeout=60)
+        time.sleep(0.1)
+        os.kill(worker["pid"], signal.SIGSTOP)
+        assert not server.ready()
+        later = pool.submit(httpx.post, server.url, json=SHORT, timeout=60)
+        assert active.result().status_code in (200, 500)
+        assert later.result().status_code in (200, 500, 503)
+    wait_until(server.ready, timeout=60)
+    assert server.workers()[0]["pid"] != worker["pid"] and not verdict.done()
+    log = server.log.read_text()
+    assert "POST /predictions/watched HTTP/1.1" in log
+    assert "?probe" not in log and "GET /models" not in log
+
+
+@pytest.mark.parametrize("watched", [{"patience": 8.0, "started_in": 1.0}], indirect=True)
+def test_server_whose_worker_cannot_come_back_ends(watched):
+    """Clients wait a moment for a new worker, then they get 503, then the server has ended."""
+    server, verdict = watched
+    shutil.rmtree(server.archive)
+    os.kill(server.workers()[0]["pid"], signal.SIGKILL)
+    statuses = statuses_until(verdict.done, server.url)
+    assert verdict.result().startswith("no worker is ready; waited ")
+    assert statuses.count(503) >= 8 and set(statuses) <= {0, 500, 503, 507}, statuses
+    assert server.process.wait(5) == -signal.SIGKILL
+
+
+def test_server_whose_model_cannot_be_loaded_again_says_so_and_ends(watched):
+    """Requests that wait for the new worker get 503."""
+    server, verdict = watched
+    shutil.rmtree(server.archive / "weights")
+    os.kill(server.workers()[0]["pid"], signal.SIGKILL)
+    statuses = statuses_until(verdict.done, server.url)
+    assert verdict.result().startswith("the model cannot be loaded: ")
+    assert statuses.count(503) >= 8 and set(statuses) <= {0, 500, 503, 507}, statuses
+
+
+def test_server_with_a_frozen_frontend_ends(watched):
+    server, verdict = watched
+    os.kill(server.process.pid, signal.SIGSTOP)
+    assert not server.ready()
+    statuses = statuses_until(verdict.done, server.url)
+    assert verdict.result().startswith("the frontend does not answer; waited ")
+    assert set(statuses) == {0}, "every connection was closed"
