@@ -37,6 +37,10 @@ def processes(name: str, pattern: str) -> list[str]:
     return [p.removeprefix("/proc/") for p in docker("exec", name, "sh", "-c", find).split()]
 
 
+def ready(name: str) -> bool:
+    return docker("exec", name, "/opt/serving/ready", check=False).startswith("ready")
+
+
 def restart(name: str) -> None:
     docker("start", name)
     wait_until_ready(container_runtime(), name)
@@ -151,11 +155,36 @@ def test_dead_frontend_ends_the_container(container):
 def test_dead_worker_is_replaced_inside(container):
     (worker,) = processes(container, "model_service_worke[r]")
     docker("exec", container, "sh", "-c", f"kill -9 {worker}")
-    ready = ["exec", container, "/opt/serving/ready"]
-    wait_until(lambda: docker(*ready, check=False).startswith("not ready"), timeout=60)
+    wait_until(lambda: not ready(container), timeout=60)
     wait_until_ready(container_runtime(), container)
     assert "Tokyo" in predict(URL, SAMPLE_REQUEST)["predictions"][0]
     assert state(container, "Running") == "true"
+
+
+def test_frozen_frontend_ends_the_container(container):
+    """With the default patience; every client has an answer or a closed connection by then."""
+    (java,) = processes(container, "ModelServe[r]")
+    docker("exec", container, "sh", "-c", f"kill -STOP {java}")
+    with ThreadPoolExecutor() as pool:
+        request = pool.submit(httpx.post, URL, json=LONG, timeout=60)
+        wait_until(lambda: not ready(container), timeout=20)
+        wait_until(lambda: state(container, "Running") == "false", timeout=35)
+        with pytest.raises(httpx.TransportError):
+            request.result()
+    assert state(container, "ExitCode") == "1"
+    run = subprocess.run([container_runtime(), "logs", container], capture_output=True, text=True)
+    assert run.stderr.strip().endswith("s") and "the frontend does not answer; waited" in run.stderr
+
+
+def test_stopped_worker_is_not_ready_and_is_replaced_inside(container):
+    (worker,) = processes(container, "model_service_worke[r]")
+    docker("exec", container, "sh", "-c", f"kill -STOP {worker}")
+    with ThreadPoolExecutor() as pool:
+        request = pool.submit(httpx.post, URL, json=LONG, timeout=60)
+        wait_until(lambda: not ready(container), timeout=20)
+        assert request.result().status_code in (200, 500)
+    wait_until_ready(container_runtime(), container)
+    assert processes(container, "model_service_worke[r]") != [worker]
 
 
 def request_until(done: threading.Event, statuses: list[int]) -> None:

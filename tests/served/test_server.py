@@ -136,7 +136,7 @@ def test_rejects_impossible_port(port: str):
     assert f"PORT={port}: use a number from 1024 to 65533" in run.stderr
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_command_stops_java_and_workers_within_10_s(stop: signal.Signals, tiny_llama: Path):
     """What Ctrl-C in `make serve` does, with a request in flight."""
     arguments = ["--port", "7200", "--model-dir", tiny_llama, "--engine", "transformers"]
@@ -178,28 +178,40 @@ def test_host_opens_only_the_inference_port(tiny_llama: Path, tmp_path: Path):
     assert {port for port, ip in reachable.items() if ip != "127.0.0.1"} == {server.port}
 
 
-def test_killed_starter_leaves_no_server(tiny_llama: Path, tmp_path: Path):
-    """As nbval and JupyterLab do with a kernel: SIGKILL, so no atexit."""
+@pytest.mark.parametrize("guard_too", [False, True])
+def test_killed_starter_leaves_no_server(guard_too: bool, tiny_llama: Path, tmp_path: Path):
+    """As nbval and JupyterLab do with a kernel: SIGKILL, so no atexit. The worker is stuck."""
     archive = build_archive("tiny", tiny_llama, **TORCH, store=tmp_path)
     code = (
         "import sys, time; from deploy.torchserve.server import Server; from pathlib import Path;"
     )
     code += "s = Server(Path(sys.argv[1]), port=7200).start();"
-    code += "print(s._temporary, flush=True); time.sleep(600)"
+    code += "print(s._temporary, s._guard.pid, s.process.pid, flush=True); time.sleep(600)"
     starter = subprocess.Popen(
         [sys.executable, "-c", code, archive], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
-    temporary = Path(starter.stdout.readline().strip())
-    assert port_holder(7200) and temporary.is_dir()
+    temporary, guard, java = starter.stdout.readline().split()
+    tree = [psutil.Process(int(java)), *psutil.Process(int(java)).children(recursive=True)]
+    assert port_holder(7200) and Path(temporary).is_dir() and len(tree) >= 2
+    tree[-1].suspend()
+    if guard_too:
+        if sys.platform != "linux":
+            starter.kill()
+            pytest.skip("only Linux ends a process with the one that started it")
+        os.kill(int(guard), signal.SIGKILL)
     starter.kill()
     starter.wait()
-    ports = Server(archive, port=7200).ports
-    wait_until(lambda: not temporary.exists() and not any(map(port_holder, ports)), timeout=30)
+    wait_until(lambda: not any(process.is_running() for process in tree), timeout=30)
+    assert not any(map(port_holder, Server(archive, port=7200).ports))
+    if guard_too:
+        shutil.rmtree(temporary)
+    else:
+        wait_until(lambda: not Path(temporary).exists(), timeout=30)
 
 
 def test_processes_have_no_variable_outside_of_the_list(smollm2_server):
     """Nothing that could hold a credential of the user reaches Java or the worker."""
-    ours = {"HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"}
+    ours = {"HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "SERVING_STATE"}
     java = psutil.Process(smollm2_server.process.pid)
     processes = [java, *java.children(recursive=True)]
     assert len(processes) >= 2
