@@ -133,7 +133,7 @@ bench-offload: setup ## Measure the dolly-v2-3b shape with layers on disk (12 mi
 bench-image: setup ## Measure the images: size, build time, start time (15 minutes, needs Docker)
 	@$(PY) -m benchmarks.image
 
-bench-soak: setup ## Load the server for half an hour, with disconnecting clients and invalid requests
+bench-soak: setup ## Load the server for half an hour, with clients that leave and a fault each minute
 	@$(PY) -m benchmarks.soak
 
 bench-check: setup ## Fail if the server is slow compared with its engine (2 minutes)

@@ -1,140 +1,348 @@
-"""Half an hour of load: 16 clients, mixed lengths, some disconnect, some send invalid requests.
+"""Half an hour of load with faults: 16 clients, mixed lengths, some leave, some send nonsense.
 
-    python -m benchmarks.soak               # 30 minutes
-    python -m benchmarks.soak --minutes 2
+    python -m benchmarks.soak                              # 30 minutes, a fault each minute
+    python -m benchmarks.soak --minutes 3 --every 12       # every fault in three minutes
+    python -m benchmarks.soak --no-faults
 
-Every 20th request is a stream whose client disconnects after the first text; every 100th is not
-valid. We aim at no 5xx, no lost response, memory that does not grow after the warm-up (less than
-1 MB a minute) and a 99th percentile of the time per token that does not change.
+Every 10th client leaves: one a stream after its first text, the next a plain request. Every 100th
+request is not valid. `make serve` runs as on a platform: when it ends, it is started again.
+Faults that keep the processes come first, so that the memory's slope is that of one server.
+
+We aim at an answer for each request, at most 30 s until the server answers again after a fault, and
+memory that does not grow after the warm-up. An answer is a response; while a fault lasts, a closed
+connection is one too and is counted separately. The run fails after any other outcome.
 """
 
 import asyncio
 import json
 import os
 import random
+import re
+import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import cycle, groupby, islice
 from typing import Annotated, Any
 
 import aiohttp
+import click
 import numpy as np
+import psutil
 import typer
 from tqdm import tqdm
 
+from benchmarks.faults import FATAL, GENTLE, Fault, Victim, post
 from benchmarks.load import percentile, prompts
 from benchmarks.record import write
 from benchmarks.serving import memory
-from benchmarks.systems import OURS_INT8
 from deploy.common import cli
-from deploy.common.paths import UserError
+from deploy.common.paths import BUILD, ROOT, UserError, shown
 
+APP = "smollm2-135m"
+PORT = 7300
 CLIENTS = 16
 LENGTHS = (8, 16, 32, 64, 128, 256)
 WARM_UP_MINUTES = 6
 """Until every block of the KV cache has been used once, also on a slow processor."""
 
 EVERY_MINUTES = 2
-DISCONNECT_EVERY, INVALID_EVERY = 20, 100
+LEAVE_EVERY, INVALID_EVERY = 10, 100
+ANSWER_SECONDS = 180
+"""Later than the server's own deadline (`limits.seconds`): then there is no answer."""
+
+PROBE_SECONDS = 10
+GIVE_UP_SECONDS = 300
+"""From a fault to an end of the run without a server that answers."""
+
+SETTLE_SECONDS = 5
+"""After the server answers again: connections of before may still be found closed."""
+
+FAULTS = {fault.__name__.replace("_", "-"): fault for fault in (*GENTLE, *FATAL)}
+
+EXPECTED = re.compile(
+    r"valid (200|429)|invalid (400|429)|left plain|left stream 200|long prompt (200|429|504)"
+    r"|(valid|invalid|left stream|long prompt) (\d+|closed) in a fault"
+)
+
+
+class Platform:
+    """`make serve`, started again when it ends, as a platform does with a container."""
+
+    def __init__(self, app: str = APP, port: int = PORT) -> None:
+        self._command = [sys.executable, "-m", "deploy.torchserve", "serve", app]
+        self._command += ["--port", str(port)]
+        self.url = f"http://127.0.0.1:{port}/predictions/{app}"
+        self.log = BUILD / f"soak-{port}.log"
+        self.codes: list[int] = []
+        self._process = self._start()
+
+    def pid(self) -> int:
+        """Return the process that runs now."""
+        return self._process.pid
+
+    def replace_if_ended(self) -> None:
+        """Start the server again if it has ended; note the code."""
+        code = self._process.poll()
+        if code is not None:
+            self.codes.append(code)
+            self._process = self._start()
+
+    def stop(self) -> None:
+        """Stop the server."""
+        self._process.terminate()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _start(self) -> subprocess.Popen:
+        BUILD.mkdir(exist_ok=True)
+        with self.log.open("ab") as log:
+            return subprocess.Popen(self._command, cwd=ROOT, stdout=log, stderr=log)
+
+
+def plan(faults: Sequence[Fault], count: int) -> list[Fault]:
+    """Return `count` faults in turn, those that keep the processes first.
+
+    The others get a third of the places, or more if they need it to happen once each.
+    """
+    gentle = [fault for fault in faults if fault in GENTLE]
+    fatal = [fault for fault in faults if fault not in GENTLE]
+    if not gentle or not fatal:
+        return list(islice(cycle(faults), count))
+    last = min(count, max(len(fatal), count // 3))
+    return [*islice(cycle(gentle), count - last), *islice(cycle(fatal), last)]
+
+
+def longest_gap(moments: list[float]) -> float:
+    """Return the longest time between two moments that follow each other."""
+    return round(float(max(np.diff(moments))), 1)
 
 
 class Soak:
-    """The run so far; `samples` are (minute, MB), `times` are (minute, seconds a token)."""
+    """The run so far.
 
-    def __init__(self, url: str, pid: int, minutes: float) -> None:
-        self.url, self.pid = url, pid
+    Args:
+        victim: the server.
+        minutes: the length of the run.
+        faults: what happens to it, in this order, as often as there is time.
+        every: seconds between two faults.
+        platform: replaces the server when it ends; None if nobody does.
+    """
+
+    def __init__(
+        self,
+        victim: Victim,
+        minutes: float,
+        *,
+        faults: Sequence[Fault] = (),
+        every: float = 60,
+        platform: Platform | None = None,
+    ) -> None:
+        self.victim, self.faults, self.every, self.platform = victim, faults, every, platform
         self.began = time.monotonic()
         self.end = self.began + 60 * minutes
         self.sent = 0
+        self.disturbed = False
         self.outcomes: Counter[str] = Counter()
-        self.samples: list[tuple[float, float]] = []
+        self.samples: list[tuple[float, float, tuple[int, ...]]] = []
+        """Minute, MB, and the processes: another worker begins with other memory."""
         self.times: list[tuple[float, float]] = []
+        """Minute, and seconds a token."""
+        self.happened: list[dict[str, Any]] = []
+        self._answered: list[tuple[float, float, int]] = []  # probes: sent, received, status
 
     def minute(self) -> float:
         """Minutes since the start."""
         return (time.monotonic() - self.began) / 60
+
+    def count(self, outcome: str) -> None:
+        """Count a request; what ends in a fault is counted separately."""
+        self.outcomes[f"{outcome} in a fault" if self.disturbed else outcome] += 1
 
     async def client(self, session: aiohttp.ClientSession, client_index: int) -> None:
         """Send requests until time is up."""
         draw, next_prompt = random.Random(client_index), prompts(client_index)
         while time.monotonic() < self.end:
             self.sent += 1
-            length = draw.choice(LENGTHS)
-            if self.sent % INVALID_EVERY == 0:
-                body = {"instances": [next_prompt()], "parameters": {"temperature": "hot"}}
-                self.outcomes[f"invalid {await self.send(session, body)}"] += 1
-            elif self.sent % DISCONNECT_EVERY == 0:
-                await self.disconnect(session, next_prompt())
+            number, length = self.sent, draw.choice(LENGTHS)
+            parameters: dict[str, Any] = {"max_new_tokens": length, "ignore_eos": True}
+            body = {"instances": [next_prompt()], "parameters": parameters}
+            if number % INVALID_EVERY == 0:
+                parameters["temperature"] = "hot"
+                status = await post(session, self.victim.url, body)
+                self.settle(f"invalid {status}", {"400"}, status)
+            elif number % LEAVE_EVERY == 0:
+                parameters["max_new_tokens"] = max(LENGTHS)
+                if number // LEAVE_EVERY % 2:
+                    status = await self.leave_stream(session, body)
+                else:
+                    await self.leave_plain(session, body, draw.uniform(0.1, 2))
+                    status = "left"
             else:
-                began = time.perf_counter()
-                parameters = {"max_new_tokens": length, "ignore_eos": True}
-                body = {"instances": [next_prompt()], "parameters": parameters}
-                status = await self.send(session, body)
-                self.outcomes[f"valid {status}"] += 1
-                self.times.append((self.minute(), (time.perf_counter() - began) / length))
+                began, undisturbed = time.perf_counter(), not self.disturbed
+                status = await post(session, self.victim.url, body)
+                self.settle(f"valid {status}", {"200"}, status)
+                if status == "200" and undisturbed and not self.disturbed:
+                    self.times.append((self.minute(), (time.perf_counter() - began) / length))
+            if not status.startswith(("2", "left")):
+                await asyncio.sleep(0.5)
 
-    async def send(self, session: aiohttp.ClientSession, body: dict) -> str:
-        """Send a request and return the response's status, or the name of the error."""
-        try:
-            async with session.post(self.url, json=body) as response:
-                await response.json()
-                return str(response.status)
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            return type(error).__name__
+    def settle(self, outcome: str, usual: set[str], status: str) -> None:
+        """Count a response: the usual one needs no excuse."""
+        if status in usual or status == "no answer":
+            self.outcomes[outcome] += 1
+        else:
+            self.count(outcome)
 
-    async def disconnect(self, session: aiohttp.ClientSession, prompt: str) -> None:
-        """Disconnect from a stream after its first text."""
-        parameters = {"max_new_tokens": max(LENGTHS), "ignore_eos": True, "stream": True}
-        body = {"instances": [prompt], "parameters": parameters}
+    async def leave_stream(self, session: aiohttp.ClientSession, body: dict) -> str:
+        """Leave a stream after its first text."""
+        body["parameters"]["stream"] = True
+        status = "closed"
         try:
-            async with session.post(self.url, json=body) as response:
+            async with session.post(self.victim.url, json=body) as response:
+                status = str(response.status)
                 await response.content.readline()
-                self.outcomes[f"disconnected {response.status}"] += 1
                 response.close()
-        except aiohttp.ClientError as error:
-            self.outcomes[f"disconnected {type(error).__name__}"] += 1
+        except TimeoutError:
+            status = "no answer"
+        except aiohttp.ClientError:
+            status = "closed"
+        self.settle(f"left stream {status}", {"200"}, status)
+        return status
+
+    async def leave_plain(self, session: aiohttp.ClientSession, body: dict, seconds: float) -> None:
+        """Leave a plain request after some seconds."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(post(session, self.victim.url, body), seconds)
+        self.outcomes["left plain"] += 1
+
+    async def probe(self, session: aiohttp.ClientSession) -> None:
+        """Ask for two tokens twice a second, and note when they come."""
+        timeout = aiohttp.ClientTimeout(total=PROBE_SECONDS)
+        body = {"instances": ["Paris is"], "parameters": {"max_new_tokens": 2}}
+        while True:
+            sent = time.monotonic()
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with session.post(self.victim.url, json=body, timeout=timeout) as response:
+                    await response.read()
+                    self._answered.append((sent, time.monotonic(), response.status))
+            await asyncio.sleep(0.5)
+
+    async def answering(self, since: float) -> None:
+        """Wait until a probe that was sent after a moment has its two tokens.
+
+        Raises:
+            UserError: there is none for a long time.
+        """
+        while not any(s > since and status == 200 for s, _, status in self._answered[-5:]):
+            if time.monotonic() - since > GIVE_UP_SECONDS:
+                raise UserError(f"the server did not answer within {GIVE_UP_SECONDS} s")
+            await asyncio.sleep(0.1)
+
+    async def inject(self) -> None:
+        """Let one fault happen after another, and note how long nobody was answered."""
+        count = int((self.end - self.began) / self.every)
+        for number, fault in enumerate(plan(self.faults, count)):
+            due = self.began + (number + 0.5) * self.every
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            if time.monotonic() < self.end:
+                await self.happen(fault)
+
+    async def happen(self, fault: Fault) -> None:
+        """Let a fault happen, and wait until the server answers again."""
+        began, minute = time.monotonic(), self.minute()
+        codes = len(self.platform.codes) if self.platform else 0
+        self.disturbed = True
+        try:
+            self.outcomes.update(await fault(self.victim) or {})
+            await self.answering(time.monotonic())
+            answered = [(end, status) for _, end, status in self._answered if end > began]
+            await asyncio.sleep(SETTLE_SECONDS)
+        finally:
+            self.disturbed = False
+        name = next(name for name, known in FAULTS.items() if known is fault)
+        ended = self.platform.codes[codes:] if self.platform else []
+        good = [end for end, status in answered if status == 200]
+        self.happened.append(
+            {
+                "fault": name,
+                "minute": round(minute, 1),
+                "seconds_without_a_response": longest_gap([began, *(end for end, _ in answered)]),
+                "seconds_without_200": longest_gap([began, *good]),
+                "ended": ended,
+            }
+        )
 
     async def watch(self, progress: tqdm) -> None:
-        """Sample the server's memory every ten seconds."""
-        while time.monotonic() < self.end:
-            self.samples.append((self.minute(), memory(self.pid) / 1e6))
-            progress.n = round(self.minute(), 1)
-            progress.refresh()
-            await asyncio.sleep(min(10, max(0, self.end - time.monotonic())))
+        """Sample the server's memory every ten seconds, and replace the server when it ends."""
+        due = 0.0
+        while time.monotonic() < self.end or self.disturbed:
+            if self.platform:
+                self.platform.replace_if_ended()
+            if time.monotonic() >= due:
+                due = time.monotonic() + 10
+                with suppress(psutil.Error, LookupError):
+                    processes = (self.victim.frontend().pid, self.victim.worker().pid)
+                    megabytes = memory(self.victim.root()) / 1e6
+                    self.samples.append((self.minute(), megabytes, processes))
+                progress.n = round(self.minute(), 1)
+                progress.refresh()
+            await asyncio.sleep(0.2)
 
     async def run(self, progress: tqdm) -> None:
         """Run all clients together, until time is up."""
-        timeout = aiohttp.ClientTimeout(total=300)
+        timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-            clients = (self.client(session, i) for i in range(CLIENTS))
-            await asyncio.gather(self.watch(progress), *clients)
+            probe = asyncio.create_task(self.probe(session))
+            try:
+                await self.answering(time.monotonic())
+                self.end += time.monotonic() - self.began
+                self.began = time.monotonic()
+                clients = (self.client(session, i) for i in range(CLIENTS))
+                await asyncio.gather(self.watch(progress), self.inject(), *clients)
+            finally:
+                probe.cancel()
+
+    def unexpected(self) -> list[str]:
+        """Return the outcomes that are neither an answer nor excused by a fault."""
+        return sorted(outcome for outcome in self.outcomes if not EXPECTED.fullmatch(outcome))
 
     def p99(self, begin: float, minutes: float) -> float | None:
-        """99th percentile, in seconds a token, of valid requests that ended in these minutes."""
+        """99th percentile, in seconds a token, of undisturbed requests that ended then."""
         return percentile([t for m, t in self.times if begin <= m < begin + minutes], 99)
 
     def measurements(self) -> dict[str, Any]:
         """Sum up the run. The memory's slope is in MB a minute, after the warm-up."""
-        minutes = self.samples[-1][0]
-        warm = min(WARM_UP_MINUTES, minutes / 3)
-        after = [(m, mb) for m, mb in self.samples if m >= warm]
+        runs = [list(run) for _, run in groupby(self.samples, key=lambda sample: sample[2])]
+        longest = max(runs, key=len)
+        first, last = longest[0][0], longest[-1][0]
+        warm = first + min(WARM_UP_MINUTES, (last - first) / 3)
+        after = [(m, mb) for m, mb, _ in longest if m >= warm]
         minute, held = np.array(after).T
-        slope = float(np.polyfit(minute, held, 1)[0])
+        slope = float(np.polyfit(minute, held, 1)[0]) if len(after) > 1 else None
+        minutes = self.samples[-1][0]
         third = (minutes - warm) / 3
         pieces = [warm + i * third for i in range(3)]
         slices = [EVERY_MINUTES * i for i in range(int(minutes / EVERY_MINUTES))]
+        times = [(m, p99) for m in slices if (p99 := self.p99(m, EVERY_MINUTES)) is not None]
         return {
             "minutes": round(minutes, 1),
             "clients": CLIENTS,
             "cores_used": len(os.sched_getaffinity(0)),  # fewer under `taskset`
             "requests": dict(sorted(self.outcomes.items())),
+            "faults": self.happened,
             "memory_mb_after_warm_up": after[0][1],
             "memory_mb_at_the_end": after[-1][1],
+            "memory_minutes": round(after[-1][0] - after[0][0], 1),
             "memory_mb_a_minute": slope,
             "p99_seconds_a_token_by_third": [self.p99(m, third) for m in pieces],
-            "p99_seconds_a_token": [(m, self.p99(m, EVERY_MINUTES)) for m in slices],
-            "memory_mb": [(round(m, 2), round(mb, 1)) for m, mb in self.samples],
+            "p99_seconds_a_token": times,
+            "memory_mb": [(round(m, 2), round(mb, 1)) for m, mb, _ in self.samples],
         }
 
 
@@ -144,19 +352,32 @@ app = cli.app(__doc__)
 @app.command()
 def main(
     minutes: float = 30,
+    every: Annotated[float, typer.Option(help="Seconds between two faults.")] = 60,
+    faults: Annotated[bool, typer.Option(help="Let faults happen.")] = True,
+    fault: Annotated[
+        list[str] | None,
+        typer.Option(click_type=click.Choice(list(FAULTS)), help="Only this one; repeat it."),
+    ] = None,
+    port: cli.Port = PORT,
     output: Annotated[str, typer.Option(help="Name of the result file.")] = "soak",
 ) -> None:
-    """Run, write results/soak.json, and fail after an unexpected response."""
-    with OURS_INT8() as (target, pid):
-        soak = Soak(target.url, pid, minutes)
+    """Run, write results/soak.json, and fail after an unexpected outcome."""
+    platform = Platform(port=port)
+    try:
+        happens = [FAULTS[name] for name in fault or FAULTS] if faults else []
+        victim = Victim(platform.url, platform.pid)
+        soak = Soak(victim, minutes, faults=happens, every=every, platform=platform)
         with tqdm(total=minutes, unit="min") as progress:
             asyncio.run(soak.run(progress))
+    finally:
+        platform.stop()
     measured = soak.measurements()
-    shown = {name: value for name, value in measured.items() if name != "memory_mb"}
-    print(json.dumps(shown, indent=2))
+    print(json.dumps({k: v for k, v in measured.items() if k != "memory_mb"}, indent=2))
     print(write(output, measured, ["torchserve", "openvino", "openvino-genai"]).name)
-    if unexpected := set(soak.outcomes) - {"valid 200", "invalid 400", "disconnected 200"}:
-        raise UserError(f"unexpected responses: {', '.join(sorted(unexpected))}")
+    if unexpected := soak.unexpected():
+        raise UserError(
+            f"unexpected outcomes: {', '.join(unexpected)}; the log is {shown(platform.log)}"
+        )
 
 
 if __name__ == "__main__":

@@ -186,14 +186,16 @@ def offload(record: dict) -> str:
 
 
 def soak(record: dict) -> str:
-    """Half an hour of load, in one line a quantity."""
+    """Half an hour of load, in one line a quantity; then what each fault did."""
     measured = record["measurements"]
-    thirds = ", ".join(f"{1000 * s:.1f}" for s in measured["p99_seconds_a_token_by_third"])
+    thirds = ", ".join(
+        f"{1000 * s:.1f}" for s in measured["p99_seconds_a_token_by_third"] if s is not None
+    )
     outcomes = ", ".join(f"{count:,} {outcome}" for outcome, count in measured["requests"].items())
     rows = {
         "clients, minutes, cores": f"{measured['clients']}, {measured['minutes']:.0f}, "
         f"{measured['cores_used']} of {record['machine']['cores']}",
-        "requests and their status": outcomes,
+        "requests and their outcomes": outcomes,
         "memory after the warm-up, at the end": " and ".join(
             f"{measured[q]:,.0f} MB" for q in ("memory_mb_after_warm_up", "memory_mb_at_the_end")
         ),
@@ -201,6 +203,15 @@ def soak(record: dict) -> str:
         "99th percentile by third, ms a token": thirds,
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if faults := measured.get("faults"):
+        lines += ["", "| fault | times | longest without a response, without a 200 | exit codes |"]
+        lines += ["|---|---|---|---|"]
+        for name in dict.fromkeys(fault["fault"] for fault in faults):
+            found = [fault for fault in faults if fault["fault"] == name]
+            response = max(fault["seconds_without_a_response"] for fault in found)
+            good = max(fault["seconds_without_200"] for fault in found)
+            codes = ", ".join(str(code) for fault in found for code in fault["ended"])
+            lines.append(f"| {name} | {len(found)} | {response:.0f} s, {good:.0f} s | {codes} |")
     return "\n".join(lines)
 
 

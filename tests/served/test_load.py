@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from tqdm import tqdm
 
+from benchmarks.faults import Victim, reset_connections
 from benchmarks.load import Target, closed_loop, open_loop
 from benchmarks.soak import Soak
 
@@ -33,14 +34,21 @@ def test_rejected_requests_are_counted(smollm2_server):
     assert made.errors == {"status 400": 2}
 
 
-def test_short_soak_sends_every_kind_of_request(smollm2_server, monkeypatch: pytest.MonkeyPatch):
-    """In a few seconds every kind of request is sent and has the expected response."""
-
+def test_short_soak_counts_an_answer_for_each_request(
+    smollm2_server, monkeypatch: pytest.MonkeyPatch
+):
+    """In a few seconds every kind of request is sent, one fault happens, and nobody is left out."""
     monkeypatch.setattr("benchmarks.soak.INVALID_EVERY", 7)
-    monkeypatch.setattr("benchmarks.soak.DISCONNECT_EVERY", 5)
-    soak = Soak(smollm2_server.url, smollm2_server.process.pid, minutes=0.1)
-    with tqdm(total=0.1, disable=True) as progress:
+    monkeypatch.setattr("benchmarks.soak.LEAVE_EVERY", 5)
+    monkeypatch.setattr("benchmarks.soak.SETTLE_SECONDS", 1)
+    victim = Victim(smollm2_server.url, lambda: smollm2_server.process.pid)
+    soak = Soak(victim, minutes=0.15, faults=[reset_connections], every=4)
+    with tqdm(total=0.15, disable=True) as progress:
         asyncio.run(soak.run(progress))
-    assert set(soak.outcomes) == {"valid 200", "invalid 400", "disconnected 200"}, soak.outcomes
+    assert soak.unexpected() == []
+    assert {"valid 200", "invalid 400", "left plain", "left stream 200"} <= set(soak.outcomes)
     assert sum(soak.outcomes.values()) == soak.sent
     assert soak.samples and soak.times
+    assert {record["fault"] for record in soak.happened} == {"reset-connections"}
+    assert all(record["seconds_without_200"] < 30 for record in soak.happened)
+    assert soak.measurements()["faults"] == soak.happened

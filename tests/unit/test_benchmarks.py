@@ -8,8 +8,10 @@ from threading import Thread
 import pytest
 from aiohttp import web
 
+from benchmarks.faults import FATAL, GENTLE
 from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
 from benchmarks.report import labels, tables
+from benchmarks.soak import EXPECTED, longest_gap, plan
 
 LENGTH = 5
 
@@ -232,3 +234,39 @@ def test_roof_is_the_lower_ceiling():
     assert found["machine"] == ceilings, "the best round"
     point = found["points"]["decode 1"]
     assert (point["flops"], point["roof"], point["share_of_roof"]) == (50e9, 100e9, 0.5)
+
+
+@pytest.mark.parametrize(("count", "gentle"), [(30, 20), (13, 8), (3, 0)])
+def test_faults_that_replace_the_server_come_last(count: int, gentle: int):
+    """So that the memory's slope is that of one server."""
+    order = plan([*FATAL, *GENTLE], count)
+    assert len(order) == count
+    assert [fault in GENTLE for fault in order] == [True] * gentle + [False] * (count - gentle)
+    if count >= len(FATAL) + len(GENTLE):
+        assert set(order) == {*FATAL, *GENTLE}
+
+
+def test_soak_without_faults_plans_none():
+    assert plan([], 30) == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "expected"),
+    [
+        ("valid 200", True),
+        ("valid 429", True),
+        ("valid 503", False),
+        ("valid 503 in a fault", True),
+        ("valid closed", False),
+        ("left stream closed in a fault", True),
+        ("valid no answer", False),
+        ("long prompt no answer", False),
+        ("valid no answer in a fault", False),
+    ],
+)
+def test_soak_excuses_only_answers(outcome: str, expected: bool):
+    assert bool(EXPECTED.fullmatch(outcome)) == expected
+
+
+def test_longest_gap():
+    assert longest_gap([1.0, 2.0, 5.5, 6.0]) == 3.5
