@@ -1,6 +1,9 @@
 """Requests to TorchServe's frontend that are no predictions. None may stop the server."""
 
+import gzip
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import httpx
 import psutil
@@ -67,3 +70,62 @@ def test_nobody_can_connect_to_grpc(server: Server):
     ]
     others = {ip.removeprefix("::ffff:") for ip, port in listening if port not in server.ports}
     assert others == {grpc_address()} == {"224.0.0.1"}
+
+
+BOMB = gzip.compress(b" " * 200_000_000)
+
+UNUSUAL = {
+    "CONNECT": (b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", 500),
+    "preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 500),
+    "OPTIONS *": (b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 500),
+    "no path": (b"GET  HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "absolute URL": (b"GET http://x/ping HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    "invalid percent-encoding": (b"GET /%zz HTTP/1.1\r\nHost: x\r\n\r\n", 403),
+    "only slashes": (b"GET /// HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    "long URL": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "5,000 headers": (b"GET /ping HTTP/1.1\r\n" + b"a: b\r\n" * 5000 + b"\r\n", 400),
+    "HTTP/0.9": (b"GET /ping\r\n\r\n", 400),
+    "upgrade to WebSocket": (
+        b"GET /ping HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+        200,
+    ),
+    "TLS": (b"\x16\x03\x01\x00\xa5\x01\x00\r\n\r\n", 400),
+    "100 MB announced, waiting for 100 Continue": (
+        b"POST /predictions/tiny HTTP/1.1\r\nExpect: 100-continue\r\n"
+        b"Content-Length: 99999999\r\n\r\n",
+        413,
+    ),
+    "chunk of 64 GB": (
+        b"POST /predictions/tiny HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffffffff\r\nabc",
+        400,
+    ),
+    "gzip bomb": (
+        b"POST /predictions/tiny HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+        % len(BOMB)
+        + BOMB,
+        400,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_request_gets_its_status_and_stops_nobody(server: Server, name: str):
+    data, status = UNUSUAL[name]
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(data)
+        assert connection.recv(4096).split()[1] == str(status).encode()
+
+
+def test_sixteen_bodies_of_ten_megabytes_stop_nobody(server: Server):
+    """Each client sends all of its body but the last byte, and waits."""
+    size = 9_900_000
+    head = b"POST /predictions/tiny HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % size
+    with ExitStack() as stack:
+        clients = []
+        for _ in range(16):
+            client = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+            clients.append(stack.enter_context(client))
+            client.sendall(head + b" " * (size - 1))
+        assert httpx.post(server.url, json=OK, timeout=10).status_code == 200
+        for client in clients:
+            assert client.recv(4096).split()[1] == b"413"

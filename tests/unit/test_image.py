@@ -24,6 +24,7 @@ from deploy.image.run import STOP_SECONDS
 from deploy.image.runtime import container_runtime
 from deploy.torchserve import launch, management, watch
 from deploy.torchserve.launch import (
+    BUFFERS,
     FOREIGN_LIMIT,
     OVER_LIMIT,
     java_command,
@@ -186,6 +187,8 @@ def test_java_command_and_configuration():
     x = Path("/somewhere")
     command = java_command("java", config=x, log4j=x, store=x, archive="a.mar", temporary=x)
     assert command[0] == "java" and command[-2:] == ["-m", "a=a.mar"]
+    # A full heap ends Java, full network buffers fail at once; neither leaves it half alive.
+    assert {"-XX:+ExitOnOutOfMemoryError", f"-Dio.netty.maxDirectMemory={BUFFERS}"} <= {*command}
 
 
 def test_largest_body_is_a_little_over_the_limit_of_the_app(tmp_path):
