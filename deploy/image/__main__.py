@@ -15,9 +15,10 @@ import click
 import typer
 
 from deploy.common import cli
+from deploy.common.locks import one_at_a_time
 from deploy.common.paths import MODEL_STORE, UserError
 from deploy.image.build import TARGETS, build_image
-from deploy.image.context import prepare_context
+from deploy.image.context import CONTEXT, prepare_context
 from deploy.image.push import push_image
 from deploy.image.run import PORT, STOP_SECONDS, container_name, run_container
 from deploy.image.runtime import container_runtime, runtime_output
@@ -43,7 +44,8 @@ def prepare(
 ) -> None:
     """Prepare the build context, and print the target to build from it."""
     weights = get_weights(name, model_dir=model_dir, shape_only=shape_only)
-    print(prepare_context(name, weights, target))
+    with one_at_a_time(CONTEXT):
+        print(prepare_context(name, weights, target))
 
 
 @app.command()

@@ -220,3 +220,23 @@ def test_processes_have_no_variable_outside_of_the_list(smollm2_server):
         assert not names - set(server_environment(dict.fromkeys(names, ""))), process
         remote = [c.raddr.ip for c in process.net_connections() if c.raddr]
         assert set(remote) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, "nothing else is contacted"
+
+
+def test_archive_can_be_made_again_while_it_is_served(tiny_server, tiny_llama: Path):
+    """Requests go on, and a new worker loads the new archive."""
+    inode = tiny_server.archive.stat().st_ino
+    for _ in range(2):
+        made = build_archive(
+            "tiny", tiny_llama, engine={"name": "transformers"}, store=tiny_server.archive.parent
+        )
+        assert made == tiny_server.archive
+        assert httpx.post(tiny_server.url, json=OK, timeout=60).status_code == 200
+    assert made.stat().st_ino != inode
+    (worker,) = tiny_server.workers()
+    psutil.Process(worker["pid"]).kill()
+
+    def replaced() -> bool:
+        status = httpx.post(tiny_server.url, json=OK, timeout=60).status_code
+        return status == 200 and tiny_server.workers()[0]["pid"] != worker["pid"]
+
+    assert wait_until(replaced, timeout=60, interval=0.5)
