@@ -124,11 +124,16 @@ class LLMHandler:
             if now >= active.deadline:
                 for unfinished in active.unfinished:
                     self.engine.expire(unfinished)
-        responses: dict[str, Response] = {}
+        # Probes first: they ask whether ticks happen, and must not wait behind requests.
+        responses = {
+            request_id: PROBE_RESPONSE
+            for position, request_id in request_ids.items()
+            if data[position].get("body") == PROBE
+        }
         admit_until = time.monotonic() + TICK_SECONDS
         active_before = len(self.active)
         for position, request_id in request_ids.items():
-            if request_id not in self.active:
+            if request_id not in self.active and request_id not in responses:
                 if time.monotonic() > admit_until:
                     break  # the others are still new in the next tick
                 response = self._admit(request_id, data[position])
@@ -153,8 +158,6 @@ class LLMHandler:
 
     def _admit(self, request_id: str, parts: dict[str, Any]) -> Response | None:
         """Submit the instances of a new request to the engine, or respond with an error."""
-        if parts.get("body") == PROBE:
-            return PROBE_RESPONSE
         try:
             request = parse_request(parts, self.app.limits, self.defaults)
             self._check_capacity(len(request.instances))

@@ -35,9 +35,8 @@ machine was suspended, or the container paused."""
 
 TICKED, FAILED = "ticked", "failed"
 """Files of the worker in the state folder; `handler/drain.py` declares the same."""
-BUSY_SECONDS = 10.0
-"""If the queue is full, the frontend rejects the probe. A tick in the last ten seconds then shows
-that the worker is at work."""
+QUEUE_SECONDS = 1.0
+"""For the next tick, if the frontend rejects the probe because its queue is full."""
 
 
 class State(Enum):
@@ -76,13 +75,16 @@ class Frontend:
         self._last_tick = 0.0
 
     def check(self) -> Health:
-        """Send a probe through the frontend to the worker; if that fails, ask what is wrong."""
+        """Send a probe through the frontend to the worker; if that fails, find out why."""
+        before = self._last_tick or self._tick_time()
         status, body = self.probe()
-        ticked = self._ticked()
         if status in (200, 400, 429):  # 400: from a handler that knows no probe
+            self._last_tick = self._tick_time()
             return Health(State.SERVING, f"ready: {self.model}")
         if status == 503 and b'"error"' in body:  # the handler's; the frontend's has another form
             return Health(State.FAILED, self._why_failed())
+        # Behind many requests, a probe may be rejected or wait for long. Then ticks show progress.
+        ticked = self._ticked(before, QUEUE_SECONDS if status == 503 else 0.0)
         if status == 503 and ticked:
             return Health(State.SERVING, f"ready: {self.model}; its queue is full")
         try:
@@ -92,9 +94,11 @@ class Frontend:
         self.response_timeout = description.get("responseTimeout", 0)
         workers = description.get("workers", [])
         worker = workers[-1].get("pid") if workers else None
-        if any(worker["status"] == "READY" for worker in workers):
-            return Health(State.STUCK, State.STUCK.value, worker)
-        return Health(State.NO_WORKER, State.NO_WORKER.value, worker)
+        if not any(worker["status"] == "READY" for worker in workers):
+            return Health(State.NO_WORKER, State.NO_WORKER.value, worker)
+        if ticked:
+            return Health(State.SERVING, f"ready: {self.model}; busy")
+        return Health(State.STUCK, State.STUCK.value, worker)
 
     def probe(self) -> tuple[int, bytes]:
         """Return the status and body of the response to a probe; the status is 0 without one."""
@@ -135,12 +139,19 @@ class Frontend:
                 held[-1].sendall(request)
         return held
 
-    def _ticked(self) -> bool:
-        """Whether there was a tick a moment ago, and after the last check."""
-        before = self._last_tick
+    def _tick_time(self) -> float:
+        """Return when the last tick was; 0 if that is unknown."""
         with suppress(OSError):
-            self._last_tick = (self.folder / TICKED).stat().st_mtime
-        return self._last_tick != before and time.time() - self._last_tick < BUSY_SECONDS
+            return (self.folder / TICKED).stat().st_mtime
+        return 0.0
+
+    def _ticked(self, before: float, seconds: float) -> bool:
+        """Whether there was a tick after `before`; wait for one for some seconds."""
+        deadline = time.monotonic() + seconds
+        while (last := self._tick_time()) == before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        self._last_tick = last
+        return last != before
 
     def _why_failed(self) -> str:
         with suppress(OSError):

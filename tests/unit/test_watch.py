@@ -164,7 +164,9 @@ FRONTENDS = b'{"code": 503, "type": "ServiceUnavailableException"}'
         (503, FRONTENDS, True, READY, State.SERVING),  # the queue is full
         (503, FRONTENDS, False, READY, State.STUCK),
         (503, OURS, True, READY, State.FAILED),
-        (0, b"", True, READY, State.STUCK),
+        (0, b"", True, READY, State.SERVING),  # it waits behind many requests
+        (0, b"", False, READY, State.STUCK),
+        (0, b"", True, LOADING, State.NO_WORKER),
         (0, b"", False, LOADING, State.NO_WORKER),
         (503, FRONTENDS, False, [], State.NO_WORKER),
         (507, b"Worker died", False, LOADING, State.NO_WORKER),
@@ -183,14 +185,15 @@ def test_check_finds_what_is_wrong(
     monkeypatch.setattr(TorchServe, "status", status)
     monkeypatch.setattr(TorchServe, "body", body)
     monkeypatch.setattr(watch, "ANSWER_SECONDS", 0.2)
-    if ticked:
-        (tmp_path / "ticked").touch()
+    monkeypatch.setattr(watch, "QUEUE_SECONDS", 0.2)
+    (tmp_path / "ticked").touch()
     (tmp_path / "failed").write_text("a file\nis missing")
     frontend = Frontend(port, "tiny", get, tmp_path)
+    if ticked:
+        frontend._last_tick = 1.0
     health = frontend.check()
     assert health.state is state, health
     if state is State.FAILED:
         assert health.reason == "the model cannot be loaded: a file is missing"
-    if status == 503 and ticked and state is State.SERVING:
-        monkeypatch.setattr(TorchServe, "body", FRONTENDS)
+    if ticked and health.state is State.SERVING:
         assert frontend.check().state is State.STUCK, "there was no tick since the last check"
