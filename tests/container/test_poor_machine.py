@@ -25,7 +25,7 @@ def test_serves_without_dns_ipv6_and_shared_memory(lean):
     assert list(stream(URL, SAMPLE_REQUEST))[-1]["finish_reason"] == "stop"
 
 
-def test_serves_while_the_disk_of_the_log_is_full(lean):
+def test_serves_and_stops_cleanly_while_the_disk_of_the_log_is_full(lean):
     """Every write to stdout and stderr fails."""
     name = container_name(APP)
     options = ["--detach", "--name", name, "--publish", f"127.0.0.1:{PORT}:7080"]
@@ -34,4 +34,5 @@ def test_serves_while_the_disk_of_the_log_is_full(lean):
     wait_until_ready(container_runtime(), name)
     assert "Tokyo" in predict(URL, SAMPLE_REQUEST)["predictions"][0]
     assert list(stream(URL, SAMPLE_REQUEST))[-1]["finish_reason"] == "stop"
-    assert docker("logs", name) == "" and state(name, "Running") == "true"
+    docker("stop", "-t", "30", name)
+    assert docker("logs", name) == "" and state(name, "ExitCode") == "0"
