@@ -48,6 +48,16 @@ def test_image_has_no_tool_cache_or_secret(kind, request):
     )
 
 
+@pytest.mark.parametrize("kind", ["lean", "full"])
+def test_image_has_no_analytics(kind, request):
+    """Without this package, OpenVINO reports nothing and keeps no id."""
+    packages = inside(
+        request.getfixturevalue(kind), "ls /opt/venv/lib/python3.11/site-packages"
+    ).split()
+    assert "openvino" in packages
+    assert not [name for name in packages if name.startswith("openvino_telemetry")]
+
+
 def test_bytecode_of_imported_modules_only(full):
     count = "find /opt/venv -name '*.{}' | wc -l"
     sources, compiled = (int(inside(full, count.format(kind))) for kind in ("py", "pyc"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from deploy.common.paths import ROOT, UserError
 from deploy.torchserve.java import MINIMUM, find_java, java_version
 from tools import setup_env
 
+SOURCES = ("index-url", "extra-index-url", "find-links")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BLOCKS = setup_env.locked_blocks((ROOT / "requirements.lock").read_text())
 
@@ -127,6 +129,32 @@ def test_chooses_the_build_of_torch(monkeypatch, tmp_path):
     assert setup_env.torch_source(sources, "cuda", block)[1] == "PyPI (with CUDA)"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert setup_env.torch_source(sources, "cpu", block)[1] == "PyPI (macOS)"
+
+
+def test_cuda_is_installed_with_hashes(monkeypatch, tmp_path):
+    """TORCH=cuda takes what requirements.lock leaves out from the image's lock."""
+    installed = []
+    monkeypatch.setattr(
+        setup_env, "_run", lambda command, locked=None, *_: installed.append((command, locked))
+    )
+    monkeypatch.setattr(setup_env.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(setup_env, "pip_sources", lambda _: {n: [] for n in SOURCES})
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    setup_env.install(tmp_path, "cuda")
+    without_lock = [command for command, locked in installed if locked is None]
+    assert all("uninstall" in command or "--editable" in command for command in without_lock)
+    cuda = next(setup_env.locked_blocks(locked) for _, locked in installed if "torch==" in locked)
+    assert {"torch", "nvidia-cublas", "nvidia-cudnn-cu13", "triton"} <= set(cuda)
+    assert not set(cuda) & (set(BLOCKS) - {"torch"})
+    assert all("--hash=sha256:" in block for block in cuda.values())
+
+
+def test_setup_rejects_cuda_without_linux(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setenv("TORCH", "cuda")
+    assert setup_env.main() == 1
+    assert capsys.readouterr().err == "error: TORCH=cuda: CUDA needs Linux; use TORCH=cpu\n"
 
 
 def test_uv_uses_the_sources_of_pips_configuration(monkeypatch, tmp_path):
