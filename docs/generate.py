@@ -28,9 +28,17 @@ import yaml
 
 from benchmarks.report.tables import TABLES, table
 from benchmarks.report.values import value
+from deploy.archive.build import TICK_SECONDS, TICK_SECONDS_PER_GB
 from deploy.common import cli
 from deploy.common.paths import ROOT, UserError, shown
 from deploy.image.run import STOP_SECONDS
+from deploy.torchserve.watch import (
+    FAILED_SECONDS,
+    FROZEN_SECONDS,
+    OCCUPY_SECONDS,
+    PATIENCE_SECONDS,
+    STEP_SECONDS,
+)
 from handler.config import DEFAULTS, load_app
 from handler.request import parameter_table
 
@@ -74,6 +82,14 @@ SETTINGS: dict[str, Callable[[], str]] = {
     "limits.smollm2_context": lambda: str(load_app("smollm2-135m").engine.max_context),
     "container.drain_seconds": lambda: str(declared("docker/serve.py", "DRAIN_SECONDS")),
     "container.stop_seconds": lambda: str(STOP_SECONDS),
+    "watch.patience": lambda: str(PATIENCE_SECONDS),
+    "watch.occupy": lambda: str(OCCUPY_SECONDS),
+    "watch.frozen": lambda: str(FROZEN_SECONDS),
+    "watch.frozen_at_most": lambda: f"{FROZEN_SECONDS + STEP_SECONDS:g}",
+    "watch.failed": lambda: str(FAILED_SECONDS),
+    "watch.tick": lambda: str(TICK_SECONDS),
+    "watch.tick_openvino": lambda: str(TICK_SECONDS_PER_GB["openvino"]),
+    "watch.tick_transformers": lambda: str(TICK_SECONDS_PER_GB["transformers"]),
 }
 """Name of a limit or setting -> the function that reads it where it is declared."""
 

@@ -33,6 +33,19 @@ STEP_SECONDS = ANSWER_SECONDS + DESCRIBE_SECONDS + INTERVAL
 """The longest time between two checks. More means that this program did not run either: the
 machine was suspended, or the container paused."""
 
+PATIENCE_SECONDS = 30
+"""Without a ready worker, until the server is ended."""
+OCCUPY_SECONDS = 5
+"""Without a ready worker, until clients get 503."""
+FROZEN_SECONDS = 15
+"""Without any answer from the frontend, until the server is ended."""
+FAILED_SECONDS = 2
+"""With a model that cannot be loaded: requests that wait get their responses."""
+STUCK_SECONDS = 10
+"""After `responseTimeout`, at which TorchServe should have replaced the worker."""
+START_SECONDS = 1200
+"""Until the first worker is ready; the same as `startupTimeout` in handler/apps/defaults.yaml."""
+
 TICKED, FAILED = "ticked", "failed"
 """Files of the worker in the state folder; `handler/drain.py` declares the same."""
 QUEUE_SECONDS = 1.0
@@ -177,10 +190,10 @@ class Watcher:
         self,
         frontend: Frontend,
         *,
-        patience: float = 30.0,
-        frozen: float = 15.0,
-        start: float = 1200.0,
-        occupy_after: float = 5.0,
+        patience: float = PATIENCE_SECONDS,
+        frozen: float = FROZEN_SECONDS,
+        start: float = START_SECONDS,
+        occupy_after: float = OCCUPY_SECONDS,
         started_in: float | None = None,
     ) -> None:
         self.frontend = frontend
@@ -235,14 +248,14 @@ class Watcher:
     def _limit(self, state: State) -> float:
         """Seconds that a state may last."""
         if state is State.FAILED:
-            return 2.0  # waiting requests get their responses
+            return FAILED_SECONDS
         if self._first_start is None:
             # A worker that died twice while it loaded the model dies a third time.
             return 0.0 if len(self._workers) > 2 else self.start_seconds
         if state is State.FROZEN:
             return self.frozen
         if state is State.STUCK:  # TorchServe replaces the worker; we end a server that does not
-            return self.frontend.response_timeout + 10.0
+            return self.frontend.response_timeout + STUCK_SECONDS
         other = sum(self._seconds.values()) - self._seconds[State.NO_WORKER]
         return max(self.patience - other, self.patience / 2, 2 * self._first_start)
 
