@@ -76,7 +76,7 @@ class Frontend:
 
     Args:
         port: the inference port.
-        model: the model's name.
+        model: the model's name; empty if it is not known.
         get: reads a path of the management API, as `management.get` does; raises OSError,
             ValueError.
         folder: the worker's state folder (`handler/drain.py`).
@@ -84,6 +84,7 @@ class Frontend:
 
     def __init__(self, port: int, model: str, get: Callable[..., Any], folder: Path) -> None:
         self.port, self.model, self.get, self.folder = port, model, get, folder
+        self._path = f"/predictions/{model}?probe" if model else "/invocations?probe"
         self.response_timeout = 0
         self._last_tick = 0.0
 
@@ -93,13 +94,13 @@ class Frontend:
         status, body = self.probe()
         if status in (200, 400, 429):  # 400: from a handler that knows no probe
             self._last_tick = self._tick_time()
-            return Health(State.SERVING, f"ready: {self.model}")
+            return Health(State.SERVING, "ready")
         if status == 503 and b'"error"' in body:  # the handler's; the frontend's has another form
             return Health(State.FAILED, self._why_failed())
         # Behind many requests, a probe may be rejected or wait for long. Then ticks show progress.
         ticked = self._ticked(before, QUEUE_SECONDS if status == 503 else 0.0)
         if status == 503 and ticked:
-            return Health(State.SERVING, f"ready: {self.model}; its queue is full")
+            return Health(State.SERVING, "ready; the queue is full")
         try:
             description = self.describe()
         except (OSError, ValueError, LookupError, TypeError):
@@ -110,14 +111,14 @@ class Frontend:
         if not any(worker["status"] == "READY" for worker in workers):
             return Health(State.NO_WORKER, State.NO_WORKER.value, worker)
         if ticked:
-            return Health(State.SERVING, f"ready: {self.model}; busy")
+            return Health(State.SERVING, "ready; busy")
         return Health(State.STUCK, State.STUCK.value, worker)
 
     def probe(self) -> tuple[int, bytes]:
         """Return the status and body of the response to a probe; the status is 0 without one."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_SECONDS)
         try:
-            connection.request("POST", f"/predictions/{self.model}?probe", PROBE)
+            connection.request("POST", self._path, PROBE)
             response = connection.getresponse()
             return response.status, response.read()
         except (OSError, HTTPException):
@@ -144,7 +145,7 @@ class Frontend:
         Without a worker, it would hold requests until there is one again, or until it is ended.
         """
         held = []
-        head = f"POST /predictions/{self.model}?probe HTTP/1.1\r\nHost: localhost\r\n"
+        head = f"POST {self._path} HTTP/1.1\r\nHost: localhost\r\n"
         request = f"{head}Content-Length: {len(PROBE)}\r\n\r\n".encode() + PROBE
         with suppress(OSError, ValueError, LookupError, TypeError):
             for _ in range(self.describe()["jobQueueStatus"]["remainingCapacity"]):
