@@ -1,5 +1,6 @@
 """Load a folder of weights into memory: precision, devices, offload."""
 
+import json
 import logging
 import tempfile
 from collections import Counter
@@ -11,8 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from handler.config import TransformersConfig
+from handler.memory import check_memory
 
 logger = logging.getLogger(__name__)
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 def load_model(weights: Path, config: TransformersConfig) -> PreTrainedModel:
@@ -27,7 +31,10 @@ def load_model(weights: Path, config: TransformersConfig) -> PreTrainedModel:
 
     Raises:
         ValueError: `max_memory` leaves room for no module at all.
+        MemoryLimitError: the weights do not fit into the memory that this process may use.
     """
+    if not config.max_memory and not torch.cuda.is_available():
+        _check_memory(weights, config)
     options: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "local_files_only": True}
     if config.device_map:
         options["device_map"] = config.device_map
@@ -48,6 +55,22 @@ def load_model(weights: Path, config: TransformersConfig) -> PreTrainedModel:
             f"allow at least {needed:.0f}MB for the embeddings, and one layer more"
         )
     return model
+
+
+def _check_memory(weights: Path, config: TransformersConfig) -> None:
+    """Make sure that the weights fit. With `device_map`, accelerate puts on disk what does not fit
+    into the machine's memory, but it does not know the limits of a container or a process.
+    """
+    stored = json.loads((weights / "config.json").read_text())
+    name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    size = sum(p.stat().st_size for pattern in _WEIGHTS for p in weights.glob(pattern))
+    scale = getattr(torch, config.dtype).itemsize / getattr(torch, name, torch.float32).itemsize
+    check_memory(
+        f"the model in app.engine.transformers.dtype: {config.dtype} (app.engine.transformers."
+        "max_memory: {cpu: ...} would leave layers on disk)",
+        {"the model": round(size * scale)},
+        machine=not config.device_map,
+    )
 
 
 def device_summary(model: PreTrainedModel) -> str:

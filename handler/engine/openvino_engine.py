@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 import openvino
 import openvino_genai as genai
-import psutil
 
 from handler.config import EngineConfig, OpenVINOConfig
 from handler.engine import Messages, Progress, Sampling
 from handler.engine.folder import ModelFolder
 from handler.engine.sequence import Sequence, new_sequence
 from handler.engine.waiting import SHARE, Waiting
+from handler.memory import GIB, check_memory
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,9 @@ class OpenVINOEngine:
         settings = config.openvino
         self.folder = ModelFolder(weights)
         self.end_tokens = self.folder.end_tokens(config.stop_tokens)
+        model = sum(path.stat().st_size for path in weights.glob("*.bin"))
         self._pipeline = genai.ContinuousBatchingPipeline(
-            weights, _scheduler(config), "CPU", properties(config) | _speculation(settings)
+            weights, _scheduler(config, model), "CPU", properties(config) | _speculation(settings)
         )
         self._step_tokens = settings.max_num_batched_tokens
         self._can_interrupt = settings.prefix_caching
@@ -83,6 +84,7 @@ class OpenVINOEngine:
         self._submitted = 0
         self._alive = True
         self.cache_tokens = self._warm_up()
+        _check_memory(settings)
         limit = self.folder.context_length()
         wanted = min(config.max_context or limit, limit)
         self.max_context = min(wanted, self.cache_tokens - self._lookup)
@@ -308,14 +310,23 @@ def _speculation(config: OpenVINOConfig) -> dict[str, bool]:
     return {"prompt_lookup": True} if config.prompt_lookup else {}
 
 
-def _scheduler(config: EngineConfig) -> genai.SchedulerConfig:
+def _check_memory(settings: OpenVINOConfig, **sizes: int) -> None:
+    """Make sure that the KV cache fits into memory when it is full.
+
+    Args:
+        settings: the engine's.
+        sizes: `model` in bytes before it is loaded; nothing afterwards, when this process has
+            reserved the cache but not used it.
+    """
+    parts = {f"the {name}": size for name, size in sizes.items()}
+    parts["the KV cache"] = settings.cache_gb * GIB
+    setting = f"app.engine.openvino.cache_gb: {settings.cache_gb}"
+    check_memory(setting, parts, reserved=not sizes)
+
+
+def _scheduler(config: EngineConfig, model: int = 0) -> genai.SchedulerConfig:
     settings = config.openvino
-    memory = psutil.virtual_memory().total
-    if settings.cache_gb * 2**30 > memory:
-        raise ValueError(
-            f"app.engine.openvino.cache_gb: {settings.cache_gb} does not fit: this machine has "
-            f"{memory / 2**30:.1f} GiB of memory, and the model needs some of it"
-        )
+    _check_memory(settings, model=model)
     scheduler = genai.SchedulerConfig()
     scheduler.cache_size = settings.cache_gb
     scheduler.max_num_seqs = config.max_batch

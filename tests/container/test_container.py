@@ -104,6 +104,23 @@ def test_memory_under_two_hundred_requests(container):
     assert float(used.rstrip("%")) < 95, used
 
 
+def test_full_kv_cache_fits_into_the_documented_memory(container):
+    """`make run MEMORY=2g`. The prefix cache keeps ended sequences, so the cache fills in time."""
+    workers = processes(container, "model_service_worker")
+    tokens = 46592  # what cache_gb: 1 holds of SmolLM2, as the start-up line says
+    assert f"KV cache 1 GB for {tokens} tokens" in docker("logs", container)
+    prompts = [f"{i} " + "word " * 1900 for i in range(1 + tokens // 1900)]
+    bodies = [prompts[i : i + 5] for i in range(0, len(prompts), 5)]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        sent = [{"instances": b, "parameters": {"max_new_tokens": 1}} for b in bodies]
+        answers = list(pool.map(lambda body: httpx.post(URL, json=body, timeout=300), sent))
+    assert {answer.status_code for answer in answers} == {200}
+    assert state(container, "OOMKilled") == "false"
+    assert processes(container, "model_service_worker") == workers, "the worker was not replaced"
+    used = docker("stats", "--no-stream", "--format", "{{.MemPerc}}", container)
+    assert 60 < float(used.rstrip("%")) < 95, used
+
+
 def test_health_check(container):
     wait_until(lambda: state(container, "Health.Status") == "healthy", timeout=30)
 
@@ -256,6 +273,14 @@ def test_rejects_wrong_environment_variable(lean, variable, message):
 def test_error_for_too_little_memory(lean):
     with pytest.raises(UserError, match=r"not ready \(exited, out of memory: true\)"):
         run_container(APP, tag="lean-test", port=PORT, memory="100m")
+
+
+def test_memory_without_room_for_the_kv_cache_ends_the_start(lean):
+    """Otherwise it is ready, and loses most requests when the cache fills."""
+    message = r"openvino\.cache_gb: 1 does not fit into memory: .*cgroup\) is 0\.68 GiB"
+    with pytest.raises(UserError, match=message) as error:
+        run_container(APP, tag="lean-test", port=PORT, memory="700m")
+    assert "not ready (exited, out of memory: false)" in str(error.value)
 
 
 def test_full_image_serves_with_torch(full):

@@ -142,5 +142,6 @@ def test_full_kv_cache_loses_no_sequence_and_keeps_the_texts(make_engine, monkey
 
     monkeypatch.setattr(handler.engine.openvino_engine, "_scheduler", small)
     crowded = make_engine("openvino")
+    crowded.cache_tokens *= 10  # admission would otherwise keep the cache from being full
     assert run(crowded, prompts, long) == expected
     assert crowded._pipeline.get_metrics().max_cache_usage == 100, "the cache was never full"
