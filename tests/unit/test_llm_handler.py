@@ -317,3 +317,9 @@ def test_worker_without_a_model_responds_with_503_and_leaves_the_reason(monkeypa
     assert status == 503 and body["error"]["message"].startswith("the model cannot be loaded")
     assert "config.json" not in body["error"]["message"], "the reason describes the machine"
     assert (tmp_path / "failed").read_text() == "config.json is missing"
+
+
+def test_short_requests_are_admitted_before_long_ones(worker):
+    """A hundred long prompts, even refused ones, take half a minute to tokenize."""
+    worker.tick(long=body("a" * 1000), longer=body("a" * 2000), short=body("a"))
+    assert [key.request_id for key in worker.engine.keys] == ["short", "long", "longer"]
