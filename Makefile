@@ -151,7 +151,7 @@ build-dev: setup ## Build an image of APP with both engines (Docker or podman)
 build-pro: setup ## Build the smallest image of APP (TARGET=gpu for CUDA, BAKED=no without weights)
 	@$(PY) -m deploy.image build $(WEIGHTS) --tag pro $(if $(TARGET),--target $(TARGET)) $(if $(filter no,$(BAKED)),--without-weights)
 
-run: setup ## Run the image of APP, hardened, on PORT (TAG=pro, MEMORY=2g)
+run: setup ## Run the image of APP, hardened, on PORT (TAG=pro, MEMORY=3g)
 	@$(PY) -m deploy.image run "$(APP)" --tag "$(TAG)" --port "$(PORT)" $(if $(MEMORY),--memory $(MEMORY))
 
 stop: setup ## Stop the container of APP after requests in flight finish

@@ -72,7 +72,7 @@ def run(
     name: cli.App,
     tag: Tag = "dev",
     port: cli.Port = PORT,
-    memory: Annotated[str | None, typer.Option(help="A memory limit, such as 2g.")] = None,
+    memory: Annotated[str | None, typer.Option(help="A memory limit, such as 3g.")] = None,
 ) -> None:
     """Run the image in a hardened container."""
     began = time.monotonic()

@@ -46,7 +46,7 @@ def run_container(
         app: the APP; an existing container of it is replaced.
         tag: the image's tag.
         port: the port on this machine's loopback; the container's other ports are not published.
-        memory: the container's memory limit, such as "2g".
+        memory: the container's memory limit, such as "3g".
         store: the folder with the app's archive, which is mounted if the image has no weights.
         environment: variables for the container.
         arguments: additional arguments of `docker run`.

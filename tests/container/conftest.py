@@ -57,8 +57,8 @@ def full(smollm2: Path) -> str:
 
 @pytest.fixture
 def container(lean: str) -> Iterator[str]:
-    """A container of the lean image as `make run` starts it, with 2 GB of memory."""
-    name = run_container(APP, tag="lean-test", port=PORT, memory="2g")
+    """A container of the lean image as `make run` starts it, with 3 GB of memory."""
+    name = run_container(APP, tag="lean-test", port=PORT, memory="3g")
     yield name
     docker("rm", "--force", name)
 

@@ -105,7 +105,7 @@ def test_memory_under_two_hundred_requests(container):
 
 
 def test_full_kv_cache_fits_into_the_documented_memory(container):
-    """`make run MEMORY=2g`. The prefix cache keeps ended sequences, so the cache fills in time."""
+    """`make run MEMORY=3g`. The prefix cache keeps ended sequences, so the cache fills in time."""
     workers = processes(container, "[m]odel_service_worker")
     tokens = 46592  # what cache_gb: 1 holds of SmolLM2, as the start-up line says
     assert f"KV cache 1 GB for {tokens} tokens" in docker("logs", container)
@@ -118,7 +118,7 @@ def test_full_kv_cache_fits_into_the_documented_memory(container):
     assert state(container, "OOMKilled") == "false"
     assert processes(container, "[m]odel_service_worker") == workers, "the worker was not replaced"
     used = docker("stats", "--no-stream", "--format", "{{.MemPerc}}", container)
-    assert 60 < float(used.rstrip("%")) < 95, used
+    assert 45 < float(used.rstrip("%")) < 70, f"{used}; an attack on Java needs the rest"
 
 
 def test_health_check(container):
