@@ -25,6 +25,16 @@ HARDENED = [
 ]
 
 
+def log_options(program: str) -> list[str]:
+    """Return options that keep a container's log from filling the disk: 20 MB at most.
+
+    Args:
+        program: the container runtime. Podman has no `max-file`, and reads json-file as k8s-file.
+    """
+    options = ["--log-driver", "json-file", "--log-opt", "max-size=10m"]
+    return options if Path(program).name == "podman" else [*options, "--log-opt", "max-file=2"]
+
+
 def container_name(app: str) -> str:
     """Return the name of an app's container; one runs at a time."""
     return f"serving-llms-{app.lower()}"
@@ -60,7 +70,7 @@ def run_container(
     program, name, image = container_runtime(), container_name(app), image_name(app, tag)
     labels = labels_of(inspect_image(app, tag))
     runtime_output(program, "rm", "--force", name)
-    options = [*HARDENED, "--stop-timeout", str(STOP_SECONDS)]
+    options = [*HARDENED, *log_options(program), "--stop-timeout", str(STOP_SECONDS)]
     options += ["--publish", f"127.0.0.1:{port}:{(environment or {}).get('AIP_HTTP_PORT', PORT)}"]
     options += ["--memory", memory] if memory else []
     options += ["--gpus", "all"] if labels.get(TARGET_LABEL) == "gpu" else []

@@ -40,7 +40,14 @@ _SECRET = re.compile(
 
 
 def java_command(
-    java: Path | str, *, config: Path, log4j: Path, store: Path, archive: str, temporary: Path
+    java: Path | str,
+    *,
+    config: Path,
+    log4j: Path,
+    store: Path,
+    archive: str,
+    temporary: Path,
+    log: Path | None = None,
 ) -> list[str]:
     """Return Java and its arguments.
 
@@ -54,6 +61,7 @@ def java_command(
         store: the model store.
         archive: the archive's name in the store; without `.mar` it is the model's name.
         temporary: an empty folder for Java's temporary files.
+        log: a file for the log, which rotates. None is stdout.
     """
     spec = importlib.util.find_spec("ts")  # importing TorchServe's package would import torch
     if spec is None or spec.origin is None:
@@ -66,6 +74,8 @@ def java_command(
     # netty extracts it there, and not to /tmp, which may be mounted with noexec.
     command += [f"-Djava.library.path={frontend}", f"-Dio.netty.native.workdir={frontend}"]
     command += [f"-Djava.io.tmpdir={temporary}", f"-Dlog4j.configurationFile={log4j}"]
+    if log:
+        command += ["-Dserving.appender=FILE", f"-Dserving.log={log}"]
     command += ["-cp", frontend / "*", "org.pytorch.serve.ModelServer"]
     command += ["--python", sys.executable, "-f", config, "-ncs"]
     command += ["-s", store, "-m", f"{name}={archive}"]

@@ -160,7 +160,8 @@ class Server:
             # Short, because the path of a socket is limited to 107 characters.
             temporary = self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
             self._management = management.address(temporary)
-            with self.log.open("wb") as log:
+            self.log.write_bytes(b"")
+            with self.log.open("ab") as log:  # what Java itself prints; the rest is log4j's
                 self._java = BoundProcess(
                     self._command(java, temporary),
                     env=self._environment(),
@@ -279,6 +280,7 @@ class Server:
             store=self.archive.parent.resolve(),
             archive=self.archive.name,
             temporary=temporary,
+            log=self.log.absolute(),
         )
 
     def _properties(self) -> dict[str, str]:

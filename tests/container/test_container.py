@@ -6,6 +6,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -61,6 +62,8 @@ def test_container_is_hardened(container):
     host = json.loads(docker("inspect", container))[0]["HostConfig"]
     assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"]
     assert host["SecurityOpt"] == ["no-new-privileges"] and host["PidsLimit"] == 512
+    if Path(container_runtime()).name == "docker":
+        assert host["LogConfig"]["Config"] == {"max-file": "2", "max-size": "10m"}
     published = json.loads(docker("inspect", container))[0]["NetworkSettings"]["Ports"]
     assert {key for key, value in published.items() if value} == {"7080/tcp"}
 

@@ -1,7 +1,11 @@
 """Requests to TorchServe's frontend that are no predictions. None may stop the server."""
 
 import gzip
+import os
+import re
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -9,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from deploy.common.waiting import wait_until
 from deploy.torchserve.launch import grpc_address
 from deploy.torchserve.server import Server
 from tests.bad_input import OK
@@ -129,3 +134,48 @@ def test_sixteen_bodies_of_ten_megabytes_stop_nobody(server: Server):
         assert httpx.post(server.url, json=OK, timeout=10).status_code == 200
         for client in clients:
             assert client.recv(4096).split()[1] == b"413"
+
+
+def test_urls_and_forms_put_no_control_characters_or_lines_into_the_log(server: Server):
+    forged = "2026-01-01T00:00:00,000 INFO  forged"
+    form = f"a=x\n{forged}\x1b[31m%zz".encode()
+    with server.log.open("rb") as log:
+        log.seek(0, 2)
+        for head, body in (
+            ("GET /\x1b[31m\x07\x9b31m\x7f", b""),
+            (f"GET /%0d%0a{forged.replace(' ', '%20')}%1b%5b31m", b""),
+            ("GET /\u2028\u2029\u0085\u202e", b""),
+            ("POST /predictions/tiny", form),
+            ("POST /predictions/tiny", b"a=%zz"),
+        ):
+            content = "Content-Type: application/x-www-form-urlencoded"
+            lines = [f"{head} HTTP/1.1", "Host: x", content, f"Content-Length: {len(body)}", "", ""]
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+                connection.sendall("\r\n".join(lines).encode() + body)
+                assert connection.recv(4096).startswith(b"HTTP/1.1 ")
+        time.sleep(1)
+        text = log.read().decode()
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202e]", text), text
+    assert not any(line.startswith(forged) for line in text.splitlines())
+    assert "\n\tat " in text, "tracebacks stay readable"
+
+
+def test_log_of_a_server_is_bounded(server: Server):
+    """Long URLs fill it: one line each. The file is renamed at 10 MB, and one old file is kept."""
+    request = b"GET /ping?" + b"a" * 4000 + b" HTTP/1.1\r\nHost: x\r\n\r\n"
+    old = server.log.with_name(f"{server.log.name}.1")
+    old.unlink(missing_ok=True)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        for _ in range(2800):
+            connection.sendall(request)
+            assert b"Healthy" in connection.recv(4096)
+    assert old.stat().st_size < 11e6 and server.log.stat().st_size < 3e6
+    assert set(server.log.parent.glob(f"{server.log.name}.*")) == {old}
+
+
+def test_killed_worker_leaves_a_line_in_the_log(tiny_server: Server):
+    with tiny_server.log.open() as log:
+        log.seek(0, 2)
+        os.kill(tiny_server.workers()[0]["pid"], signal.SIGKILL)
+        wait_until(tiny_server.ready, timeout=60)
+        assert "Worker disconnected" in log.read()

@@ -20,7 +20,7 @@ from deploy.image.__main__ import main
 from deploy.image.build import DOCKERFILE, TARGETS
 from deploy.image.lookup import TAGS, how_to_build, labels_of
 from deploy.image.report import PARTS, REST, part_of, table
-from deploy.image.run import STOP_SECONDS
+from deploy.image.run import STOP_SECONDS, log_options
 from deploy.image.runtime import container_runtime
 from deploy.torchserve import launch, management, watch
 from deploy.torchserve.launch import (
@@ -265,6 +265,12 @@ def test_rejects_port_that_it_cannot_listen_on(serve):
         with pytest.raises(ValueError, match=message):
             serve.check_port("AIP_HTTP_PORT", port)
     serve.check_port("AIP_HTTP_PORT", port)
+
+
+@pytest.mark.parametrize(("program", "files"), [("/usr/bin/docker", True), ("podman", False)])
+def test_log_of_a_container_is_bounded(program, files):
+    options = log_options(program)
+    assert "max-size=10m" in options and ("max-file=2" in options) == files
 
 
 def test_containers_are_killed_after_their_drain(serve):
