@@ -29,9 +29,11 @@ logger = logging.getLogger(__name__)
 _NGRAM = 3
 """Longest run of tokens that prompt lookup looks for in the earlier text."""
 
-_STEPS_BETWEEN_INTERRUPTIONS = 4
-"""Steps that a long prefill runs before it can be interrupted again. An interruption loses up to a
-block of 32 tokens of it, so with fewer steps a flood of short prompts could stop it."""
+_STEPS_OF_A_PART = 4
+"""Steps in which a part of a long prompt is prefilled. Short prompts wait until it is. Fewer steps
+leave more tokens of the last step unused."""
+
+_GOOD = (genai.GenerationStatus.RUNNING, genai.GenerationStatus.FINISHED)
 
 _BLOCK_TOKENS = 32
 """Tokens in a block of the pipeline's KV cache on a CPU. A test fills the cache that follows."""
@@ -43,24 +45,41 @@ token alone has a higher probability, so the result is the same."""
 
 @dataclass
 class _Running:
-    """A sequence in the pipeline. `steps` counts since its prefill was interrupted, if it was."""
+    """A sequence in the pipeline.
+
+    `handle` is of a request with the first `end` tokens of the prompt. If these are not all, its
+    only purpose is to put them into the prefix cache. `begin` tokens were there before.
+    """
 
     sequence: Sequence
     generation: genai.GenerationConfig
     handle: "genai.GenerationHandle"  # only the type stubs have it
-    steps: int
+    begin: int
+    end: int
 
     @property
     def in_prefill(self) -> bool:
         """Whether it has no token yet."""
         return not self.sequence.completion_tokens and not self.sequence.finish_reason
 
+    @property
+    def is_part(self) -> bool:
+        """Whether the request has only a part of the prompt."""
+        return self.end < self.sequence.prompt_tokens
+
+    @property
+    def part_is_done(self) -> bool:
+        """Whether the next part can be added."""
+        finished = self.handle.get_status() == genai.GenerationStatus.FINISHED
+        return self.in_prefill and self.is_part and finished
+
 
 class OpenVINOEngine:
     """See `handler.engine.Engine` for the contract of the public methods.
 
     The pipeline prefills prompts in the order in which it gets them, one after the other. So
-    sequences wait here, and the pipeline gets only as many as fill its next step.
+    sequences wait here, and the pipeline gets only as many as fill its next step. With prefix
+    caching it gets long prompts in parts, and short prompts go between the parts.
     """
 
     def __init__(self, weights: Path, config: EngineConfig) -> None:
@@ -72,7 +91,7 @@ class OpenVINOEngine:
             weights, _scheduler(config, model), "CPU", properties(config) | _speculation(settings)
         )
         self._step_tokens = settings.max_num_batched_tokens
-        self._can_interrupt = settings.prefix_caching
+        self._prefix_caching = settings.prefix_caching
         self._waiting = Waiting()
         self._generations: dict[Hashable, genai.GenerationConfig] = {}
         """Of the waiting sequences."""
@@ -80,6 +99,8 @@ class OpenVINOEngine:
         """In the pipeline, in its order."""
         self._ended: list[Sequence] = []
         """Ended before they were in the pipeline; not reported yet."""
+        self._dropped: list[genai.GenerationHandle] = []
+        """Of sequences that were dropped in their prefill, which must not be cancelled yet."""
         self._lookup = settings.prompt_lookup
         self._submitted = 0
         self._alive = True
@@ -138,7 +159,7 @@ class OpenVINOEngine:
             self._ended.append(sequence)
         elif key in self._running:
             sequence = self._running[key].sequence
-            self._running[key].handle.cancel()
+            self._stop(self._running[key])
         if sequence:
             sequence.end("timeout")
 
@@ -147,7 +168,7 @@ class OpenVINOEngine:
         self._generations.pop(key, None)
         self._ended = [sequence for sequence in self._ended if sequence.key != key]
         if key in self._running:
-            self._running.pop(key).handle.cancel()
+            self._stop(self._running.pop(key))
 
     def alive(self) -> bool:
         return self._alive
@@ -168,69 +189,85 @@ class OpenVINOEngine:
 
     def _admit(self) -> None:
         """Add waiting sequences to the pipeline, until their prompts fill its next step."""
-        if self._can_interrupt and self._prefill_tokens() >= self._step_tokens:
-            self._interrupt()
+        for long in [running for running in self._running.values() if running.part_is_done]:
+            self._let_shorter_in(long.sequence)
+            self._add(long.sequence, long.generation, begin=long.end)
         while self._prefill_tokens() < self._step_tokens:
             sequence = self._waiting.take(self._room(), idle=not self._running)
             if not sequence:
                 return
             self._add(sequence, self._generations.pop(sequence.key))
 
-    def _interrupt(self) -> None:
-        """Let short prompts go before a long one whose prefill has begun.
-
-        The pipeline cannot reorder prompts. So the long one is cancelled and added again behind
-        the short ones; prefix caching keeps what was prefilled of it, in whole blocks.
-        """
-        *_, long = (running for running in self._running.values() if running.in_prefill)
-        if long.steps < _STEPS_BETWEEN_INTERRUPTIONS:
-            return
-        longest = min(long.sequence.prompt_tokens // SHARE, self._step_tokens)
+    def _let_shorter_in(self, long: Sequence) -> None:
+        """Let short prompts, as many as fill a step, go before the next part of a long one."""
+        longest = min(long.prompt_tokens // SHARE, self._step_tokens)
         added = 0
         while added < self._step_tokens:
             short = self._waiting.take(self._room(), idle=False, longest=longest)
             if not short:
-                break
-            if not added:
-                long.handle.cancel()
+                return
             self._add(short, self._generations.pop(short.key))
             added += short.prompt_tokens
-        if added:
-            del self._running[long.sequence.key]
-            self._add(long.sequence, long.generation, steps=0)
 
     def _prefill_tokens(self) -> int:
         """Return the prompt tokens in the pipeline of sequences that have no token yet."""
-        return sum(r.sequence.prompt_tokens for r in self._running.values() if r.in_prefill)
+        return sum(r.end - r.begin for r in self._running.values() if r.in_prefill)
+
+    def _part_end(self, sequence: Sequence, begin: int) -> int:
+        """Return where the part of a prompt ends that begins at `begin`: after a whole block."""
+        if not self._prefix_caching:
+            return sequence.prompt_tokens
+        decoding = sum(not running.in_prefill for running in self._running.values())
+        tokens = _STEPS_OF_A_PART * max(self._step_tokens - decoding, 0)
+        end = begin + max(tokens // _BLOCK_TOKENS, 1) * _BLOCK_TOKENS
+        return min(end, sequence.prompt_tokens)
+
+    def _stop(self, running: _Running) -> None:
+        """Let the pipeline drop a sequence.
+
+        GenAI registers a block of the prefix cache when it allocates it. Cancelled in the middle of
+        a block, a prefill would leave a block there that is not computed, for the next prompt
+        that begins alike. So a prefill is cancelled after it is complete.
+        """
+        if self._prefix_caching and not running.sequence.completion_tokens:
+            self._dropped.append(running.handle)
+        else:
+            running.handle.cancel()
 
     def _room(self) -> int:
         """Return the tokens that the cache can hold beside the longest text of what runs."""
         return self.cache_tokens - sum(r.sequence.room for r in self._running.values())
 
-    def _add(
-        self,
-        sequence: Sequence,
-        generation: genai.GenerationConfig,
-        steps: int = _STEPS_BETWEEN_INTERRUPTIONS,
-    ) -> None:
-        """Add a sequence to the pipeline, behind all others."""
+    def _add(self, sequence: Sequence, generation: genai.GenerationConfig, begin: int = 0) -> None:
+        """Add a sequence to the pipeline, behind all others, or the next part of its prompt."""
         sequence.start()
-        ids = openvino.Tensor(np.array([sequence.token_ids], dtype=np.int64))
+        self._running.pop(sequence.key, None)
+        end = self._part_end(sequence, begin)
+        ids = openvino.Tensor(np.array([sequence.token_ids[:end]], dtype=np.int64))
+        part = end < sequence.prompt_tokens
+        request = _generation(Sampling(), 1, frozenset(), self._lookup) if part else generation
         self._submitted += 1
         try:
-            handle = self._pipeline.add_request(self._submitted, ids, generation)
+            handle = self._pipeline.add_request(self._submitted, ids, request)
         except Exception:  # only this sequence is lost
             logger.exception("the pipeline rejected a sequence")
             sequence.end("error")
             self._ended.append(sequence)
             return
-        self._running[sequence.key] = _Running(sequence, generation, handle, steps)
+        self._running[sequence.key] = _Running(sequence, generation, handle, begin, end)
 
     def _read(self) -> None:
         """Read the new tokens of every sequence from the pipeline."""
+        for dropped in list(self._dropped):
+            if dropped.can_read() or dropped.get_status() != genai.GenerationStatus.RUNNING:
+                dropped.cancel()
+                self._dropped.remove(dropped)
         for running in self._running.values():
             sequence, handle = running.sequence, running.handle
-            running.steps += 1
+            if running.is_part:
+                if handle.get_status() not in _GOOD:
+                    sequence.end("error")
+                continue
             while handle.can_read():
                 # Empty if the pipeline gave the sequence up, for example for lack of cache.
                 for output in handle.read().values():
