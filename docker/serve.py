@@ -175,7 +175,9 @@ def only_archive(store: Path) -> str:
 
 def drain(seconds: int, server: subprocess.Popen) -> None:
     """Let requests in flight finish; the handler rejects new ones with 503 (`handler/drain.py`)."""
-    (STATE / "draining").touch()
+    with suppress(OSError):  # a cleaner of /tmp may have removed the folder, or the disk is full
+        STATE.mkdir(mode=0o700, exist_ok=True)
+        (STATE / "draining").touch()
     say(f"stopping: requests in flight have {seconds} s")
     now = time.monotonic()
     deadline, last_busy = now + seconds, now

@@ -56,11 +56,8 @@ class Drain:
             return
         with suppress(OSError):
             (self._folder / TICKED).touch()
-        if self._busy == bool(active):
-            return
-        with suppress(OSError):
             if active:
                 (self._folder / BUSY).touch()
-            else:
+            elif self._busy:
                 (self._folder / BUSY).unlink(missing_ok=True)
             self._busy = bool(active)

@@ -35,6 +35,8 @@ machine was suspended, or the container paused."""
 
 PATIENCE_SECONDS = 30
 """Without a ready worker, until the server is ended."""
+RELOAD_FACTOR = 1.5
+"""A worker may take this many times as long to come back as the server took to start."""
 OCCUPY_SECONDS = 5
 """Without a ready worker, until clients get 503."""
 FROZEN_SECONDS = 15
@@ -180,7 +182,7 @@ class Watcher:
     Args:
         frontend: the server.
         patience: seconds without a ready worker; half of them if the worker was stuck before. More
-            if the first start took long: twice as long as that.
+            if the first start took long: `RELOAD_FACTOR` times as long.
         frozen: seconds without any answer from the frontend.
         start: seconds until the first worker is ready.
         occupy_after: seconds without a worker until clients get 503 instead of waiting for one.
@@ -258,7 +260,7 @@ class Watcher:
         if state is State.STUCK:  # TorchServe replaces the worker; we end a server that does not
             return self.frontend.response_timeout + STUCK_SECONDS
         other = sum(self._seconds.values()) - self._seconds[State.NO_WORKER]
-        return max(self.patience - other, self.patience / 2, 2 * self._first_start)
+        return max(self.patience - other, self.patience / 2, RELOAD_FACTOR * self._first_start)
 
     def _release(self) -> None:
         for connection in self._held:
