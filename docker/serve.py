@@ -7,9 +7,9 @@ Environment variables, all optional:
     MODEL_STORE       the folder with the archive, default /models
     DRAIN_SECONDS     time for requests in flight after SIGTERM; the default is below
 
-Exit codes: 0 after SIGTERM or SIGINT; 2 for a wrong environment variable; 1 if TorchServe ended by
-itself, with any code, or does not serve any more (`watch.py`), so that the platform restarts the
-container.
+Exit codes: 0 after SIGTERM, SIGINT or SIGHUP; 2 for a wrong environment variable; 1 if TorchServe
+ended by itself, with any code, or does not serve any more (`watch.py`), so that the platform
+restarts the container.
 """
 
 import json
@@ -46,7 +46,7 @@ and requests need time to reach the worker."""
 def main() -> int:
     """Run until a signal or until TorchServe ends; return the exit code."""
     stop = Event()
-    for stop_signal in (signal.SIGTERM, signal.SIGINT):
+    for stop_signal in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(stop_signal, lambda *_: stop.set())
     try:
         drain_seconds = whole_number("DRAIN_SECONDS", DRAIN_SECONDS, most=86_400)

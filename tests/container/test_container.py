@@ -135,6 +135,7 @@ def test_stop_completes_requests_in_flight_and_rejects_new_ones(container):
         time.sleep(1)
         stop = pool.submit(docker, "stop", "-t", "30", container)
         time.sleep(0.7)
+        docker("kill", "--signal", "HUP", container)  # a second signal does not end the drain
         late = httpx.post(URL, json=LONG, timeout=30)
         for request in requests:
             assert request.result()["predictions"][0].startswith("Once upon a time")
