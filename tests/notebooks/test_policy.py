@@ -38,7 +38,6 @@ NOT_MEASURED = {
     ("LOG", "1 GiB"): "a setting: BUDGETS in benchmarks/report/values.py",
     ("07_measure_and_scale", "1 GiB"): "a setting: handler/apps/defaults.yaml",
     ("01_load_models", "3 GiB"): "a setting of an exercise",
-    ("LOG", "10 MB"): "a limit: max_request_size in docker/config.properties",
     ("LOG", "50 ms"): "a former setting",
     ("LOG", "100 ms"): "a constant: TICK_SECONDS in handler/llm_handler.py",
     ("LOG", "200 ms"): "a constant: TICK_DOUBLES_AT in handler/llm_handler.py",
