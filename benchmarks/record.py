@@ -105,6 +105,12 @@ def in_rounds(
     return {name: {q: summary(v) for q, v in found.items()} for name, found in values.items()}
 
 
+def memory(pid: int) -> int:
+    """Count the bytes of a process and its descendants in RAM, shared pages once (PSS)."""
+    root = psutil.Process(pid)
+    return sum(p.memory_full_info().pss for p in [root, *root.children(recursive=True)])
+
+
 def peak_memory_gb() -> float:
     """Peak memory of this process so far in GB, mapped files included. Linux only."""
     status = Path("/proc/self/status").read_text()

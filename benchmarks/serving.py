@@ -14,13 +14,12 @@ from collections.abc import Hashable
 from typing import Annotated, Any
 
 import click
-import psutil
 import typer
 from tqdm import tqdm
 
 from benchmarks import peers
 from benchmarks.load import NEW_TOKENS, Report, Target, closed_loop, prompts
-from benchmarks.record import summary, write
+from benchmarks.record import memory, summary, write
 from benchmarks.systems import SYSTEMS, System
 from deploy.common import cli
 from deploy.common.paths import UserError
@@ -89,12 +88,6 @@ def measure(system: System, seed: int) -> dict[str, float]:
             measured[f"streamed_tokens_per_second {clients}"] = report.tokens_per_second
         measured["memory_mb"] = memory(pid) / 1e6
     return measured
-
-
-def memory(pid: int) -> int:
-    """Count the bytes of a process and its descendants in RAM, shared pages once (PSS)."""
-    root = psutil.Process(pid)
-    return sum(p.memory_full_info().pss for p in [root, *root.children(recursive=True)])
 
 
 def _checked(report: Report) -> Report:

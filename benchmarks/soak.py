@@ -36,8 +36,7 @@ from tqdm import tqdm
 
 from benchmarks.faults import FATAL, GENTLE, Fault, Victim, post
 from benchmarks.load import percentile, prompts
-from benchmarks.record import write
-from benchmarks.serving import memory
+from benchmarks.record import memory, write
 from deploy.common import cli
 from deploy.common.paths import BUILD, ROOT, UserError, shown
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from benchmarks.load import Target, closed_loop
-from benchmarks.record import summary, write
-from benchmarks.serving import memory
+from benchmarks.record import memory, summary, write
 from benchmarks.systems import APP, PORT, STORE
 from deploy.archive.build import build_archive
 from deploy.common import cli

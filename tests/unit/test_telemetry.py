@@ -12,6 +12,8 @@ from deploy.common import cli
 from deploy.common.paths import ROOT
 from tools.setup_env import CUDA_LOCK, LOCK, locked_blocks
 
+pytestmark = pytest.mark.slow
+
 SPY = '''
 import os, sys
 
@@ -65,7 +67,6 @@ def test_spy_sees_a_connection(spied: dict[str, str]):
     assert "192.0.2.1" in connections(spied)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("modules", ["openvino, openvino_genai, nncf", "transformers, torch"])
 def test_imports_of_an_engine_report_nothing(spied: dict[str, str], modules: str):
     run(spied, f"import {modules}, sys\nassert 'openvino_telemetry' not in sys.modules")
@@ -73,7 +74,6 @@ def test_imports_of_an_engine_report_nothing(spied: dict[str, str], modules: str
     assert not [p for p in Path(spied["HOME"]).rglob("*") if p.is_file()]
 
 
-@pytest.mark.slow
 def test_export_reports_nothing(spied: dict[str, str], tiny_llama: Path, tmp_path: Path):
     """The whole path of `make archive`: tracing, merging, quantizing and packing."""
     code = """
@@ -103,7 +103,6 @@ def test_commands_ask_libraries_not_to_track(monkeypatch: pytest.MonkeyPatch):
     assert seen == ["1"]
 
 
-@pytest.mark.slow
 def test_lab_fetches_no_news_and_looks_for_no_update(spied: dict[str, str]):
     recipe = subprocess.run(["make", "-n", "lab"], cwd=ROOT, capture_output=True, text=True).stdout
     flags = [word for word in recipe.split() if word.startswith("--LabApp.")]
