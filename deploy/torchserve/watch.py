@@ -33,8 +33,9 @@ STEP_SECONDS = ANSWER_SECONDS + DESCRIBE_SECONDS + INTERVAL
 """The longest time between two checks. More means that this program did not run either: the
 machine was suspended, or the container paused."""
 
-PATIENCE_SECONDS = 30
-"""Without a ready worker, until the server is ended."""
+PATIENCE_SECONDS = 22
+"""Without a ready worker, until the server is ended: 30 s at most with the time between two checks
+(`STEP_SECONDS`)."""
 RELOAD_FACTOR = 1.5
 """A worker may take this many times as long to come back as the server took to start."""
 OCCUPY_SECONDS = 5

@@ -73,7 +73,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
 @pytest.mark.parametrize(
     ("state", "seconds"),
-    [(State.NO_WORKER, 30), (State.FROZEN, 15), (State.STUCK, 25), (State.FAILED, 2)],
+    [(State.NO_WORKER, 22), (State.FROZEN, 15), (State.STUCK, 25), (State.FAILED, 2)],
 )
 def test_server_that_does_not_serve_is_ended(world: World, state: State, seconds: int):
     assert world.serve().seconds_until_verdict(state) == seconds
