@@ -133,8 +133,11 @@ class Shield:
         self._hidden: list[str] = []
 
     def hide(self, messages: Messages) -> Messages:
-        """Return the messages with numbers in place of control tokens."""
-        return [{name: self._hide(text) for name, text in m.items()} for m in messages]
+        """Return the messages with numbers in place of control tokens.
+
+        Templates compare the roles with words of theirs, and clients can send no other roles.
+        """
+        return [m | {"content": self._hide(m["content"])} for m in messages]
 
     def restore(self, text: str) -> TemplatedPrompt:
         """Return a text with the control tokens back in their places, as text by a user."""

@@ -184,6 +184,21 @@ def first_llama(tmp_path_factory) -> ModelFolder:
     return ModelFolder(write_folder(tmp_path_factory.mktemp("m"), llama(None), normalized=True))
 
 
+def test_role_that_begins_as_a_control_token_ends_is_unchanged(tmp_path):
+    """A template compares it with `system`; `stop words` ends with the `s` of it."""
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["stop words", "user", "test"])
+    template = (
+        "{% for m in messages %}{% if m.role not in ['system', 'user', 'assistant'] %}"
+        "{{ raise_exception('no such role') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    folder = ModelFolder(write_folder(tmp_path / "m", tokenizer, template))
+    roles = ("system", "user", "assistant")
+    prompt = folder.chat_prompt([{"role": role, "content": role} for role in roles])
+    assert str(prompt) == "systemuserassistant"
+    assert tokenizer.token_to_id("user") not in folder.encode(prompt)
+
+
 def test_model_reads_what_the_user_wrote(tmp_path):
     """The text is neither lost nor changed."""
     folder = ModelFolder(write_folder(tmp_path / "m", byte_level()))
