@@ -9,7 +9,9 @@ interrupt a long prefill lets a prompt of a quarter of its length go first.
 The second rule is about room, the tokens that the engine's cache can hold. A sequence needs room
 for its prompt and its longest completion. It is admitted only if it needs at most a quarter of the
 room that is left. So some room is always left for a smaller one, whatever runs. While the oldest
-sequence lacks room, only those pass it that need at most a quarter of its room.
+sequence lacks room, only those pass it that need at most a quarter of its room. When they have
+taken four times its room, no more pass, and it is admitted as soon as it fits. Else a flood of
+short prompts would keep it waiting until its deadline.
 """
 
 import math
@@ -28,6 +30,8 @@ class Waiting:
     def __init__(self) -> None:
         self._sequences: list[Sequence] = []
         self._shortest_next = True
+        self._passed = 0
+        """Room of the sequences that passed the oldest while it lacked room."""
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -45,12 +49,14 @@ class Waiting:
         """Take one sequence out; None if the key is unknown."""
         for i, sequence in enumerate(self._sequences):
             if sequence.key == key:
+                if i == 0:
+                    self._passed = 0
                 return self._sequences.pop(i)
         return None
 
     def clear(self) -> list[Sequence]:
         """Take all sequences out."""
-        sequences, self._sequences = self._sequences, []
+        sequences, self._sequences, self._passed = self._sequences, [], 0
         return sequences
 
     def take(self, room: float, *, idle: bool, longest: float = math.inf) -> Sequence | None:
@@ -65,9 +71,14 @@ class Waiting:
         if not self._sequences:
             return None
         oldest = self._sequences[0]
-        if idle and oldest.room * SHARE > room and oldest.prompt_tokens <= longest:
+        lacks_room = oldest.room * SHARE > room
+        overdue = lacks_room and self._passed >= oldest.room * SHARE
+        admitted = idle or (overdue and oldest.room <= room)
+        if lacks_room and admitted and oldest.prompt_tokens <= longest:
             return self.remove(oldest.key)
-        allowed = room if oldest.room * SHARE <= room else min(room, oldest.room)
+        if overdue:
+            return None
+        allowed = min(room, oldest.room) if lacks_room else room
         fitting = [
             s for s in self._sequences if s.room * SHARE <= allowed and s.prompt_tokens <= longest
         ]
@@ -80,4 +91,6 @@ class Waiting:
             chosen = fitting[0]
         if not limited:
             self._shortest_next = not self._shortest_next
+        if lacks_room:
+            self._passed += chosen.room
         return self.remove(chosen.key)

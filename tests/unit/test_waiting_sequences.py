@@ -73,3 +73,21 @@ def test_removed_sequence_is_not_taken():
     assert waiting.prompt_tokens == 6
     assert waiting.remove("b").key == "b" and waiting.remove("b") is None
     assert waiting.prompt_tokens == 4 and order(waiting) == "ac"
+
+
+def test_flood_of_small_sequences_does_not_starve_one_that_lacks_room():
+    """It would need more than the cache has for its quarter, and the engine is never idle."""
+    cache, waiting, ends, taken = 6500, Waiting(), {}, []
+    for step in range(5000):
+        while len(waiting) < 20:
+            waiting.add(sequence(f"{step}, {len(waiting)}", 20, new=150))
+        if step == 50:
+            waiting.add(sequence("big", 1500, new=256))
+        ends = {key: end for key, end in ends.items() if end > step}
+        if found := waiting.take(cache - 170 * len(ends), idle=not ends):
+            taken.append(found.key)
+            if found.key == "big":
+                break
+            ends[found.key] = step + 150
+    assert taken[-1] == "big" and len(taken) < 150
+    assert waiting.take(cache - 1756, idle=False), "then others pass again"
