@@ -99,7 +99,7 @@ class OpenVINOEngine:
         """In the pipeline, in its order."""
         self._ended: list[Sequence] = []
         """Ended before they were in the pipeline; not reported yet."""
-        self._dropped: list[genai.GenerationHandle] = []
+        self._dropped: list[_Running] = []
         """Of sequences that were dropped in their prefill, which must not be cancelled yet."""
         self._lookup = settings.prompt_lookup
         self._submitted = 0
@@ -210,8 +210,12 @@ class OpenVINOEngine:
             added += short.prompt_tokens
 
     def _prefill_tokens(self) -> int:
-        """Return the prompt tokens in the pipeline of sequences that have no token yet."""
-        return sum(r.end - r.begin for r in self._running.values() if r.in_prefill)
+        """Return the prompt tokens in the pipeline of sequences that have no token yet.
+
+        Those of dropped sequences count: the pipeline prefills them before what comes next.
+        """
+        in_prefill = [r for r in self._running.values() if r.in_prefill]
+        return sum(r.end - r.begin for r in [*in_prefill, *self._dropped])
 
     def _part_end(self, sequence: Sequence, begin: int) -> int:
         """Return where the part of a prompt ends that begins at `begin`: after a whole block."""
@@ -230,7 +234,7 @@ class OpenVINOEngine:
         that begins alike. So a prefill is cancelled after it is complete.
         """
         if self._prefix_caching and not running.sequence.completion_tokens:
-            self._dropped.append(running.handle)
+            self._dropped.append(running)
         else:
             running.handle.cancel()
 
@@ -259,8 +263,9 @@ class OpenVINOEngine:
     def _read(self) -> None:
         """Read the new tokens of every sequence from the pipeline."""
         for dropped in list(self._dropped):
-            if dropped.can_read() or dropped.get_status() != genai.GenerationStatus.RUNNING:
-                dropped.cancel()
+            handle = dropped.handle
+            if handle.can_read() or handle.get_status() != genai.GenerationStatus.RUNNING:
+                handle.cancel()
                 self._dropped.remove(dropped)
         for running in self._running.values():
             sequence, handle = running.sequence, running.handle

@@ -478,6 +478,20 @@ def test_prompt_dropped_in_its_prefill_leaves_nothing_wrong_in_the_cache(small_s
     engine.cancel("other")
 
 
+def test_clients_that_left_in_their_prefill_delay_nobody(small_steps):
+    """The pipeline prefills what they left; more than a few steps of it must not pile up."""
+    engine = small_steps
+    for i in range(30, 70):
+        engine.submit("left", long_prompt(i), Sampling(), stream=True)
+        engine.advance(0)
+        engine.cancel("left")
+    engine.submit("short", "ab", Sampling(max_new_tokens=1), stream=True)
+    passes = 1
+    while not engine.advance(0):
+        passes += 1
+    assert passes <= 6
+
+
 def run_uncached(engine, prompt: str, sampling: Sampling) -> list[str]:
     """Run a prompt in an engine of the same weights that has no prefix cache."""
     name = "openvino" if type(engine).__name__ == "OpenVINOEngine" else "transformers"
