@@ -16,6 +16,7 @@ Rules of TorchServe 0.12.0 that this file follows (none is documented; tests/ser
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ token of requests that arrive in between."""
 
 TICK_DOUBLES_AT = 32
 """Active requests with which a tick decodes for twice `TICK_SECONDS`."""
+
+PASSED_SECONDS = 1
+"""How long shorter requests may be admitted before an older one. After that each tick admits the
+oldest one too, even if it is long."""
 
 RETRY_AFTER_SECONDS = 2
 
@@ -130,17 +135,13 @@ class LLMHandler:
             for position, request_id in request_ids.items()
             if data[position].get("body") == PROBE
         }
-        admit_until = time.monotonic() + TICK_SECONDS
         active_before = len(self.active)
         new = [
             (len(data[position].get("body") or b""), position, request_id)
             for position, request_id in request_ids.items()
             if request_id not in self.active and request_id not in responses
         ]
-        # Short bodies first. A long one may take 0.4 s to tokenize, even if it is refused then.
-        for _, position, request_id in sorted(new):
-            if time.monotonic() > admit_until:
-                break  # the others are still new in the next tick
+        for position, request_id in self._in_turn(new, now):
             response = self._admit(request_id, data[position])
             if response:
                 responses[request_id] = response
@@ -160,6 +161,25 @@ class LLMHandler:
                     self.metrics.record(active)
                     self._drop(request_id)
         return responses
+
+    def _in_turn(self, new: list[tuple[int, int, str]], now: float) -> Iterator[tuple[int, str]]:
+        """Yield position and id of the requests that this tick admits; the others stay new.
+
+        Short bodies first, because a long one may take 0.4 s to tokenize, even if it is refused
+        then. But a flood of short ones must not keep an older one waiting.
+
+        Args:
+            new: size of the body, position and id.
+            now: the time of the tick.
+        """
+        admit_until = time.monotonic() + TICK_SECONDS
+        left = sorted(new, reverse=True)
+        while left and time.monotonic() <= admit_until:
+            yield left.pop()[1:]
+        if left:
+            _, position, request_id = min(left, key=lambda request: self._seen[request[2]])
+            if now - self._seen[request_id] >= PASSED_SECONDS:
+                yield position, request_id
 
     def _admit(self, request_id: str, parts: dict[str, Any]) -> Response | None:
         """Submit the instances of a new request to the engine, or respond with an error."""

@@ -256,6 +256,25 @@ def test_clock_starts_when_the_request_is_first_seen(worker, clock, monkeypatch)
     assert worker.handler.active["two"].arrived_at == 1000
 
 
+def test_long_request_is_admitted_in_a_flood_of_short_ones(worker, clock, monkeypatch):
+    """They are refused, so that they need no place and never end."""
+
+    def refuse(key, prompt, *args, **options):
+        clock.time += 0.01
+        if prompt == "short":
+            raise PromptError("is refused")
+        return len(prompt)
+
+    monkeypatch.setattr(worker.engine, "submit", refuse)
+    worker.tick(long=body("long" * 100), **{f"{i}": body("short") for i in range(30)})
+    began, ticks = clock.time, 0
+    while "long" not in worker.handler.active:
+        assert clock.time < began + 2
+        ticks += 1
+        worker.tick(**{f"{ticks}, {i}": body("short") for i in range(30 - len(worker.bodies))})
+    assert clock.time > began + 0.5, "the short ones were first for a while"
+
+
 def test_failure_anywhere_in_a_tick_ends_the_worker(worker, monkeypatch):
     """An exception that reached TorchServe would fail every request with a wrong response."""
 
