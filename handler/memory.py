@@ -7,6 +7,7 @@ group, which is how a container's memory is limited.
 
 import resource
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,8 +92,11 @@ def _compare(
 
 def _frontend(process: psutil.Process) -> int:
     """Return what TorchServe's frontend will take, if it started this process."""
-    for parent in process.parents():
-        if parent.name() == "java":
+    with suppress(psutil.Error):  # of processes of other users, some systems show nothing
+        parent = process.parent()
+        while parent and parent.name() != "java":
+            parent = parent.parent()
+        if parent:
             return parent.memory_info().rss + _FRONTEND_GROWTH
     return 0
 

@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -95,6 +96,32 @@ def test_process_and_frontend_count(monkeypatch):
     monkeypatch.setattr(memory, "_frontend", lambda _: 300 * 2**20)
     with pytest.raises(MemoryLimitError, match=r"0\.29 \(the frontend\)"):
         check_memory(CACHE, {"the KV cache": GIB})
+
+
+class Parent:
+    """A process in the line above the worker's; one of root hides what it is."""
+
+    def __init__(self, name: str, above: "Parent | None" = None) -> None:
+        self._name, self._above = name, above
+
+    def name(self) -> str:
+        if self._name == "hidden":
+            raise psutil.AccessDenied
+        return self._name
+
+    def parent(self) -> "Parent | None":
+        return self._above
+
+    def memory_info(self) -> SimpleNamespace:
+        return SimpleNamespace(rss=200 * 2**20)
+
+
+def test_processes_of_other_users_may_be_hidden():
+    """As with /proc mounted with hidepid=1."""
+    root = Parent("hidden")
+    assert memory._frontend(Parent("python3", Parent("java", root))) == 300 * 2**20
+    assert memory._frontend(Parent("python3", Parent("bash", root))) == 0
+    assert memory._frontend(Parent("python3")) == 0
 
 
 @pytest.mark.parametrize("kind", ["RLIMIT_AS", "RLIMIT_DATA"])
