@@ -17,6 +17,7 @@ from enum import Enum
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 PROBE = b'{"probe": true}'
 """`handler/response.py` declares the same: the worker answers it in its next tick."""
@@ -51,6 +52,8 @@ START_SECONDS = 1200
 
 TICKED, FAILED = "ticked", "failed"
 """Files of the worker in the state folder; `handler/drain.py` declares the same."""
+_QUEUE_FULL = b"ServiceUnavailableException"
+"""In the frontend's response if it cannot pass a request to the worker."""
 QUEUE_SECONDS = 1.0
 """For the next tick, if the frontend rejects the probe because its queue is full."""
 
@@ -87,7 +90,7 @@ class Frontend:
 
     def __init__(self, port: int, model: str, get: Callable[..., Any], folder: Path) -> None:
         self.port, self.model, self.get, self.folder = port, model, get, folder
-        self._path = f"/predictions/{model}?probe" if model else "/invocations?probe"
+        self._path = f"/predictions/{quote(model)}?probe" if model else "/invocations?probe"
         self.response_timeout = 0
         self._last_tick = 0.0
 
@@ -115,6 +118,8 @@ class Frontend:
             return Health(State.NO_WORKER, State.NO_WORKER.value, worker)
         if ticked:
             return Health(State.SERVING, "ready; busy")
+        if status and _QUEUE_FULL not in body and not self.probed:
+            return Health(State.SERVING, "ready")  # another handler, which fails on the probe
         return Health(State.STUCK, State.STUCK.value, worker)
 
     def probe(self) -> tuple[int, bytes]:
@@ -140,7 +145,7 @@ class Frontend:
         Raises:
             OSError, ValueError, LookupError: it does not answer as it should.
         """
-        return self.get(f"/models/{self.model}", timeout=DESCRIBE_SECONDS)[0]
+        return self.get(f"/models/{quote(self.model)}", timeout=DESCRIBE_SECONDS)[0]
 
     def occupy(self) -> list[socket.socket]:
         """Fill the frontend's queue with probes, so that it rejects requests with 503 at once.

@@ -197,3 +197,29 @@ def test_check_finds_what_is_wrong(
         assert health.reason == "the model cannot be loaded: a file is missing"
     if ticked and health.state is State.SERVING:
         assert frontend.check().state is State.STUCK, "there was no tick since the last check"
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "state"),
+    [
+        (503, b'{"code": 503, "type": "InternalServerException"}', State.SERVING),
+        (500, b"what is a probe?", State.SERVING),
+        (503, FRONTENDS, State.STUCK),
+        (0, b"", State.STUCK),
+    ],
+)
+def test_handler_that_knows_no_probe_is_not_stuck_if_it_responds(
+    monkeypatch, tmp_path: Path, port, status, body, state
+):
+    monkeypatch.setattr(TorchServe, "status", status)
+    monkeypatch.setattr(TorchServe, "body", body)
+    monkeypatch.setattr(watch, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "QUEUE_SECONDS", 0.2)
+    paths = []
+
+    def get(path: str, timeout: float) -> list[dict]:
+        paths.append(path)
+        return [{"responseTimeout": 15, "workers": READY}]
+
+    assert Frontend(port, "mein größtes Modell", get, tmp_path).check().state is state
+    assert paths == ["/models/mein%20gr%C3%B6%C3%9Ftes%20Modell"]
