@@ -103,6 +103,14 @@ def test_chooses_only_known_names_of_a_repository():
     assert choose_files(sorted(wanted + others)) == wanted
 
 
+def test_weights_that_a_repository_holds_twice_are_chosen_once():
+    """Else the check of memory counts them twice, too."""
+    wanted = ["model-00001-of-00001.safetensors", "config.json", "model.safetensors.index.json"]
+    for second in ("consolidated.safetensors", "consolidated-00001-of-00002.safetensors"):
+        assert choose_files([second, *wanted]) == wanted
+        assert choose_files([second, "config.json"]) == [second, "config.json"]
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "generation_config.json"])
 def test_rejects_link_out_of_a_model_folder(name: str, model_folder: Path, tmp_path: Path):
     (model_folder / name).rename(tmp_path / "elsewhere.json")
