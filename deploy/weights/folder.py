@@ -75,7 +75,7 @@ def choose_files(names: list[str]) -> list[str]:
     """
     names = sorted(name for name in names if "/" not in name and not name.startswith("."))
     tensors = [n for n in names if n.endswith(".safetensors")]
-    # Some repositories of Mistral hold the weights again, in a form that transformers does not read.
+    # Repositories of Mistral hold the weights again, in a form that transformers does not read.
     tensors = [n for n in tensors if not n.startswith("consolidated")] or tensors
     tensors = tensors or [n for n in names if _BIN.fullmatch(n)]
     index = f"{Path(tensors[0]).suffix}.index.json" if tensors else ".index.json"
