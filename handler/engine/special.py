@@ -50,10 +50,11 @@ class ControlTokens:
         state = json.loads(tokenizer.to_str())
         merged = _merged(state["model"])
         self._names: dict[str, str] = {}
-        patterns = {}
+        conditions = {}
         for token in state["added_tokens"]:
             text = token["content"]
-            patterns[text] = rf"\b{re.escape(text)}\b" if token["single_word"] else re.escape(text)
+            alone = rf"(?<!\w{re.escape(text)})(?!\w)"  # no letter before or after it
+            conditions[text] = alone if token["single_word"] else ""
             if len(text.strip()) < 2 or text in merged:
                 continue
             written = not text.strip().isalnum() and any(text in other for other in rendered)
@@ -64,8 +65,7 @@ class ControlTokens:
         normalized = any(t["normalized"] for t in state["added_tokens"])
         self._depends = normalized and tokenizer.normalizer is not None
         self._ids = {tokenizer.token_to_id(text) for text in self._names}
-        longest_first = sorted(patterns, key=len, reverse=True)  # as the tokenizer matches
-        self._added = re.compile("|".join(patterns[text] for text in longest_first) or "(?!)")
+        self._added = re.compile(_longest_of(conditions) or "(?!)")
         self._heads = {text[:n] for text in self._names for n in range(1, len(text))}
         self._tails = {text[-n:] for text in self._names for n in range(1, len(text))}
         self._longest = max((len(text) for text in self._names), default=0)
@@ -163,6 +163,30 @@ def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             joined.append((begin, end))
     return joined
+
+
+def _longest_of(conditions: dict[str, str]) -> str:
+    """Return an expression for the longest of some texts, which is what the tokenizer matches.
+
+    It is a tree, so that a thousand tokens are not tried one by one at each position of a prompt.
+
+    Args:
+        conditions: text -> what must hold after it, as an expression.
+    """
+    tree: dict[str, Any] = {}
+    for text, condition in conditions.items():
+        node = tree
+        for character in text:
+            node = node.setdefault(character, {})
+        node[""] = condition
+    return _expression(tree)
+
+
+def _expression(node: dict[str, Any]) -> str:
+    branches = [re.escape(c) + _expression(below) for c, below in node.items() if c]
+    if "" in node:
+        branches.append(node[""])  # last: only if nothing longer matches
+    return f"(?:{'|'.join(branches)})" if len(branches) > 1 else "".join(branches)
 
 
 def _merged(model: dict[str, Any]) -> set[str]:
