@@ -234,7 +234,8 @@ class Watcher:
         began = time.monotonic()
         health = self.frontend.check()
         now = time.monotonic()
-        since = self._last if health.state is self._state else began
+        served = self._state in (None, State.SERVING)
+        since = began if served else self._last  # between two failures nothing served, either
         step = min(now - since, STEP_SECONDS)
         self._last, self._state = now, health.state
         if health.state is State.SERVING:

@@ -106,6 +106,19 @@ def test_replaced_worker_ends_the_wait(world: World):
         world.serve()
 
 
+def test_server_that_changes_between_failures_is_ended(world: World):
+    """No check finds it serving, but no failure lasts."""
+    world.serve()
+    began = world.now
+    states = [State.STUCK, State.NO_WORKER, State.FROZEN]
+    while not world.watcher.look():
+        states.append(states.pop(0))
+        world.frontend.set(states[0])
+        world.now += 3.0
+        assert world.now - began < 60
+    assert world.now - began > 30
+
+
 def test_clients_are_rejected_while_the_worker_stays_away(world: World):
     """The queue is filled after five seconds, and emptied when there is a worker."""
     world.serve().frontend.set(State.NO_WORKER)
