@@ -6,7 +6,7 @@
 "Cold" builds without the container runtime's cache of layers; pip's cache of downloads stays, so
 that the network is not timed. "Edit" appends one line to the handler and builds again. Starts
 alternate with those of the same archive as a process of this machine (`deploy.torchserve`); "ready"
-is what the management port reports in both.
+is what the management API reports in both.
 """
 
 import subprocess

@@ -52,7 +52,7 @@ def main() -> int:
         drain_seconds = whole_number("DRAIN_SECONDS", DRAIN_SECONDS, most=86_400)
         port = whole_number("AIP_HTTP_PORT", 7080, least=1, most=65_535)
         if port == METRICS_PORT:
-            raise ValueError(f"AIP_HTTP_PORT: the metrics use the port {METRICS_PORT}")
+            raise ValueError(f"AIP_HTTP_PORT: port {METRICS_PORT} is for the metrics")
         check_port("AIP_HTTP_PORT", port)
         store = by_name(model_store())
         archive = only_archive(store)
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 def say(line: str, file: TextIO = sys.stdout) -> None:
-    """Write a line to the log. A log that cannot be written to does not keep us from stopping."""
+    """Write a line to the log. A log that cannot be written does not keep us from stopping."""
     with suppress(OSError):
         os.write(file.fileno(), f"{line}\n".encode())
 

@@ -38,6 +38,7 @@ from deploy.torchserve.watch import (
     OCCUPY_SECONDS,
     PATIENCE_SECONDS,
     STEP_SECONDS,
+    STUCK_SECONDS,
 )
 from handler.config import DEFAULTS, load_app
 from handler.request import parameter_table
@@ -83,10 +84,12 @@ SETTINGS: dict[str, Callable[[], str]] = {
     "container.drain_seconds": lambda: str(declared("docker/serve.py", "DRAIN_SECONDS")),
     "container.stop_seconds": lambda: str(STOP_SECONDS),
     "watch.patience": lambda: str(PATIENCE_SECONDS),
+    "watch.patience_at_most": lambda: f"{PATIENCE_SECONDS + STEP_SECONDS:g}",
     "watch.occupy": lambda: str(OCCUPY_SECONDS),
     "watch.frozen": lambda: str(FROZEN_SECONDS),
     "watch.frozen_at_most": lambda: f"{FROZEN_SECONDS + STEP_SECONDS:g}",
     "watch.failed": lambda: str(FAILED_SECONDS),
+    "watch.stuck": lambda: str(STUCK_SECONDS),
     "watch.tick": lambda: str(TICK_SECONDS),
     "watch.tick_openvino": lambda: str(TICK_SECONDS_PER_GB["openvino"]),
     "watch.tick_transformers": lambda: str(TICK_SECONDS_PER_GB["transformers"]),

@@ -1,13 +1,13 @@
-"""Signals between the worker and the program that started TorchServe.
+"""Exchange signals between the worker and the program that started TorchServe.
 
-They are empty files in the folder that `SERVING_STATE` names; without that variable nothing
+The signals are files in the folder that `SERVING_STATE` names; without that variable nothing
 happens. To shut down without dropping requests, the container's entry (`docker/serve.py`) makes
 `draining`; from then on the worker rejects new requests. The worker keeps `busy` while a request is
 active. When it is gone, the entry may stop TorchServe, which would otherwise reset every
-connection. The time of `ticked` is that of the last tick. `failed` says why the model cannot be
-loaded.
+connection. The worker updates the time of `ticked` at each tick. `failed` says why the model
+cannot be loaded.
 
-A full disk or a missing folder costs these signals, not requests.
+If the disk is full or the folder is missing, these signals are lost, but no request is.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ DRAINING, BUSY, TICKED, FAILED = "draining", "busy", "ticked", "failed"
 
 
 def record_failure(reason: str) -> None:
-    """Tell the program that started TorchServe why the model cannot be loaded."""
+    """Report to the program that started TorchServe why the model cannot be loaded."""
     if folder := os.environ.get(VARIABLE):
         with suppress(OSError):
             Path(folder, FAILED).write_text(reason)

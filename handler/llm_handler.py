@@ -49,7 +49,7 @@ oldest one too, even if it is long."""
 RETRY_AFTER_SECONDS = 2
 
 ALWAYS_ACCEPTED = 64
-"""A request of one part in 64 of `max_queue_tokens` does not count: 512 tokens by default."""
+"""`max_queue_tokens` does not limit requests of up to 1/64 of it: 512 tokens by default."""
 
 
 class LLMHandler:
@@ -119,7 +119,7 @@ class LLMHandler:
         """Drop requests whose client left, admit new ones, decode, collect the responses.
 
         The frontend reports that the client of a stream left, but not that of a plain request. So
-        every request has a deadline, at which it ends with what it has.
+        every request has a deadline, at which it ends with the text so far.
         """
         now = time.monotonic()
         self._seen = {i: self._seen.get(i, now) for i in request_ids.values()}
@@ -228,8 +228,8 @@ class LLMHandler:
     def _check_queue(self, waiting: int, added: int) -> None:
         """Reject a request whose prompts add too many tokens to those that wait.
 
-        Without waiting prompts any request is accepted. So is a short one: it will be before the
-        long ones, and `max_queue` bounds the number of short ones.
+        If no prompt waits, any request is accepted. A short one always is: it is prefilled before
+        the long ones, and `max_queue` bounds the number of short ones.
         """
         most = self.app.engine.max_queue_tokens
         if waiting and waiting + added > most and added * ALWAYS_ACCEPTED > most:

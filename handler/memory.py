@@ -15,7 +15,7 @@ import psutil
 
 GIB = 2**30
 _FRONTEND_GROWTH = 100 * 2**20
-"""What the frontend takes under load beside what it takes while the worker starts, in bytes."""
+"""Bytes that the frontend takes under load, in addition to those while the worker starts."""
 
 
 class MemoryLimitError(ValueError):
@@ -33,8 +33,8 @@ class Limit:
 def physical_limits(root: Path = Path("/"), *, machine: bool = True) -> list[Limit]:
     """Return the bounds on memory in use, the smallest first: of control groups, of the machine.
 
-    The machine's swap counts for the machine, because a process there is slow but not ended. A
-    control group's does not: its limit says how much memory the container should take.
+    The machine's swap counts for the machine, because a process that swaps is slow but not
+    killed. A control group's does not: its limit says how much memory the container should take.
 
     Args:
         root: where `proc` and `sys` are.

@@ -115,8 +115,8 @@ class Parameters(Input):
         WholeNumber | None,
         Field(ge=0, le=2**63 - 1),
         Doc(
-            "The same seed gives the same completion. Seeds from 2^32 on are reduced to 32 bits, "
-            "so two seeds can draw the same numbers.",
+            "The same seed gives the same completion. Seeds of 2^32 and above are reduced to 32 "
+            "bits, so two of them can give the same completion.",
             default="random",
         ),
     ] = None
@@ -139,8 +139,8 @@ class SharedParameters(Parameters):
         Field(ge=0.1),
         AppLimit("seconds"),
         Doc(
-            "Seconds after which the request ends with what it has. Shared only.",
-            default="the highest",
+            "Seconds after which the request ends with the text generated so far. Shared only.",
+            default="the maximum",
         ),
     ] = None
 

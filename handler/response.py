@@ -43,7 +43,7 @@ class Response:
 
 PROBE = b'{"probe": true}'
 """The body of a request that asks whether ticks happen (`deploy/torchserve/watch.py` sends it). It
-needs no place in the engine, so a full or draining server answers it, too."""
+needs no place in the engine, so a full or draining server answers it too."""
 
 PROBE_RESPONSE = Response(b'{"status": "ok"}', headers={"content-type": JSON})
 
@@ -101,7 +101,7 @@ class ActiveRequest:
 
     @property
     def deadline(self) -> float:
-        """When the request must end with what it has."""
+        """When the request must end with the text so far."""
         return self.arrived_at + self.request.seconds
 
     @property

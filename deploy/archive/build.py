@@ -24,8 +24,9 @@ TICK_SECONDS = 15
 
 TICK_SECONDS_PER_GB = {"openvino": 20, "transformers": 40}
 """The longest part of a tick is prefill. On two slow cores, at 50 GFLOP/s, openvino's 128 tokens
-take 5 s for each GB of int8 weights. The 2,048 tokens of transformers take 20 s for each GB of
-float32 weights and 40 s for 16-bit weights. Layers on a slow disk are read in 10 s for each GB."""
+take 5 s for each GB of int8 weights. With transformers, the 2,048 tokens of dolly-v2-3b take 20 s
+for each GB of float32 weights and 40 s for 16-bit weights. Reading layers from a slow disk takes
+10 s for each GB."""
 
 
 def build_app(

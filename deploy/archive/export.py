@@ -131,7 +131,7 @@ def _unfinished(folder: Path) -> Iterator[Path]:
 def _run_exporter(command: list[str | Path], target: Path, cache: Path) -> None:
     log = cache / "export.log"
     with log.open("w") as stream:
-        # The weights are here: nothing is asked of the Hub.
+        # The weights are here, so the exporter needs nothing from the Hub.
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         run = subprocess.run(command, env=environment, stderr=stream, cwd=ROOT)
     if run.returncode != 0 or not (target / EXPORTED).is_file():

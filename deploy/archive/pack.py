@@ -95,7 +95,7 @@ def pack_prepared(
 
 
 def sources(package: Path) -> list[Path]:
-    """Return the files of a handler's package that belong into an archive: modules, apps' YAML.
+    """Return the files of a handler's package that belong in an archive: modules, apps' YAML.
 
     A developer's folder may hold others, such as `.env`; print their names.
     """

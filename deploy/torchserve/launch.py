@@ -19,10 +19,10 @@ HEAP = "512m"
 BUFFERS = 384 * 2**20
 """Bytes for Java's network buffers, outside the heap: 1,000 bodies of the largest size."""
 OVER_LIMIT = 65_536
-"""Bytes by which a body may be over the app's limit and still reach the handler, whose error says
-what is allowed. TorchServe rejects a larger one with an empty 413, before it reads it."""
+"""Bytes by which a body may exceed the app's limit and still reach the handler, whose error says
+what is allowed. TorchServe rejects larger bodies with an empty 413, before it reads them."""
 FOREIGN_LIMIT = 1_000_000
-"""The limit in bytes for an archive without `app.limits.max_body_bytes`: of another handler."""
+"""The limit in bytes for the archive of another handler, without `app.limits.max_body_bytes`."""
 _CONFIG = "model-config.yaml"
 _MULTICAST = "224.0.0.1"
 
@@ -70,8 +70,8 @@ def java_command(
     name = archive.removesuffix(".mar")
     frontend = home / "ts" / "frontend"
     command: list[str | Path] = [java, *_memory_options(), f"-Dmodel_server_home={home}"]
-    # Unix sockets need netty's native library: beside the jar in the image (docker/slim.py). Else
-    # netty extracts it there, and not to /tmp, which may be mounted with noexec.
+    # Unix sockets need netty's native library: beside the jar in the image (docker/slim.py).
+    # Elsewhere netty extracts it there, and not to /tmp, which may be mounted with noexec.
     command += [f"-Djava.library.path={frontend}", f"-Dio.netty.native.workdir={frontend}"]
     command += [f"-Djava.io.tmpdir={temporary}", f"-Dlog4j.configurationFile={log4j}"]
     if log:
@@ -85,8 +85,8 @@ def java_command(
 def _memory_options() -> list[str]:
     """Bound Java's memory, and end Java when the heap is full instead of leaving it half alive.
 
-    Connections use memory outside the heap. When that is used up, Java itself tries for half a
-    second to free some, at each request, and all connections stand still. Netty's own counter
+    Connections use memory outside the heap. When it is used up, Java tries to free some for half a
+    second, at each request, and all connections wait. Netty's own counter
     (`maxDirectMemory`) fails at once, which costs only the connection that needed the memory. It
     needs access to a private constructor that Java has up to version 20.
     """

@@ -52,8 +52,8 @@ class Server:
     """One TorchServe process tree that serves one archive.
 
     Use it in a `with` block, or call `start()` and `stop()`. Predictions listen on `port`, metrics
-    on `port` + 2. Management and the workers listen on sockets in a private folder, and nobody can
-    connect to gRPC.
+    on `port` + 2. Management and the workers listen on sockets in a private folder. On Linux,
+    nobody can connect to gRPC.
 
     Args:
         archive: what `deploy.archive.build.build_archive` returned.

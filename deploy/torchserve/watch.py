@@ -2,7 +2,7 @@
 
 TorchServe starts a new worker when one died or did not answer for `responseTimeout`. It does not
 notice that its own threads are stuck, and it says "Healthy" while no worker can be started. So the
-program that started it asks every few seconds for something that only a working server answers.
+program that started it sends a request every few seconds that only a working server answers.
 
 `docker/serve.py`, `docker/ready` and `server.py` use this file, which imports only the standard
 library.
@@ -23,9 +23,9 @@ PROBE = b'{"probe": true}'
 """`handler/response.py` declares the same: the worker answers it in its next tick."""
 
 ANSWER_SECONDS = 4.0
-"""For the response to a probe: a tick of a small model lasts 0.2 s."""
+"""Time limit for the response to a probe; a tick of a small model lasts 0.2 s."""
 DESCRIBE_SECONDS = 2.0
-"""For the management API, which answers without a worker."""
+"""Time limit for the management API, which answers without a worker."""
 INTERVAL = 2.0
 """Seconds between two checks."""
 START_INTERVAL = 0.3
@@ -42,9 +42,10 @@ RELOAD_FACTOR = 1.5
 OCCUPY_SECONDS = 5
 """Without a ready worker, until clients get 503."""
 FROZEN_SECONDS = 15
-"""Without any answer from the frontend, until the server is ended."""
+"""Without any response from the frontend, until the server is ended."""
 FAILED_SECONDS = 2
-"""With a model that cannot be loaded: requests that wait get their responses."""
+"""With a model that cannot be loaded, until the server is ended. Requests that wait get their
+responses in this time."""
 STUCK_SECONDS = 10
 """After `responseTimeout`, at which TorchServe should have replaced the worker."""
 START_SECONDS = 1200
@@ -55,7 +56,7 @@ TICKED, FAILED = "ticked", "failed"
 _QUEUE_FULL = b"ServiceUnavailableException"
 """In the frontend's response if it cannot pass a request to the worker."""
 QUEUE_SECONDS = 1.0
-"""For the next tick, if the frontend rejects the probe because its queue is full."""
+"""To wait for the next tick, if the frontend rejects the probe because its queue is full."""
 
 
 class State(Enum):
@@ -189,7 +190,7 @@ class Watcher:
         frontend: the server.
         patience: seconds without a ready worker; half of them if the worker was stuck before. More
             if the first start took long: `RELOAD_FACTOR` times as long.
-        frozen: seconds without any answer from the frontend.
+        frozen: seconds without any response from the frontend.
         start: seconds until the first worker is ready.
         occupy_after: seconds without a worker until clients get 503 instead of waiting for one.
         started_in: seconds that the start took, if it is over.

@@ -141,7 +141,7 @@ def _check_link(path: Path, folder: Path) -> None:
     target = path.resolve()
     if path.suffix != ".safetensors" and not target.is_relative_to(home):
         raise UserError(
-            f"{shown(path)}: is a link to {target}, outside of its folder; replace it by a copy"
+            f"{shown(path)}: is a link to {target}, outside its folder; replace it with a copy"
         )
 
 

@@ -52,11 +52,11 @@ class Sampling:
 
     @property
     def random_state(self) -> int:
-        """32 bits for a generator: of the seed, or random without one.
+        """The 32-bit seed for a generator: derived from `seed`, or random without one.
 
         The generators of both engines read only the lower 32 bits of a seed. The upper ones are
-        multiplied by an odd number modulo 2^32, which maps different ones to different ones, and
-        mixed in. So seeds below 2^32 are themselves, and seeds with the same lower half differ.
+        multiplied by an odd number modulo 2^32, which keeps them distinct, and mixed in. So seeds
+        below 2^32 stay the same, and seeds with the same lower half give different results.
         """
         if self.seed is None:
             return secrets.randbits(32)
@@ -119,7 +119,7 @@ class Engine(Protocol):
         ...
 
     def expire(self, key: Hashable) -> None:
-        """End a sequence with what it has; `advance` reports it, with finish reason `timeout`.
+        """End a sequence with the text so far; `advance` reports it with finish reason `timeout`.
 
         Unknown keys are ignored, as are sequences that have ended.
         """

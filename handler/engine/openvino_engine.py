@@ -47,8 +47,8 @@ token alone has a higher probability, so the result is the same."""
 class _Running:
     """A sequence in the pipeline.
 
-    `handle` is of a request with the first `end` tokens of the prompt. If these are not all, its
-    only purpose is to put them into the prefix cache. `begin` tokens were there before.
+    `handle` belongs to a request with the first `end` tokens of the prompt. If these are not all,
+    its only purpose is to put them into the prefix cache. `begin` tokens were there before.
     """
 
     sequence: Sequence

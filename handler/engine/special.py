@@ -1,9 +1,9 @@
-"""Control tokens: those that a template writes count; the same text written by a user is text.
+"""Read control tokens only where a template wrote them; in what a user wrote they are text.
 
-A tokenizer turns the text `<|im_end|>` into the token that ends a turn, whoever wrote it. Someone
-could so end their own message and begin a system message. Therefore a second tokenizer knows the
-control tokens under other, random names. What the template wrote is renamed, what users wrote is
-not, and one call encodes both together, so all other tokens are the same as before.
+A tokenizer turns the text `<|im_end|>` into the token that ends a turn, even if a user wrote it. So
+a user could end their own message and begin a system message. Therefore a second tokenizer knows
+the control tokens under other, random names. What the template wrote is renamed, what users wrote
+is not, and one call encodes both together, so all other tokens are the same as before.
 """
 
 import json
@@ -81,9 +81,9 @@ class ControlTokens:
         return self._renamed.encode("".join(parts)).ids
 
     def find(self, text: str) -> list[tuple[int, int]]:
-        """Return where `text` has a control token, or the half of one at its beginning or end.
+        """Return where `text` has a control token, or a part of one at its beginning or end.
 
-        Text beside a half may complete it: the template's, or that of another message.
+        Text beside a part may complete it: the template's, or that of another message.
         """
         found = [m.span() for m in self._added.finditer(text) if m[0] in self._names]
         begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
@@ -123,7 +123,7 @@ class ControlTokens:
 class Shield:
     """Hides the control tokens in the messages of one request from their template.
 
-    In their place stands a number that no user can guess and that survives what templates do with
+    It replaces each with a number that no user can guess and that survives what templates do with
     text: trim it, look for words in it, change its case.
     """
 

@@ -3,7 +3,7 @@
 With first come, first served, a prompt of two words waits until every long prompt that came before
 it is prefilled: ten minutes behind 64 prompts of 1,850 words on two cores. Here two choices take
 turns: the shortest prompt, then the oldest. So a short prompt waits for one other prefill at most,
-and every second choice serves the oldest, so no prompt waits for ever. An engine that can
+and every second choice serves the oldest, so no prompt waits indefinitely. An engine that can
 interrupt a long prefill lets a prompt of a quarter of its length go first.
 
 The second rule is about room, the tokens that the engine's cache can hold. A sequence needs room

@@ -261,7 +261,7 @@ def test_port_of_vertex_ai(lean, port):
 @pytest.mark.parametrize(
     ("variable", "message"),
     [
-        ("AIP_HTTP_PORT=7082", "AIP_HTTP_PORT: the metrics use the port 7082"),
+        ("AIP_HTTP_PORT=7082", "AIP_HTTP_PORT: port 7082 is for the metrics"),
         ("AIP_HTTP_PORT=http", "AIP_HTTP_PORT: 'http' is not a whole number from 1 to 65535"),
         ("MODEL_STORE=/srv", "/srv is empty, but should hold one archive"),
         ("DRAIN_SECONDS=long", "DRAIN_SECONDS: 'long' is not a whole number from 0 to 86400"),

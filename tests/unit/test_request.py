@@ -154,7 +154,7 @@ def test_table_has_every_parameter_and_its_default():
         "ignore_eos": "false",
         "return_full_text": "true for plain text, else false",
         "stream": "false",
-        "timeout": "the highest",
+        "timeout": "the maximum",
     }
 
 
