@@ -35,6 +35,7 @@ from deploy.image.run import STOP_SECONDS
 from deploy.torchserve.watch import (
     FAILED_SECONDS,
     FROZEN_SECONDS,
+    INTERVAL,
     OCCUPY_SECONDS,
     PATIENCE_SECONDS,
     STEP_SECONDS,
@@ -86,6 +87,7 @@ SETTINGS: dict[str, Callable[[], str]] = {
     "watch.patience": lambda: str(PATIENCE_SECONDS),
     "watch.patience_at_most": lambda: f"{PATIENCE_SECONDS + STEP_SECONDS:g}",
     "watch.occupy": lambda: str(OCCUPY_SECONDS),
+    "watch.interval": lambda: f"{INTERVAL:g}",
     "watch.frozen": lambda: str(FROZEN_SECONDS),
     "watch.frozen_at_most": lambda: f"{FROZEN_SECONDS + STEP_SECONDS:g}",
     "watch.failed": lambda: str(FAILED_SECONDS),

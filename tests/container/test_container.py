@@ -288,5 +288,5 @@ def test_memory_without_room_for_the_kv_cache_ends_the_start(lean):
 
 
 def test_full_image_serves_with_torch(full):
-    run_container(APP, tag="full-test", port=PORT, memory="2g")
+    run_container(APP, tag="full-test", port=PORT, memory="3g")
     assert "Tokyo" in predict(URL, SAMPLE_REQUEST)["predictions"][0]
