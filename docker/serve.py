@@ -26,7 +26,7 @@ from threading import Event
 from typing import TextIO
 
 import management
-from launch import grpc_address, java_command, max_request_size, without_secrets
+from launch import grpc_address, java_command, max_request_size, server_environment
 from watch import Frontend, Watcher
 
 HERE = Path(__file__).parent
@@ -57,6 +57,8 @@ def main() -> int:
         store = by_name(model_store())
         archive = only_archive(store)
         settings = {
+            "AIP_HTTP_PORT": str(port),
+            "HF_HUB_OFFLINE": "1",
             "SERVING_STATE": str(STATE),
             "GRPC_ADDRESS": grpc_address(),
             "MAX_REQUEST_SIZE": str(max_request_size(store / archive)),
@@ -75,7 +77,7 @@ def main() -> int:
         archive=archive,
         temporary=TEMPORARY,
     )
-    server = subprocess.Popen(command, env=without_secrets(os.environ) | settings)
+    server = subprocess.Popen(command, env=server_environment(os.environ) | settings)
     get = partial(management.get, management.address(STATE))
     watcher = Watcher(Frontend(port, archive.removesuffix(".mar"), get, STATE)).start()
     while server.poll() is None and not watcher.verdict:

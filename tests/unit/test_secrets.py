@@ -174,7 +174,7 @@ def test_server_on_this_machine_passes_no_secret(monkeypatch: pytest.MonkeyPatch
 
 def test_container_passes_no_secret_to_torchserve():
     entry = (ROOT / "docker" / "serve.py").read_text()
-    assert "env=without_secrets(os.environ)" in entry and not re.search(r"env=os\.environ", entry)
+    assert "env=server_environment(os.environ)" in entry and not re.search(r"env=os\.environ", entry)
 
 
 def test_build_of_an_image_gets_no_secret(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
