@@ -58,7 +58,8 @@ def full(smollm2: Path) -> str:
 @pytest.fixture
 def container(lean: str) -> Iterator[str]:
     """A container of the lean image as `make run` starts it, with 3 GB of memory."""
-    name = run_container(APP, tag="lean-test", port=PORT, memory="3g")
+    secret = {"HF_TOKEN": "a-secret", "DATABASE_URL": "a-secret"}
+    name = run_container(APP, tag="lean-test", port=PORT, memory="3g", environment=secret)
     yield name
     docker("rm", "--force", name)
 

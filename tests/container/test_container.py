@@ -173,6 +173,13 @@ def test_dead_frontend_ends_the_container(container):
     assert "Tokyo" in predict(URL, SAMPLE_REQUEST)["predictions"][0]
 
 
+def test_processes_of_torchserve_get_no_secret_of_the_container(container):
+    for pattern in ("ModelServe[r]", "model_service_worke[r]"):
+        (process,) = processes(container, pattern)
+        environment = docker("exec", container, "cat", f"/proc/{process}/environ")
+        assert "AIP_HTTP_PORT=7080" in environment and "a-secret" not in environment
+
+
 def test_dead_worker_is_replaced_inside(container):
     (worker,) = processes(container, "model_service_worke[r]")
     docker("exec", container, "sh", "-c", f"kill -9 {worker}")
