@@ -128,9 +128,7 @@ VALUES: dict[str, Callable[[], str]] = {
     "startup.overhead_seconds": lambda: (
         f"{at('startup/openvino/ready_seconds') - at('startup/openvino/engine_seconds'):.0f}"
     ),
-    "soak.p99_spread_percent": lambda: (
-        f"{100 * (max(thirds := at('soak/p99_seconds_a_token_by_third')) / min(thirds) - 1):.0f}"
-    ),
+    "soak.memory_minutes": lambda: f"{at('soak/memory_minutes'):.0f}",
     "soak.memory_mb_per_minute": lambda: f"{at('soak/memory_mb_a_minute'):.1f}",
     "large.int8_bandwidth_share": lambda: f"{at(f'{DOLLY}/share_of_roofline'):.2f}",
     "large.export_memory_gb": lambda: f"{at('large/exports/openvino int8/peak_memory_gb'):.0f}",
