@@ -100,6 +100,7 @@ class Container:
         options = [*HARDENED, "--name", self.spec.name, "--network", self.spec.network]
         options += ["--label", f"{LABEL}={label_of_this_process()}"]
         options += ["--publish", f"127.0.0.1::{self.spec.port}"]
+        options += ["--no-healthcheck"]  # Vertex AI has its own probes, and ignores the image's
         options += ["--shm-size", f"{self.spec.shm_mb or SHM_MB}m"]
         for name, value in environment.items():
             options += ["--env", f"{name}={value}"]
