@@ -44,8 +44,9 @@ until all of the cache is. That was 11 to 16 kB for a request of these kinds."""
 
 
 def test_thousands_of_requests_leave_nothing_behind(tiny_openvino_server: Server):
-    """Memory, files and threads of Java and worker, after the first requests and after the last.
+    """Files and threads of Java and worker, and the worker's memory, after the first and the last.
 
+    Java's memory is not compared: its heap grows to its limit before Java collects garbage.
     tests/unit/test_handler_memory.py measures the handler's own memory exactly.
     """
     server = tiny_openvino_server
@@ -54,8 +55,8 @@ def test_thousands_of_requests_leave_nothing_behind(tiny_openvino_server: Server
     asyncio.run(send(server.url, 600))
     before = [(p.memory_info().rss, p.num_threads(), p.num_fds()) for p in processes]
     asyncio.run(send(server.url, 1400))
-    for process, (memory, threads, files) in zip(processes, before, strict=True):
-        assert process.memory_info().rss - memory < 1400 * BYTES_A_REQUEST, process
+    assert processes[1].memory_info().rss - before[1][0] < 1400 * BYTES_A_REQUEST
+    for process, (_, threads, files) in zip(processes, before, strict=True):
         assert process.num_threads() <= threads + 8, process
         wait_until(lambda p=process, most=files + 8: p.num_fds() <= most, timeout=10)
 

@@ -127,11 +127,10 @@ def test_worker_with_a_failed_engine_is_replaced(tiny_llama: Path, tmp_path: Pat
     archive = build_archive("broken", tiny_llama, **TORCH, store=tmp_path)
     engine = archive / "handler" / "engine" / "transformers_engine.py"
     text = engine.read_text()
-    assert text.count("    def _prefill(self)") == 1
-    sabotage = "        if self._waiting and len(self._waiting[0].token_ids) == 3: 1 / 0\n"
-    at = text.index('"""Run waiting prompts')
-    end = text.index("\n", at) + 1
-    engine.write_text(text[:end] + sabotage + text[end:])
+    line = "        longest = max(sequence.prompt_tokens for sequence in group)\n"
+    assert text.count(line) == 1
+    sabotage = "        if group[0].prompt_tokens == 3: 1 / 0\n"
+    engine.write_text(text.replace(line, sabotage + line))
     with Server(archive, port=7200) as server:
         good = {"instances": ["ab"], "parameters": {"max_new_tokens": 2}}
         assert httpx.post(server.url, json=good).status_code == 200
