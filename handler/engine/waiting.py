@@ -64,7 +64,7 @@ class Waiting:
 
         Args:
             room: tokens that the cache can still hold.
-            idle: nothing runs, so the oldest may take whatever it needs.
+            idle: nothing runs, so the oldest may take all the room that it needs.
             longest: take no longer prompt than this. If the engine has a reason to limit the
                 length, the next is the shortest, and the turns do not change.
         """

@@ -234,7 +234,7 @@ def test_inference_port_has_no_files_and_no_other_api(server, method, path):
 
 
 def test_equal_request_ids_do_not_mix_responses(server):
-    """Eight at once. TorchServe uses ids of its own, whatever a client calls its request."""
+    """Eight at once. TorchServe makes its own ids and ignores those of clients."""
     ids = "X-Request-Id: same", "Request-Id: same", "X-Amzn-Trace-Id: same", "traceparent: same"
     with ExitStack() as stack:
         connections = [stack.enter_context(connect(server)) for _ in range(8)]

@@ -339,7 +339,7 @@ def test_sequences_that_fit_only_one_after_the_other_all_end(small_cache_engine)
 
 @pytest.mark.parametrize("small_cache_engine", [{}], indirect=True, ids=str)
 def test_sequence_that_the_pipeline_gives_up_does_not_end_the_engine(small_cache_engine):
-    """It has no output then. Reading it ended the worker, with everybody's sequences."""
+    """Then it has no output. Reading it ended the worker, and all sequences with it."""
     engine = small_cache_engine
     limit, engine.max_context = engine.max_context, 256  # as if the check were missing
     try:

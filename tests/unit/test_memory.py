@@ -52,7 +52,7 @@ V2 = "sys/fs/cgroup/"
             [4000, 5000, 9223372036854771712],
         ),
         (
-            {  # in a container without a namespace of its own: the path is the host's
+            {  # in a container that shares the host's namespace: the path is the host's
                 "proc/self/cgroup": "4:memory:/docker/abc\n",
                 V1 + "memory.limit_in_bytes": "4000\n",
             },
@@ -141,7 +141,7 @@ def test_limit_of_a_process_counts(monkeypatch, kind):
 
 @pytest.mark.slow
 def test_cache_is_checked_against_ulimit():
-    """In a process of its own, whose limit is real."""
+    """In a separate process, whose limit is real."""
     code = """
 import resource
 from handler.config import engine_config

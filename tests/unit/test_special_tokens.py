@@ -256,7 +256,7 @@ def test_cost_is_linear_in_the_number_of_special_tokens(tmp_path):
 
 
 def test_cost_does_not_grow_with_the_number_of_tokens_in_the_vocabulary(tmp_path):
-    """Tried one by one, a thousand took 3 s for this body, in which nobody else is served."""
+    """Tried one by one, a thousand took 3 s for this body, and other requests waited."""
     tokenizer = byte_level()
     tokenizer.add_special_tokens([f"<SPECIAL_{i}>" for i in range(1000)])
     folder = ModelFolder(write_folder(tmp_path / "m", tokenizer))
