@@ -102,6 +102,7 @@ class EngineConfig(_Strict):
     max_queue: Annotated[int, Field(ge=0)]
     max_queue_tokens: Annotated[int, Field(ge=1)]
     stop_tokens: list[str] = []
+    self_check: bool
     openvino: OpenVINOConfig
     transformers: TransformersConfig
 

@@ -13,10 +13,12 @@ import yaml
 
 from deploy.archive.export import choose_engine, export, exported_files
 from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
-from deploy.common.paths import MODEL_STORE, UserError, shown, temporary_folder
+from deploy.archive.verify import verify
+from deploy.common.paths import MODEL_STORE, UserError, link_or_copy, shown, temporary_folder
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import RANDOM, left_out, source_of, weight_files
 from handler.config import EngineConfig, app_yaml, check_engine, parse_app
+from handler.engine.self_check import RECORD
 from handler.request import RequestError, default_parameters
 
 TICK_SECONDS = 15
@@ -99,8 +101,12 @@ def prepare(
     config, settings = model_config(name, weights, engine)
     if others := left_out(weights, weight_files(weights)):
         print(f"{shown(weights)}: leaving out {others}", flush=True)
+    record = None
     if settings.name == "openvino":
-        files = exported_files(export(weights, settings))
+        exported = export(weights, settings)
+        files = exported_files(exported)
+        if settings.self_check:
+            record = verify(weights, exported, settings)
     else:
         files = weight_files(weights)
     if config["responseTimeout"] is None:
@@ -112,6 +118,8 @@ def prepare(
     (target / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     with temporary_folder() as temporary:
         place(_with_tokenizer(files, weights, temporary), target / WEIGHTS)
+    if record:
+        link_or_copy(record, target / WEIGHTS / RECORD)
     return target
 
 

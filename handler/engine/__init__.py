@@ -9,7 +9,7 @@ Not here: HTTP, JSON and prompt formats. See `request.py` and `prompt.py`.
 
 import secrets
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -72,6 +72,7 @@ class Progress:
     key; all texts of a key joined are its completion. `completion_tokens` is the total so far.
     `queue_seconds` is the time between `submit` and the first forward pass. `finish_reason` is None
     while the sequence runs; "error" means that the engine failed on it and has logged why.
+    `token_ids` are the generated tokens that no earlier `Progress` of the key had.
     """
 
     key: Any
@@ -79,6 +80,7 @@ class Progress:
     completion_tokens: int
     finish_reason: FinishReason | None = None
     queue_seconds: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
 
 
 class PromptError(ValueError):

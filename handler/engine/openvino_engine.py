@@ -20,6 +20,7 @@ import openvino_genai as genai
 from handler.config import EngineConfig, OpenVINOConfig
 from handler.engine import Messages, Progress, Sampling
 from handler.engine.folder import ModelFolder
+from handler.engine.self_check import RECORD, Record, check_record
 from handler.engine.sequence import Sequence, new_sequence
 from handler.engine.waiting import SHARE, Waiting
 from handler.memory import GIB, check_memory
@@ -117,6 +118,8 @@ class OpenVINOEngine:
             f"context {self.max_context}{cut}"
             + (f", prompt lookup of {self._lookup} tokens" if self._lookup else "")
         )
+        if config.self_check:
+            self.description += f", {self._self_check(weights / RECORD)}"
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         sequence = new_sequence(
@@ -295,6 +298,12 @@ class OpenVINOEngine:
                 self._running.pop(progress.key, None)
         self._ended = []
         return out
+
+    def _self_check(self, record: Path) -> str:
+        """Compare with what was recorded after the export; return what came, for the log."""
+        if not record.is_file():
+            return "no self-check, because the archive was made without it"
+        return check_record(self, self.folder.encode, Record.read(record))
 
     def _warm_up(self) -> int:
         """Run one short request, since the first forward pass compiles and allocates.

@@ -23,6 +23,7 @@ class Sequence:
     pending: str = ""
     finish_reason: FinishReason | None = None
     reported: bool = False
+    reported_tokens: int = 0
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0
 
@@ -72,8 +73,10 @@ class Sequence:
         """Report what is new."""
         text, self.pending = self.pending, ""
         self.reported = self.reported or bool(text)
+        tokens = self.token_ids[self.prompt_tokens + self.reported_tokens :]
+        self.reported_tokens += len(tokens)
         waited = (self.started_at or time.monotonic()) - self.submitted_at
-        return Progress(self.key, text, self.completion_tokens, self.finish_reason, waited)
+        return Progress(self.key, text, self.completion_tokens, self.finish_reason, waited, tokens)
 
 
 def new_sequence(

@@ -28,7 +28,9 @@ from handler.engine import Messages, Progress, Sampling
 from handler.engine.batch import Batch, can_batch
 from handler.engine.folder import ModelFolder
 from handler.engine.loading import device_summary, load_model
+from handler.engine.reference import score
 from handler.engine.sampling import Sampler
+from handler.engine.self_check import SelfCheckError, compare, complete, prompts
 from handler.engine.sequence import Sequence, new_sequence
 from handler.engine.waiting import SHARE, Waiting
 
@@ -74,6 +76,8 @@ class TransformersEngine:
             f"device {device_summary(self.model)}, {torch.get_num_threads()} threads, "
             f"batch {self._max_batch}, context {self.max_context}"
         )
+        if config.self_check:
+            self.description += f", {self._self_check()}"
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         sequence = new_sequence(
@@ -273,6 +277,35 @@ class TransformersEngine:
         for sequence in sequences:
             sequence.end("error")
         self._done += sequences
+
+    def _self_check(self) -> str:
+        """Compare with the model's own choices; return what came, for the log.
+
+        Raises:
+            SelfCheckError: the engine is wrong even with one sequence at a time.
+        """
+        if "disk" in getattr(self.model, "hf_device_map", {}).values():
+            return "no self-check, because layers are on disk"
+        begin = time.monotonic()
+        texts, note = prompts(
+            *(self.folder.encode, self.folder.config, self.max_context),
+            self.model.num_parameters(),
+        )
+        alone = ""
+        if self._max_batch > 1:
+            try:
+                self._compare(texts, together=True)
+            except SelfCheckError as error:
+                logger.warning("%s; serving one sequence at a time", error)
+                self._max_batch, alone = 1, " with one sequence at a time"
+        self._compare(texts, together=False)
+        passed = f"self-check passed in {time.monotonic() - begin:.1f} s{alone}"
+        return f"{passed} ({note})" if note else passed
+
+    def _compare(self, texts: list[str], *, together: bool) -> None:
+        for completion in complete(self, texts, self.folder.encode, together=together):
+            gaps = score(self.model, completion.prompt, completion.generated).gaps
+            compare(completion, gaps, self.config.transformers.dtype, self.folder.decode)
 
     def _warm_up(self) -> bool:
         """Run two tokens through the model; return whether its cache can be batched."""

@@ -1,0 +1,143 @@
+"""Compare the `openvino` engine's tokens with the model's, after an export.
+
+    python -m deploy.archive.verify WEIGHTS EXPORTED RECORD < engine.json
+
+It runs as a separate process, because it needs torch and much memory. The record that it writes
+goes into the archive, and each start of the server repeats the check against it.
+"""
+
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.common.locks import one_at_a_time
+from deploy.common.paths import ROOT, UserError, shown
+from handler.config import EngineConfig
+from handler.engine.self_check import (
+    TOLERANCES,
+    Record,
+    SelfCheckError,
+    compare,
+    complete,
+    prompts,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_FULL_PRECISION = 4e9
+"""Bytes of a checkpoint up to which the reference is computed in float32. Larger ones keep their
+dtype, to need no more memory than the export did."""
+
+
+def verify(weights: Path, exported: Path, config: EngineConfig) -> Path:
+    """Return the record of the check; make it if it does not exist.
+
+    Args:
+        weights: the model's own folder.
+        exported: what `export` returned.
+        config: the engine's settings.
+
+    Raises:
+        SelfCheckError: the engine generates other text than the model.
+        UserError: the check itself failed.
+    """
+    settings = config.model_dump_json(exclude={"chosen", "name", "transformers", "self_check"})
+    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    record = exported.with_name(f"{exported.name}-checked-{key}.json")
+    if not record.is_file():
+        with one_at_a_time(record):
+            if not record.is_file():
+                _run(weights, exported, config, record)
+    return record
+
+
+def _run(weights: Path, exported: Path, config: EngineConfig, record: Path) -> None:
+    print("comparing its tokens with the model's ...", flush=True)
+    log = record.with_suffix(".log")
+    command: list[str | Path] = [sys.executable, "-m", "deploy.archive.verify"]
+    command += [weights.resolve(), exported.resolve(), record.resolve()]
+    with log.open("w") as stream:
+        run = subprocess.run(
+            command,
+            input=config.model_dump_json(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            cwd=ROOT,
+        )
+    if run.returncode == 0:
+        log.unlink()
+        return
+    if run.stdout.startswith("self-check: "):
+        raise SelfCheckError(run.stdout.strip())
+    last = (log.read_text().strip() or f"exit status {run.returncode}").splitlines()[-1]
+    raise UserError(
+        f"{shown(weights)}: the self-check after the export failed ({last}; the full log is "
+        f"{shown(log)}). app.engine.self_check: false in the app's YAML switches it off"
+    )
+
+
+def _check(weights: Path, exported: Path, config: EngineConfig) -> Record:
+    """Generate tokens with the engine, then compare them with the model's choices."""
+    from importlib.metadata import version
+
+    from handler.engine.openvino_engine import OpenVINOEngine
+
+    size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
+    size = size or sum(path.stat().st_size for path in weights.glob("*.bin"))
+    engine = OpenVINOEngine(exported, config.model_copy(update={"self_check": False}))
+    encode, decode = engine.folder.encode, engine.folder.decode
+    texts, note = prompts(encode, engine.folder.config, engine.max_context, size // 2)
+    found = complete(engine, texts, encode, together=True)
+    found += complete(engine, texts, encode, together=False)
+    del engine
+
+    from handler.engine.reference import score
+
+    model, dtype = _load(weights, size)
+    precision = config.openvino.precision
+    largest, margins = 0.0, []
+    for completion in found:
+        scores = score(model, completion.prompt, completion.generated)
+        compare(completion, scores.gaps, precision, decode)
+        largest = max(largest, *scores.gaps)
+        margins.append([round(margin, 3) for margin in scores.margins])
+    return Record(
+        engine=f"openvino {version('openvino-genai')}, {precision}",
+        reference=f"transformers {version('transformers')}, {dtype}",
+        tolerance=TOLERANCES[precision],
+        largest_gap=round(largest, 3),
+        note=note,
+        completions=found,
+        margins=margins,
+    )
+
+
+def _load(weights: Path, size: int) -> "tuple[PreTrainedModel, str]":
+    from transformers import AutoModelForCausalLM
+
+    dtype = "float32" if size <= _FULL_PRECISION else "auto"
+    model = AutoModelForCausalLM.from_pretrained(weights, dtype=dtype, local_files_only=True)
+    return model.eval(), str(model.dtype).removeprefix("torch.")
+
+
+def main() -> int:
+    """Run the command line; see the module's docstring."""
+    weights, exported, record = map(Path, sys.argv[1:])
+    config = EngineConfig.model_validate_json(sys.stdin.read())
+    try:
+        result = _check(weights, exported, config)
+    except SelfCheckError as error:
+        print(error)
+        return 1
+    unfinished = record.with_suffix(".unfinished")
+    result.write(unfinished)
+    unfinished.rename(record)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

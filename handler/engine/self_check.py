@@ -1,0 +1,256 @@
+"""Check that an engine generates what its model says, before anyone is served.
+
+An export can lose a part of a model, and a cache can be wrong for a family of models. Nothing fails
+then: the server answers with other text. So an engine generates some tokens, for a short and a long
+prompt, together and alone, and each token is compared with the model's choice at that place.
+
+The model's choice comes from one forward pass over the whole text, without a cache and without a
+batch (`reference.py`), which needs torch. The `openvino` engine is compared with it when the
+archive is made (`deploy/archive/verify.py`). Its archive has a record of that, and at each start
+the engine has to generate the recorded tokens.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from handler.engine import Engine, Sampling
+
+RECORD = "self_check.json"
+"""The file in an archive's weights that has the result of the check after the export."""
+
+TOKENS = (16, 8)
+"""Tokens that are generated for the short and the long prompt: the first by prefill, the others by
+decode steps. The short prompt's last ones are decoded beside those of the long prompt, although its
+prefill takes some steps."""
+
+_SHORT = "Once upon a time"
+_USUAL_LENGTH = 128
+"""Tokens of the long prompt of a model without a window. Several blocks of every cache."""
+_LONGEST = 1024
+_PAST_THE_WINDOW = 32
+_OPERATIONS = 1e11
+"""Floating-point operations that the prefill of the long prompt may take: two seconds of a slow
+core. A model of a billion parameters gets 50 tokens."""
+_SHORTEST = 24
+
+_SENTENCES = (
+    "The harbour was quiet when the first boat came in with {} boxes of fish.",
+    "At half past {} the teacher opened the window and asked for silence.",
+    "A train with {} wagons left the station, and nobody waved.",
+    "In the library there were {} books about rivers, but only one about rain.",
+    "She counted {} stars, lost her place, and began again.",
+    "The recipe asks for {} eggs, some flour, and a little patience.",
+    "After {} days of wind the old bridge was closed to all cars.",
+)
+
+TOLERANCES = {
+    "float32": 0.05,
+    "float16": 0.1,
+    "bfloat16": 0.3,
+    "fp16": 0.1,
+    "int8": 0.35,
+    "int4": 1.5,
+}
+"""How far below the model's first choice a token may be, by precision, in standard deviations of
+the logits at that place. Rounding makes such differences: measured were 0.0 in fp16, 0.06 in int8
+and 0.65 in int4. A lost part of the model made at least 0.48 (LOG.md)."""
+
+
+class SelfCheckError(ValueError):
+    """An engine generates other text than its model."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The tokens of one prompt: `prompt` and `generated` are ids, `beside` says what else ran."""
+
+    text: str
+    prompt: list[int]
+    generated: list[int]
+    beside: str
+
+
+def prompts(
+    encode: Callable[[str], list[int]], config: dict[str, Any], max_context: int, parameters: int
+) -> tuple[list[str], str]:
+    """Return a short and a long prompt, and what they do not cover.
+
+    The long one is longer than the attention window, if that is affordable.
+
+    Args:
+        encode: text -> token ids.
+        config: the content of `config.json`.
+        max_context: the most tokens of a sequence.
+        parameters: of the model; large models get shorter prompts.
+    """
+    window = _window(config, max_context)
+    wanted = window + _PAST_THE_WINDOW if window else _USUAL_LENGTH
+    affordable = max(_SHORTEST, min(_LONGEST, int(_OPERATIONS / (2 * max(parameters, 1)))))
+    length = max(1, min(wanted, affordable, max_context - max(TOKENS) - 1))
+    note = f"the window of {window} tokens was not reached" if window and length < window else ""
+    return [_cut(_SHORT, encode, max_context), _text(encode, length, max_context)], note
+
+
+def _window(config: dict[str, Any], max_context: int) -> int:
+    """Return the largest attention window that is smaller than the context; 0 if there is none."""
+    settings = config.get("text_config") or config
+    found = [
+        value
+        for name, value in settings.items()
+        if isinstance(value, int) and ("window" in name or "chunk_size" in name)
+    ]
+    return max((value for value in found if 1 < value < max_context), default=0)
+
+
+def _text(encode: Callable[[str], list[int]], length: int, max_context: int) -> str:
+    """Return a text of about `length` tokens, made of sentences with numbers."""
+    words: list[str] = []
+    count = 0
+    while len(encode(" ".join(words))) < length:
+        sentence = _SENTENCES[count % len(_SENTENCES)].format(count * 37 % 89 + 2)
+        words += sentence.split()
+        count += 1
+    while len(words) > 1 and len(encode(" ".join(words[:-1]))) >= length:
+        words.pop()
+    return _cut(" ".join(words), encode, max_context)
+
+
+def _cut(text: str, encode: Callable[[str], list[int]], max_context: int) -> str:
+    """Return the beginning of a text that leaves room in the context for the generated tokens."""
+    while len(text) > 1 and len(encode(text)) > max_context - max(TOKENS) - 1:
+        text = text[:-1]
+    return text
+
+
+def complete(
+    engine: Engine, texts: Sequence[str], encode: Callable[[str], list[int]], *, together: bool
+) -> list[Completion]:
+    """Generate the tokens of prompts, all at once or one prompt after the other.
+
+    Raises:
+        SelfCheckError: the engine fails on a prompt.
+    """
+    if not together:
+        return [
+            Completion(text, encode(text), _generate(engine, {text: count})[0], "alone")
+            for text, count in zip(texts, TOKENS, strict=True)
+        ]
+    tokens = _generate(engine, dict(zip(texts, TOKENS, strict=True)))
+    return [
+        Completion(text, encode(text), generated, "in a batch")
+        for text, generated in zip(texts, tokens, strict=True)
+    ]
+
+
+def _generate(engine: Engine, counts: dict[str, int]) -> list[list[int]]:
+    generated: dict[str, list[int]] = {}
+    for text, count in counts.items():
+        generated[text] = []
+        sampling = Sampling(max_new_tokens=count, ignore_eos=True)
+        engine.submit(text, text, sampling, stream=False)
+    while engine.unfinished:
+        for progress in engine.advance(1):
+            generated[progress.key] += progress.token_ids
+            if progress.finish_reason == "error":
+                raise SelfCheckError(
+                    f"self-check: the engine fails on the prompt {_shown(progress.key)}"
+                )
+    return list(generated.values())
+
+
+def compare(
+    completion: Completion,
+    gaps: Sequence[float],
+    precision: str,
+    decode: Callable[[list[int]], str],
+) -> None:
+    """Make sure that each generated token is the model's choice, or nearly so.
+
+    Args:
+        completion: what an engine generated.
+        gaps: for each token, how far it is below the model's first choice; see `TOLERANCES`.
+        precision: a key of `TOLERANCES`.
+        decode: token ids -> text.
+
+    Raises:
+        SelfCheckError: names the first token that is not.
+    """
+    place = f"{_shown(completion.text)} ({len(completion.prompt)} tokens, {completion.beside})"
+    for i, gap in enumerate(gaps):
+        if math.isnan(gap):
+            raise SelfCheckError(
+                f"self-check: the model's logits after the prompt {place} are not numbers (NaN); "
+                "its weights are damaged, or too large for this precision"
+            )
+        if gap > TOLERANCES[precision]:
+            raise SelfCheckError(
+                f"self-check: this engine generates other text than the model: after the prompt "
+                f"{place}, token {i + 1} is {decode([completion.generated[i]])!r}, which is "
+                f"{gap:.1f} standard deviations of the logits below the model's choice; "
+                f"{TOLERANCES[precision]} are allowed in {precision}"
+            )
+
+
+@dataclass(frozen=True)
+class Record:
+    """The result of the check after an export, and what an engine has to generate at a start.
+
+    `margins[i]` is how far the model's second choice is below its first at token i. Where it is
+    within the tolerance, another processor may round to another token.
+    """
+
+    engine: str
+    reference: str
+    tolerance: float
+    largest_gap: float
+    note: str
+    completions: list[Completion]
+    margins: list[list[float]]
+
+    def write(self, path: Path) -> None:
+        """Write the record as JSON."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """Read a record that `write` made."""
+        values = json.loads(path.read_text())
+        values["completions"] = [Completion(**each) for each in values["completions"]]
+        return cls(**values)
+
+
+def check_record(engine: Engine, encode: Callable[[str], list[int]], record: Record) -> str:
+    """Make sure that an engine generates the recorded tokens; return one line for the log.
+
+    Raises:
+        SelfCheckError: names the first token that differs.
+    """
+    begin = time.monotonic()
+    texts = list(dict.fromkeys(completion.text for completion in record.completions))
+    found = complete(engine, texts, encode, together=True)
+    found += complete(engine, texts, encode, together=False)
+    for mine, recorded, margins in zip(found, record.completions, record.margins, strict=True):
+        if mine.prompt != recorded.prompt:
+            raise SelfCheckError(
+                f"self-check: the tokenizer reads {_shown(mine.text)} as {mine.prompt}, and did as "
+                f"{recorded.prompt} when the archive was made"
+            )
+        for i, (token, expected) in enumerate(zip(mine.generated, recorded.generated, strict=True)):
+            if token != expected and margins[i] > 2 * record.tolerance:
+                raise SelfCheckError(
+                    "self-check: this engine generates other tokens than when the archive was "
+                    f"made: after the prompt {_shown(mine.text)} ({len(mine.prompt)} tokens, "
+                    f"{mine.beside}), token {i + 1} is {token}, and was {expected}"
+                )
+            if token != expected:
+                break
+    return f"self-check passed in {time.monotonic() - begin:.1f} s"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 30 else f"{text[:30]}...")

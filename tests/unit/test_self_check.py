@@ -1,0 +1,99 @@
+"""The check that an engine generates what its model says, after an export and at each start."""
+
+from pathlib import Path
+
+import pytest
+
+import handler.engine.transformers_engine as transformers_engine
+from handler.config import engine_config
+from handler.engine import create_engine
+from handler.engine.batch import Batch
+from handler.engine.self_check import (
+    TOKENS,
+    Completion,
+    SelfCheckError,
+    compare,
+    prompts,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def characters(text: str) -> list[int]:
+    return [ord(c) for c in text]
+
+
+@pytest.mark.parametrize(
+    ("config", "context", "parameters", "length", "note"),
+    [
+        ({}, 2048, 10**6, 128, ""),
+        ({"sliding_window": 300}, 2048, 10**6, 332, ""),
+        ({"sliding_window": None}, 2048, 10**6, 128, ""),
+        ({"sliding_window": 4096}, 2048, 10**6, 128, ""),
+        ({"text_config": {"sliding_window": 200}}, 2048, 10**6, 232, ""),
+        ({"attention_chunk_size": 64}, 2048, 10**6, 96, ""),
+        ({"window_size": 16, "sliding_window": 8}, 2048, 10**6, 48, ""),
+        ({"sliding_window": 1500}, 8192, 10**6, 1024, "1500"),
+        ({"sliding_window": 300}, 2048, 10**9, 50, "300"),
+        ({}, 2048, 10**11, 24, ""),
+        ({}, 40, 10**6, 23, ""),
+        ({}, 18, 10**6, 1, ""),
+    ],
+)
+def test_long_prompt_goes_past_the_window_where_that_is_affordable(
+    config: dict, context: int, parameters: int, length: int, note: str
+):
+    (short, long), uncovered = prompts(characters, config, context, parameters)
+    assert len(short) <= max(1, context - max(TOKENS) - 1)
+    assert length <= len(long) <= min(length + 15, max(1, context - max(TOKENS) - 1))
+    assert (note in uncovered) if note else uncovered == ""
+
+
+def test_error_names_the_place_and_both_limits():
+    completion = Completion("Once", [1, 2], [3, 4], "alone")
+    compare(completion, [0.0, 0.2], "int8", str)
+    with pytest.raises(SelfCheckError, match=r"'Once' \(2 tokens, alone\), token 2 is .*2.0.*0.35"):
+        compare(completion, [0.0, 2.0], "int8", str)
+    with pytest.raises(SelfCheckError, match="not numbers"):
+        compare(completion, [float("nan"), 0.0], "int8", str)
+
+
+def test_right_engine_passes_at_its_start(tiny_llama: Path):
+    engine = create_engine(tiny_llama, engine_config(name="transformers"))
+    assert "self-check passed in" in engine.description
+    assert engine.unfinished == 0
+
+
+def test_check_can_be_switched_off(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transformers_engine, "score", None)
+    engine = create_engine(tiny_llama, engine_config(name="transformers", self_check=False))
+    assert "self-check" not in engine.description
+
+
+def test_engine_that_is_wrong_only_in_a_batch_serves_one_sequence_at_a_time(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def broken(self: Batch, other: Batch) -> None:
+        join(self, other)
+        if len(self) > 1:
+            for layer in self.cache.layers:  # each sequence gets the cache of another
+                layer.keys, layer.values = layer.keys.flip(0), layer.values.flip(0)
+
+    join = Batch.join
+    monkeypatch.setattr(Batch, "join", broken)
+    config = engine_config(name="transformers", transformers={"max_prefill_tokens": 64})
+    engine = create_engine(tiny_llama, config)
+    assert "with one sequence at a time" in engine.description
+
+
+def test_engine_that_is_wrong_alone_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch):
+    def forget(self, ids, mask, cache):
+        for layer in cache.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = layer.keys * 0, layer.values * 0
+        return forward(self, ids, mask, cache)
+
+    forward = transformers_engine.TransformersEngine._forward
+    monkeypatch.setattr(transformers_engine.TransformersEngine, "_forward", forget)
+    with pytest.raises(SelfCheckError, match="generates other text than the model"):
+        create_engine(tiny_llama, engine_config(name="transformers"))
