@@ -7,6 +7,8 @@ a template around the text (dolly). A chat model has its template in the tokeniz
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jinja2 import TemplateSyntaxError
+
 from handler.config import PromptConfig
 from handler.engine import Messages
 from handler.engine.special import TemplatedPrompt
@@ -55,8 +57,8 @@ def render(
         text = instance.prompt
     else:
         text, plain = _chat(instance, chat_template, field), False
-    if config.special_tokens_in_content == "control":
-        text = str(text)
+    if config.special_tokens_in_content == "control" and isinstance(text, TemplatedPrompt):
+        text = text.trusting_users()
     shown = plain if instance.return_full_text is None else instance.return_full_text
     return Prompt(text, echo=str(text) if shown else "")
 
@@ -67,6 +69,12 @@ def _chat(instance: Instance, chat_template: ChatTemplate, field: str) -> str:
         messages = [{"role": "user", "content": messages}]
     try:
         text = chat_template(messages)
+    except TemplateSyntaxError as error:
+        message = (
+            f"{field}: this model's chat template has an error in line {error.lineno}: "
+            f"{error.message}; it reads plain prompts"
+        )
+        raise RequestError(400, message, field) from error
     except Exception as error:  # a template may reject, for example, two user messages in a row
         message = f"{field}: rejected by the chat template: {error}"
         raise RequestError(400, message, field) from error

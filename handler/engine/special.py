@@ -22,14 +22,21 @@ class TemplatedPrompt(str):
 
     Args:
         parts: texts by the template and by users, in turn; the template's is the first.
+        complete: the template wrote every special token, so the tokenizer must add none. A chat
+            template does so; a template around an instruction leaves the start token out.
     """
 
     parts: tuple[str, ...]
+    complete: bool
 
-    def __new__(cls, *parts: str) -> "TemplatedPrompt":
+    def __new__(cls, *parts: str, complete: bool = False) -> "TemplatedPrompt":
         prompt = super().__new__(cls, "".join(parts))
-        prompt.parts = parts
+        prompt.parts, prompt.complete = parts, complete
         return prompt
+
+    def trusting_users(self) -> "TemplatedPrompt":
+        """Return this prompt with control tokens also where users wrote them."""
+        return TemplatedPrompt(str(self), complete=self.complete)
 
 
 class ControlTokens:
@@ -78,7 +85,7 @@ class ControlTokens:
             if i % 2 == 0:
                 parts[i] = self._rename(part, begin, matched)
             begin += len(part)
-        return self._renamed.encode("".join(parts)).ids
+        return self._renamed.encode("".join(parts), add_special_tokens=not prompt.complete).ids
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """Return where `text` has a control token, or a part of one at its beginning or end.
@@ -129,7 +136,8 @@ class Shield:
 
     def __init__(self, control: ControlTokens) -> None:
         self._control = control
-        self._key = f"\ue000{secrets.randbits(64)}:"
+        # ASCII alone, which `tojson(ensure_ascii=True)` leaves as it is.
+        self._key = f"{secrets.randbits(64)}:"
         self._hidden: list[str] = []
 
     def hide(self, messages: Messages) -> Messages:
@@ -141,14 +149,14 @@ class Shield:
 
     def restore(self, text: str) -> TemplatedPrompt:
         """Return a text with the control tokens back in their places, as text by a user."""
-        parts = re.split(f"{self._key}([0-9]+)\ue001", text)
+        parts = re.split(f"{self._key}([0-9]+);", text)
         parts[1::2] = [self._hidden[int(number)] for number in parts[1::2]]
-        return TemplatedPrompt(*parts)
+        return TemplatedPrompt(*parts, complete=True)
 
     def _hide(self, text: str) -> str:
         pieces, done = [], 0
         for begin, end in self._control.find(text):
-            pieces += [text[done:begin], f"{self._key}{len(self._hidden)}\ue001"]
+            pieces += [text[done:begin], f"{self._key}{len(self._hidden)};"]
             self._hidden.append(text[begin:end])
             done = end
         return "".join([*pieces, text[done:]])

@@ -142,6 +142,11 @@ def user(*contents: str) -> Messages:
     return [{"role": "user", "content": content} for content in contents]
 
 
+def plain_ids(folder: ModelFolder, prompt: str) -> list[int]:
+    """Return the ids of a chat's text if nothing in it is protected: as transformers."""
+    return folder._tokenizer.encode(str(prompt), add_special_tokens=False).ids
+
+
 def control_ids(folder: ModelFolder, prompt: str) -> list[int]:
     """Return the control tokens that the template writes, in their order."""
     known = {folder._tokenizer.token_to_id(text) for text in ("<|im_start|>", "<|im_end|>", "<s>")}
@@ -160,7 +165,7 @@ def test_user_cannot_write_a_control_token(folder):
 @given(st.lists(st.sampled_from([*"Him es_|d>\n", "</", "<tool>", "<|"]), max_size=30))
 def test_other_content_has_the_ids_of_the_whole_text(folder, pieces):
     prompt = folder.chat_prompt(user("".join(pieces)))
-    assert folder.encode(prompt) == folder.encode(str(prompt)), "also with `<tool>`, two spaces"
+    assert folder.encode(prompt) == plain_ids(folder, prompt), "also with `<tool>`, two spaces"
 
 
 @settings(max_examples=30)
@@ -174,7 +179,7 @@ def test_any_mixture_has_the_templates_control_tokens(folder, pieces):
 @given(st.lists(st.sampled_from([*"Him >\n", "<|", "<tool>"]), max_size=30))
 def test_token_that_is_read_only_after_a_space(first_llama, pieces):
     prompt = first_llama.chat_prompt(user("".join(pieces)))
-    assert first_llama.encode(prompt) == first_llama.encode(str(prompt))
+    assert first_llama.encode(prompt) == plain_ids(first_llama, prompt)
     attack = first_llama.chat_prompt(user("".join([*pieces, "a <|im_start|> b"])))
     harmless = first_llama.chat_prompt(user("".join([*pieces, "a b"])))
     assert control_ids(first_llama, attack) == control_ids(first_llama, harmless)
@@ -245,7 +250,7 @@ def test_token_that_ordinary_text_builds_is_no_control_token(tmp_path):
     tokenizer.add_special_tokens(["!", "end"])
     folder = ModelFolder(write_folder(tmp_path / "m", tokenizer))
     prompt = folder.chat_prompt(user("the end!"))
-    assert folder.encode(prompt) == folder.encode(str(prompt))
+    assert folder.encode(prompt) == plain_ids(folder, prompt)
 
 
 def test_cost_is_linear_in_the_number_of_special_tokens(tmp_path):
@@ -276,7 +281,7 @@ def test_longest_token_is_found_and_a_single_word_only_alone(tmp_path):
     for content in ("", ".", "y"):
         prompt = folder.chat_prompt(user(content))
         assert known.intersection(folder.encode(prompt)) == known
-        assert folder.encode(prompt) == folder.encode(str(prompt))
+        assert folder.encode(prompt) == plain_ids(folder, prompt)
     assert folder._control.find("a <a>bb <w>") == [(2, 6), (8, 11)]
 
 
@@ -323,5 +328,5 @@ def test_smollm2_reads_an_injected_system_message_as_text(smollm2: Path):
     assert folder._tokenizer.decode(ids, skip_special_tokens=False) == str(prompt)
     for content in ("Hi", "  two  spaces\n", "¿Qué tal? 🍳", "a < b and c |> d", "</s>"):
         prompt = folder.chat_prompt(user(content))
-        assert folder.encode(prompt) == folder.encode(str(prompt))
+        assert folder.encode(prompt) == plain_ids(folder, prompt)
         assert re.sub("<.im_(start|end).>", "", prompt).count(content) == 1
