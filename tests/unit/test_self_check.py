@@ -1,20 +1,28 @@
 """The check that an engine generates what its model says, after an export and at each start."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, normalizers
 
 import handler.engine.transformers_engine as transformers_engine
+from deploy.archive.build import prepare
+from deploy.archive.verify import verify
 from handler.config import engine_config
 from handler.engine import create_engine
 from handler.engine.batch import Batch
+from handler.engine.openvino_engine import OpenVINOEngine
 from handler.engine.self_check import (
+    RECORD,
     TOKENS,
     Completion,
+    Record,
     SelfCheckError,
     compare,
     prompts,
 )
+from tests.families.models import write_family
 
 pytestmark = pytest.mark.slow
 
@@ -97,3 +105,65 @@ def test_engine_that_is_wrong_alone_is_refused(tiny_llama: Path, monkeypatch: py
     monkeypatch.setattr(transformers_engine.TransformersEngine, "_forward", forget)
     with pytest.raises(SelfCheckError, match="generates other text than the model"):
         create_engine(tiny_llama, engine_config(name="transformers"))
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of an archive for the openvino engine, with the record of its check."""
+    weights = write_family(tmp_path_factory.mktemp("weights") / "checked-llama", "llama")
+    target = tmp_path_factory.mktemp("archive") / "prepared"
+    return prepare("checked", weights, target, engine={"name": "openvino"}) / "weights"
+
+
+def start(weights: Path) -> OpenVINOEngine:
+    return OpenVINOEngine(weights, engine_config(name="openvino"))
+
+
+def test_archive_has_the_record_of_the_check(checked: Path):
+    record = Record.read(checked / RECORD)
+    assert record.engine.startswith("openvino") and record.engine.endswith("int8")
+    assert record.reference.startswith("transformers") and record.reference.endswith("float32")
+    assert record.largest_gap <= record.tolerance
+    assert [c.beside for c in record.completions] == ["in a batch"] * 2 + ["alone"] * 2
+    assert [len(c.generated) for c in record.completions] == [*TOKENS, *TOKENS]
+
+
+def test_start_repeats_the_recorded_check(checked: Path):
+    assert "self-check passed in" in start(checked).description
+
+
+def test_start_with_a_damaged_model_is_refused(checked: Path, tmp_path: Path):
+    """The file loads: it only has other numbers in it."""
+    damaged = shutil.copytree(checked, tmp_path / "weights")
+    path = damaged / "openvino_model.bin"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 3)
+    path.unlink()
+    path.write_bytes(content)
+    with pytest.raises(SelfCheckError, match="other tokens than when the archive was made"):
+        start(damaged)
+
+
+def test_start_with_another_tokenizer_is_refused(checked: Path, tmp_path: Path):
+    changed = shutil.copytree(checked, tmp_path / "weights")
+    path = changed / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.normalizer = normalizers.Lowercase()
+    path.unlink()
+    tokenizer.save(str(path))
+    with pytest.raises(SelfCheckError, match="the tokenizer reads 'Once upon a time'"):
+        start(changed)
+
+
+def test_archive_without_a_record_says_so_in_the_log(checked: Path, tmp_path: Path):
+    copied = shutil.copytree(checked, tmp_path / "weights")
+    (copied / RECORD).unlink()
+    assert "no self-check" in start(copied).description
+
+
+def test_wrong_export_is_found(checked: Path, tmp_path: Path):
+    """The export of one model stands in for a wrong export of another."""
+    exported = shutil.copytree(checked, tmp_path / "exported")
+    other = write_family(tmp_path / "other", "qwen2")
+    with pytest.raises(SelfCheckError, match="generates other text than the model"):
+        verify(other, exported, engine_config(name="openvino"))
