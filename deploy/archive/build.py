@@ -15,8 +15,10 @@ from deploy.archive.export import choose_engine, export, exported_files
 from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
 from deploy.archive.verify import verify
 from deploy.common.paths import MODEL_STORE, UserError, link_or_copy, shown, temporary_folder
+from deploy.weights.checkpoint import check_checkpoint
+from deploy.weights.config_json import names_no_end
 from deploy.weights.fetch import get_weights
-from deploy.weights.folder import RANDOM, left_out, source_of, weight_files
+from deploy.weights.folder import RANDOM, check_folder, left_out, source_of, weight_files
 from handler.config import EngineConfig, app_yaml, check_engine, parse_app
 from handler.engine.self_check import RECORD
 from handler.request import RequestError, default_parameters
@@ -98,7 +100,16 @@ def prepare(
     Raises:
         UserError: the app's YAML is wrong, or the model cannot be exported.
     """
+    check_folder(weights)
+    app_yaml(name, local=True)  # a mistake in it is found sooner than one in the tensors
+    check_checkpoint(weights)
     config, settings = model_config(name, weights, engine)
+    if names_no_end(weights) and not settings.stop_tokens:
+        print(
+            f"{shown(weights)}: names no eos_token_id, so a completion ends only at max_new_tokens "
+            "or a stop string",
+            flush=True,
+        )
     if others := left_out(weights, weight_files(weights)):
         print(f"{shown(weights)}: leaving out {others}", flush=True)
     record = None

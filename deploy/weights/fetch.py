@@ -7,6 +7,7 @@ import errno
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -32,10 +33,10 @@ def get_weights(
             says what to do.
     """
     if model_dir is not None:
-        return check_folder(model_dir.expanduser().resolve())
+        return check_folder(_given(model_dir))
     app = load_app(name)
     if app.weights.source == "local" and app.weights.path and not shape_only:
-        return check_folder(Path(app.weights.path).expanduser().resolve())
+        return check_folder(_given(Path(app.weights.path)))
     folder = models / name
     source = _wanted_source(app, shape_only)
     if source_of(folder) != source:
@@ -43,6 +44,14 @@ def get_weights(
             if source_of(folder) != source:  # another program may have made it meanwhile
                 _make(folder, source, app, _fetcher(name, app, shape_only))
     return folder
+
+
+def _given(path: Path) -> Path:
+    """Return the absolute path of a folder; one that does not exist stays as the user wrote it."""
+    with suppress(OSError, RuntimeError):  # such as a name that is too long, or ~nobody
+        path = path.expanduser()
+        return path.resolve(strict=True)
+    return path
 
 
 def _make(folder: Path, source: dict, app: App, fetch: Callable[[Path], None]) -> None:

@@ -1,0 +1,245 @@
+"""Check a checkpoint with transformers: it knows the model, and it finds every tensor.
+
+transformers fills missing tensors with random numbers and ignores those that it does not expect.
+Both give a model that answers nonsense. So this module loads the model onto the `meta` device,
+which reads names and shapes but no tensors, and compares.
+
+transformers takes seconds to import, so a folder that has passed is not checked again before its
+files, a version or this module changes.
+"""
+
+import difflib
+import hashlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from deploy.common.paths import BUILD, UserError, shown
+from deploy.weights.config_json import read_object
+from deploy.weights.folder import weight_files
+
+CHECKED = BUILD / "checked"
+"""Where the folders that passed are remembered: empty files named after a digest."""
+
+_NOT_PARAMETERS = re.compile(r"(inv_freq|masked_bias|\.attn\.bias|\.attention\.bias|causal_mask)$")
+"""Buffers that older programs saved: constants, not what the model learned."""
+
+_SILENT = 100
+"""A level of Python's logging above all that are used."""
+
+_SHOWN = 3
+"""Tensors that a message names."""
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Make sure that transformers loads the model as it was saved: all tensors, and no others.
+
+    Args:
+        folder: one that `check_folder` accepts.
+
+    Raises:
+        UserError: the model is unknown, generates no text or lacks tensors; the message names them
+            and a remedy.
+    """
+    passed = CHECKED / _key(folder)
+    if passed.is_file():
+        return
+    _check(folder)
+    CHECKED.mkdir(parents=True, exist_ok=True)
+    passed.touch()
+
+
+def _check(folder: Path) -> None:
+    path = folder / "config.json"
+    config = read_object(path)
+    _check_type(path, config)
+    for index in (p for p in weight_files(folder) if p.name.endswith(".index.json")):
+        if not isinstance(read_object(index).get("metadata"), dict):
+            raise UserError(
+                f"{shown(index)}: has no object metadata, which transformers needs; write "
+                '"metadata": {} into it'
+            )
+    with _quiet():
+        from transformers import AutoModelForCausalLM
+
+        load: Any = AutoModelForCausalLM  # whose types leave output_loading_info out
+        try:
+            model, found = load.from_pretrained(
+                folder,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them; they are an error below
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # the code of a model's class may raise anything
+            raise UserError(
+                f"{shown(folder)}: transformers {version('transformers')} cannot load this model "
+                f"({_one_line(error)}); {_SAME_SOURCE}"
+            ) from error
+    _check_tensors(folder, model, found)
+
+
+_SAME_SOURCE = (
+    "config.json and the weights should be one model's, so download both again from one repository"
+)
+
+
+def _check_type(path: Path, config: dict[str, Any]) -> None:
+    """Check that transformers has a class for this model, and that it generates text."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    classes: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    ours = f"transformers {version('transformers')}"
+    if not isinstance(kind, str) or not kind:
+        types = [known for known, name in classes.items() if name in names]
+        shortest = min(types, key=len, default="")  # llama, not code_llama
+        write = f'write "model_type": "{shortest}" into it' if types else "add it"
+        given = "has no model_type" if kind is None else f"model_type is {kind!r}, not a name"
+        raise UserError(
+            f"{shown(path)}: {given}, which says what architecture the weights have; {write}, or "
+            "download the file again"
+        )
+    if kind not in CONFIG_MAPPING_NAMES:
+        if "auto_map" in config:
+            raise UserError(
+                f"{shown(path)}: model_type {kind} needs the model's own code (auto_map), and "
+                "trust_remote_code is not offered, because code from a download would run with "
+                "the server's rights and is not part of the archive; use a model that "
+                f"{ours} knows by itself"
+            )
+        close = difflib.get_close_matches(kind, classes, 1, 0.8)
+        alike = f" (if the architecture is that of {close[0]}, write {close[0]})" if close else ""
+        raise UserError(
+            f"{shown(path)}: model_type is {kind}, which {ours} does not know; use a model of a "
+            f"type that it knows, such as llama, qwen3 or gemma3{alike}"
+        )
+    what = f"{shown(path)}: model_type is {kind}" + (f" ({', '.join(names)})" if names else "")
+    use = "use a model that generates text, with an architecture that ends in ForCausalLM"
+    if kind not in classes:
+        raise UserError(f"{what}, which {ours} does not load as a model that generates text; {use}")
+    if config.get("is_encoder_decoder"):
+        raise UserError(f"{what}, an encoder and a decoder, which are not served; {use}")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
+        raise UserError(f"{what}, an encoder, which fills gaps in a text; {use}")
+
+
+def _check_tensors(folder: Path, model: Any, found: dict[str, Any]) -> None:
+    """Refuse missing tensors, other shapes, and tensors that the model should have had."""
+    kind = type(model).__name__
+    errors = [_one_line(error) for error in found.get("error_msgs") or []]
+    if errors:
+        raise UserError(
+            f"{shown(folder)}: transformers cannot load this model ({errors[0]}); {_SAME_SOURCE}"
+        )
+    if shapes := sorted(found["mismatched_keys"]):
+        name, stored, wanted = shapes[0]
+        more = f" (and {len(shapes) - 1} more)" if len(shapes) > 1 else ""
+        raise UserError(
+            f"{shown(folder)}: the tensor {name}{more} has the shape {_shape(stored)} in the "
+            f"weights and {_shape(wanted)} by config.json; {_SAME_SOURCE}"
+        )
+    unexpected = sorted(found["unexpected_keys"])
+    if missing := sorted(found["missing_keys"]):
+        if prefix := _prefix(missing, unexpected):
+            raise UserError(
+                f"{shown(folder)}: the names of the tensors begin with {prefix!r} "
+                f"({unexpected[0]}), which a wrapper around the model wrote; save the model inside "
+                "it with save_pretrained, or rename the tensors"
+            )
+        others = f", while {_some(unexpected)} are not {kind}'s" if unexpected else ""
+        raise UserError(
+            f"{shown(folder)}: {_some(missing)} of {kind} {_are(missing)} missing in the weights"
+            f"{others}; download all files again, or save the model again with save_pretrained"
+        )
+    parts = {name for name, _ in model.named_modules()}
+    if cut := [name for name in unexpected if _belongs(name, model, parts)]:
+        raise UserError(
+            f"{shown(folder)}: {_some(cut)} {_are(cut)} in the weights, but {kind} by config.json "
+            f"does not use {'it' if len(cut) == 1 else 'them'}; {_SAME_SOURCE}"
+        )
+
+
+def _prefix(missing: list[str], unexpected: list[str]) -> str:
+    """Return what all unexpected names have before a missing name; empty if that is not so."""
+    first = next((name for name in unexpected if name.endswith(missing[0])), "")
+    prefix = first.removesuffix(missing[0])
+    return prefix if prefix and {prefix + name for name in missing} <= {*unexpected} else ""
+
+
+def _belongs(name: str, model: Any, parts: set[str]) -> bool:
+    """Return whether an unexpected tensor is a part of the model that config.json leaves out.
+
+    It is if the model has its layer, its module, or a layer of the same form with another number.
+    Heads, vision towers and layers for the prediction of several tokens are no such parts.
+    """
+    if _NOT_PARAMETERS.search(name):
+        return False
+    parents = name.split(".")[:-1]
+    prefixes = [".".join(parents[: i + 1]) for i in range(len(parents))]
+    if prefixes and prefixes[-1] in parts:
+        return True
+    for prefix, part in zip(prefixes, parents, strict=True):
+        if part.isdecimal():
+            if prefix in parts:
+                return True
+            above = prefix.rpartition(".")[0]
+            if f"{above}.0" in parts:
+                extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0
+                layers = sum(p.rpartition(".")[0] == above for p in parts)
+                return int(part) >= layers + extra
+            return False
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' reports and progress bars off the user's terminal."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(_SILENT)
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _key(folder: Path) -> str:
+    parts = [f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in weight_files(folder)]
+    parts += [version("transformers"), version("torch"), Path(__file__).read_text()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _some(names: Iterable[str]) -> str:
+    all_names = list(names)
+    more = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
+    return f"{'tensor' if len(all_names) == 1 else 'tensors'} {', '.join(all_names[:_SHOWN])}{more}"
+
+
+def _are(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _shape(sizes: Iterable[int]) -> str:
+    return " x ".join(str(size) for size in sizes) or "of a single number"
+
+
+def _one_line(error: object) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text.rstrip(".") if len(text) <= 200 else f"{text[:197]}..."
