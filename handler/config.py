@@ -7,6 +7,7 @@ only where that file is silent.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -204,6 +205,35 @@ class ConfigError(ValueError):
     """A mistake in an app's YAML, named by file and field."""
 
 
+_NAME = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
+_LONGEST_NAME = 50
+"""With our prefix it is then a whole resource ID of Vertex AI (63 characters), not the beginning of
+one that another name has too."""
+_RESERVED = {
+    "models": "TorchServe cannot start a model of that name",
+    "defaults": "handler/apps/defaults.yaml holds what all apps share",
+}
+
+
+def check_name(name: str) -> str:
+    """Return an APP's name if it can be a file, a part of a URL, an image and an endpoint.
+
+    Raises:
+        ConfigError: it cannot; the message names the rule.
+    """
+    if why := _RESERVED.get(name.lower()):
+        raise ConfigError(f"APP={name}: {why}; choose another name")
+    if name.lower().endswith(".mar"):
+        raise ConfigError(f"APP={name}: ends in .mar, as the files of archives do; leave that out")
+    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
+        shown = name if name.isprintable() and len(name) <= 60 else show(name)[1:-1]
+        raise ConfigError(
+            f"APP={shown}: use letters, digits and . _ - only: at most "
+            f"{_LONGEST_NAME} characters, each . _ - between letters or digits, as in my-model.v2"
+        )
+    return name
+
+
 def app_names() -> list[str]:
     """Return the apps that have a YAML, sorted."""
     return sorted(p.stem for p in APPS.glob("*.yaml") if p != DEFAULTS)
@@ -217,9 +247,10 @@ def app_yaml(name: str, *, local: bool = False) -> dict[str, Any]:
         local: return the defaults alone if there is no such YAML, for a local model folder.
 
     Raises:
-        ConfigError: no such app, a file that is not YAML or is not a mapping, or the section of an
-            engine that the app does not use.
+        ConfigError: a wrong name, no such app, a file that is not YAML or is not a mapping, or the
+            section of an engine that the app does not use.
     """
+    check_name(name)
     path = APPS / f"{name}.yaml"
     if not path.is_file() and not local:
         raise ConfigError(

@@ -100,8 +100,8 @@ def prepare(
     Raises:
         UserError: the app's YAML is wrong, or the model cannot be exported.
     """
+    app_yaml(name, local=True)  # a mistake in it is found sooner than one in the weights
     check_folder(weights)
-    app_yaml(name, local=True)  # a mistake in it is found sooner than one in the tensors
     check_checkpoint(weights)
     config, settings = model_config(name, weights, engine)
     if names_no_end(weights) and not settings.stop_tokens:

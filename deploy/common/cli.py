@@ -25,14 +25,14 @@ import click
 import typer
 
 from deploy.common.paths import UserError
-from handler.config import ConfigError
+from handler.config import ConfigError, check_name
 
 
 def _app_name(text: str) -> str:
-    """Check an APP, which becomes a file name, an argument and a part of a URL."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", text):
-        raise typer.BadParameter(f"APP={text}: use letters, digits and . _ - only")
-    return text
+    try:
+        return check_name(text)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _port(value: str | int) -> int:
@@ -99,6 +99,13 @@ def _hang_up(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _instead_of_app(app: typer.Typer, arguments: list[str] | None) -> bool:
+    """Return whether an option stands where the APP should: `make archive APP=-x`."""
+    place = 1 if len(app.registered_commands) > 1 else 0
+    words = sys.argv[1:] if arguments is None else arguments
+    return words[place : place + 1] != [] and words[place].startswith("-")
+
+
 def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit status; print what the user can fix in one line.
 
@@ -114,6 +121,11 @@ def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> i
         status = typer.main.get_command(app).main(
             args=arguments, prog_name=f"python -m {program}", standalone_mode=False
         )
+    except click.NoSuchOption as error:
+        hint = "; APP: a name begins with a letter or a digit"
+        text = error.format_message().rstrip(".")
+        print(f"error: {text}{hint if _instead_of_app(app, arguments) else ''}", file=sys.stderr)
+        return 2
     except click.ClickException as error:
         print(f"error: {error.format_message()}", file=sys.stderr)
         return 2

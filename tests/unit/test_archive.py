@@ -242,7 +242,7 @@ def test_keeps_settings_of_torchserve(model_folder, tmp_path, monkeypatch):
 
 
 def test_rejects_app_name_with_a_space(model_folder: Path, tmp_path: Path):
-    with pytest.raises(UserError, match="allowed regular expression"):
+    with pytest.raises(ConfigError, match="APP=my model: use letters, digits and"):
         build_archive("my model", model_folder, **TORCH, store=tmp_path)
 
 
