@@ -14,21 +14,23 @@ from typing import cast
 import torch
 from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from handler.engine.generation import GenerationLoop
 from handler.engine.sequence import Sequence
 
 
 @dataclass
 class Batch:
     """Row i of every tensor belongs to `sequences[i]`. `last` [B] holds the newest token ids, not
-    yet in the cache; `mask` [B, T] is 1 where the cache holds a real token.
+    yet in the cache; `mask` [B, T] is 1 where the cache holds a real token. A batch with a
+    `GenerationLoop` holds one sequence.
     """
 
     sequences: list[Sequence] = field(default_factory=list)
     last: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     mask: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
-    cache: DynamicCache = field(default_factory=DynamicCache)
+    cache: DynamicCache | GenerationLoop = field(default_factory=DynamicCache)
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -41,10 +43,12 @@ class Batch:
             return
         length = max(self.mask.shape[1], other.mask.shape[1])
         masks = [pad(b.mask, (length - b.mask.shape[1], 0)) for b in (self, other)]
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+        for mine, theirs in zip(_layers(self.cache), _layers(other.cache), strict=True):
             for name in ("keys", "values"):
-                halves = [_left_pad(getattr(layer, name), length) for layer in (mine, theirs)]
-                setattr(mine, name, torch.cat(halves))
+                halves = [cast(torch.Tensor, getattr(layer, name)) for layer in (mine, theirs)]
+                held = max(half.shape[2] for half in halves)
+                setattr(mine, name, torch.cat([_left_pad(half, held) for half in halves]))
+            _set_length(mine, length)
         self.mask = torch.cat(masks)
         self.last = torch.cat([self.last, other.last])
         self.sequences = self.sequences + other.sequences
@@ -62,19 +66,32 @@ class Batch:
         self.last, self.mask = self.last[index], self.mask[index]
         unused = int(self.mask.argmax(dim=1).min())  # argmax: the first 1 of each row
         self.mask = self.mask[:, unused:]
-        for layer in self.cache.layers:
+        length = self.mask.shape[1]
+        for layer in _layers(self.cache):
             for name in ("keys", "values"):
                 tensor = cast(torch.Tensor, getattr(layer, name))
-                setattr(layer, name, tensor[index.to(tensor.device), :, unused:])
+                setattr(layer, name, tensor[index.to(tensor.device), :, -length:])
+            _set_length(layer, length)
 
 
 def can_batch(cache: DynamicCache) -> bool:
-    """Whether the cache is plain [B, H, T, D] tensors in every layer, which `join` relies on.
+    """Whether the cache is [B, H, n, D] tensors in every layer, which `join` relies on.
 
-    Sliding-window and state-space layers are not; such models are served one sequence at a time.
+    n is T, or less in layers with a sliding window. State-space layers hold something else.
     """
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    return all(type(layer) in plain and layer.get_seq_length() > 0 for layer in _layers(cache))
+
+
+def _layers(cache: DynamicCache | GenerationLoop) -> list[DynamicLayer]:
+    return cast(list[DynamicLayer], cast(DynamicCache, cache).layers)
 
 
 def _left_pad(tensor: torch.Tensor, length: int) -> torch.Tensor:
     return pad(tensor, (0, 0, length - tensor.shape[2], 0))
+
+
+def _set_length(layer: DynamicLayer, length: int) -> None:
+    """Tell a layer how many positions there are. Those with a sliding window hold only the last."""
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = length

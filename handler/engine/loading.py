@@ -6,7 +6,7 @@ import tempfile
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -71,6 +71,11 @@ def _check_memory(weights: Path, config: TransformersConfig) -> None:
         {"the model": round(size * scale)},
         machine=not config.device_map,
     )
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return the number of token ids that the model has an embedding for."""
+    return int(cast(torch.Tensor, model.get_input_embeddings().weight).shape[0])
 
 
 def device_summary(model: PreTrainedModel) -> str:

@@ -32,7 +32,9 @@ def score(model: PreTrainedModel, prompt: Sequence[int], generated: Sequence[int
     """
     ids = torch.tensor([[*prompt, *generated[:-1]]], device=model.device)
     n = len(generated)
-    options = {"attention_mask": torch.ones_like(ids), "use_cache": False, "logits_to_keep": n}
+    # Layers that share keys and values, as in Gemma 3n, get them through the cache.
+    shared = bool(getattr(model.config.get_text_config(decoder=True), "num_kv_shared_layers", 0))
+    options = {"attention_mask": torch.ones_like(ids), "use_cache": shared, "logits_to_keep": n}
     known = inspect.signature(model.forward).parameters
     out = model(input_ids=ids, **{k: v for k, v in options.items() if k in known})
     logits = out.logits[0, -n:].float()

@@ -8,6 +8,9 @@ continuous batching does not; LOG.md compares the two.
 A prompt of more than `max_prefill_tokens` is prefilled in chunks, with a decode step for the others
 after each. So no forward pass takes long, and short prompts may go between the chunks.
 
+Models that keep other things than keys and values, such as Mamba, run one sequence at a time, in
+transformers' own loop (`generation.py`). What a model does in a short trial decides, not its name.
+
 Not here: paged attention, speculative decoding.
 """
 
@@ -27,10 +30,11 @@ from handler.config import EngineConfig
 from handler.engine import Messages, Progress, Sampling
 from handler.engine.batch import Batch, can_batch
 from handler.engine.folder import ModelFolder
-from handler.engine.loading import device_summary, load_model
+from handler.engine.generation import GenerationLoop
+from handler.engine.loading import device_summary, load_model, vocabulary
 from handler.engine.reference import score
 from handler.engine.sampling import Sampler
-from handler.engine.self_check import SelfCheckError, compare, complete, prompts
+from handler.engine.self_check import TOLERANCES, SelfCheckError, compare, complete, prompts
 from handler.engine.sequence import Sequence, new_sequence
 from handler.engine.waiting import SHARE, Waiting
 
@@ -45,7 +49,7 @@ class _LongPrefill:
     """A prompt whose first `done` tokens are in the cache."""
 
     sequence: Sequence
-    cache: DynamicCache
+    cache: DynamicCache | GenerationLoop
     done: int = 0
     interrupted: bool = False
     """Whether the last forward pass was for others."""
@@ -70,7 +74,11 @@ class TransformersEngine:
         self._done: list[Sequence] = []
         self._samplers: dict[Hashable, Sampler] = {}
         self._failures = 0
-        self._max_batch = config.max_batch if self._warm_up() else 1
+        self._max_batch = config.max_batch
+        self._max_prefill: float = config.transformers.max_prefill_tokens
+        self._alone = False
+        if not self._can_batch():
+            self._serve_alone()
         self.description = (
             f"engine transformers, {config.transformers.dtype}, "
             f"device {device_summary(self.model)}, {torch.get_num_threads()} threads, "
@@ -141,13 +149,13 @@ class TransformersEngine:
 
     def _prefill(self) -> None:
         """Run one forward pass of prompts: a group of waiting ones, or a chunk of a long one."""
-        limit = self.config.transformers.max_prefill_tokens
+        limit = self._max_prefill
         group: list[Sequence] = []
         if self._long is None:
             group = self._next_group(math.inf)
             if group and group[0].prompt_tokens > limit:
                 group[0].start()
-                self._long = _LongPrefill(group[0], DynamicCache(config=self.model.config))
+                self._long = _LongPrefill(group[0], self._new_cache())
                 group = []
         elif not self._long.interrupted:
             group = self._next_group(min(limit, self._long.sequence.prompt_tokens // SHARE))
@@ -159,7 +167,7 @@ class TransformersEngine:
 
     def _next_group(self, longest: float) -> list[Sequence]:
         """Take waiting sequences for one forward pass. A prompt too long for it comes alone."""
-        limit = self.config.transformers.max_prefill_tokens
+        limit = self._max_prefill
         running = [*self._batch.sequences, *([self._long.sequence] if self._long else [])]
         room = self._max_batch * self.max_context - sum(sequence.room for sequence in running)
         group: list[Sequence] = []
@@ -186,7 +194,7 @@ class TransformersEngine:
                 start = longest - sequence.prompt_tokens
                 ids[i, start:] = torch.tensor(sequence.token_ids)
                 mask[i, start:] = 1
-            cache = DynamicCache(config=self.model.config)
+            cache = self._new_cache()
             last = self._append(group, self._forward(ids, mask, cache))
         except Exception as error:  # only these prompts are lost
             self._fail(group, error)
@@ -197,7 +205,7 @@ class TransformersEngine:
     def _prefill_chunk(self, long: _LongPrefill) -> None:
         """Run the next tokens of a long prompt through the model; after the last ones it joins."""
         sequence, long.interrupted = long.sequence, False
-        end = min(long.done + self.config.transformers.max_prefill_tokens, sequence.prompt_tokens)
+        end = int(min(long.done + self._max_prefill, sequence.prompt_tokens))
         try:
             ids = torch.tensor([sequence.token_ids[long.done : end]])
             mask = torch.ones(1, end, dtype=torch.long)
@@ -235,9 +243,15 @@ class TransformersEngine:
         self._batch.keep([i for i, s in enumerate(sequences) if not s.finish_reason])
 
     @torch.inference_mode()
-    def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | GenerationLoop
+    ) -> torch.Tensor:
         """Logits [B, vocabulary] after the last of `ids` [B, n], given `mask` [B, T + n]."""
         device = self.model.device
+        if isinstance(cache, GenerationLoop):
+            logits = cache.forward(ids.to(device))
+            self._failures = 0
+            return logits
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if self._takes_positions:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -297,7 +311,8 @@ class TransformersEngine:
                 self._compare(texts, together=True)
             except SelfCheckError as error:
                 logger.warning("%s; serving one sequence at a time", error)
-                self._max_batch, alone = 1, " with one sequence at a time"
+                self._serve_alone()
+                alone = " with one sequence at a time"
         self._compare(texts, together=False)
         passed = f"self-check passed in {time.monotonic() - begin:.1f} s{alone}"
         return f"{passed} ({note})" if note else passed
@@ -307,10 +322,52 @@ class TransformersEngine:
             gaps = score(self.model, completion.prompt, completion.generated).gaps
             compare(completion, gaps, self.config.transformers.dtype, self.folder.decode)
 
-    def _warm_up(self) -> bool:
-        """Run two tokens through the model; return whether its cache can be batched."""
+    def _new_cache(self) -> DynamicCache | GenerationLoop:
+        return GenerationLoop(self.model) if self._alone else DynamicCache(config=self.model.config)
+
+    def _serve_alone(self) -> None:
+        """Serve one sequence at a time, in the loop of `generate`, which takes whole prompts."""
+        self._alone, self._max_batch, self._max_prefill = True, 1, math.inf
+
+    def _can_batch(self) -> bool:
+        """Return whether a sequence gets the same logits beside another one as in `generate`.
+
+        It is padded, and its prompt comes in two chunks.
+
+        Raises:
+            ValueError: the model cannot generate, or its logits are not numbers.
+        """
+        rows = vocabulary(self.model)
+        ids = torch.arange(rows // 2, rows // 2 + 14).remainder(rows).view(2, 7)
+        mask = torch.ones_like(ids)
+        mask[0, :2] = 0  # the first row is the shorter sequence
+        alone = GenerationLoop(self.model)
+        try:
+            expected = [self._forward(ids[:1, i:j], mask, alone)[0] for i, j in [(2, 6), (6, 7)]]
+        except Exception as error:
+            name = type(self.model).__name__
+            raise ValueError(
+                f"{name} cannot generate with the transformers engine: {error}"
+            ) from error
+        if not all(logits.max().isfinite() for logits in expected):
+            raise ValueError(
+                "the model's logits are not numbers (NaN): its weights are damaged, or too large "
+                f"for app.engine.transformers.dtype: {self.config.transformers.dtype}"
+            )
         cache = DynamicCache(config=self.model.config)
-        token = torch.tensor([[next(iter(self.end_tokens), 0)]])
-        self._forward(token, torch.ones(1, 1, dtype=torch.long), cache)
-        self._forward(token, torch.ones(1, 2, dtype=torch.long), cache)
-        return can_batch(cache)
+        try:
+            parts = [(0, 3), (3, 6), (6, 7)]
+            got = [self._forward(ids[:, i:j], mask[:, :j], cache)[0] for i, j in parts][1:]
+        except Exception as error:
+            logger.info("this model cannot be batched: %s", error)
+            return False
+        tolerance = TOLERANCES[self.config.transformers.dtype]
+        pairs = zip(got, expected, strict=True)
+        return can_batch(cache) and all(_distance(*pair) <= tolerance for pair in pairs)
+
+
+def _distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return how far logits are from others, in standard deviations of these."""
+    finite = expected.isfinite()  # some models give minus infinity to ids that are no tokens
+    difference = (logits - expected)[finite].float()
+    return float(difference.square().mean().sqrt() / expected[finite].float().std())

@@ -259,10 +259,10 @@ def greedy(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
-        max_new_tokens=new_tokens,
+        max_new_tokens=new_tokens + 1,  # some configurations force the last token
         eos_token_id=-1,  # no token
     )
-    return output[0, len(prompt_ids) :].tolist()
+    return output[0, len(prompt_ids) : -1].tolist()
 
 
 _DIVERSE = 10

@@ -64,31 +64,19 @@ def make_engine(tmp_path_factory):
     return make
 
 
-TRANSFORMERS = [("transformers", name) for name in ("LLAMA", "GPT2", "DOLLY")]
-SLIDING = ("transformers", "MISTRAL")
+TRANSFORMERS = [("transformers", name) for name in ("LLAMA", "GPT2", "DOLLY", "MISTRAL")]
 OPENVINO = [("openvino", name) for name in ("LLAMA", "GPT2", "DOLLY")]
 
 
-@pytest.fixture(params=[*TRANSFORMERS, SLIDING, *OPENVINO], ids="-".join)
+@pytest.fixture(params=[*TRANSFORMERS, *OPENVINO], ids="-".join)
 def engine(request, make_engine):
     """Each engine on each architecture."""
-    return make_engine(*request.param)
-
-
-@pytest.fixture(params=[*TRANSFORMERS, *OPENVINO], ids="-".join)
-def batching_engine(request, make_engine):
-    """All but Mistral, which runs one sequence at a time because of its sliding-window cache."""
     return make_engine(*request.param)
 
 
 @pytest.fixture(params=TRANSFORMERS, ids="-".join)
 def transformers_engine(request, make_engine):
     return make_engine(*request.param)
-
-
-def test_sliding_window_model_runs_one_sequence_at_a_time(make_engine):
-    assert make_engine(*SLIDING)._max_batch == 1
-    assert make_engine(*TRANSFORMERS[0])._max_batch == 8
 
 
 def test_greedy_text_in_a_batch_is_the_text_alone(engine):
@@ -207,8 +195,8 @@ def test_queue_time_is_in_seconds(engine):
     assert 0.1 <= done[0].queue_seconds <= time.monotonic() - began
 
 
-def test_short_sequence_ends_before_a_long_one(batching_engine):
-    engine = batching_engine
+def test_short_sequence_ends_before_a_long_one(engine):
+    engine = engine
     engine.submit("long", PROMPTS[0], Sampling(max_new_tokens=200), stream=False)
     engine.advance(0)
     engine.submit("short", PROMPTS[1], Sampling(max_new_tokens=2), stream=False)
@@ -387,8 +375,8 @@ def test_failing_sampling_fails_only_its_sequence(transformers_engine, monkeypat
     assert engine.alive()
 
 
-def test_new_sequences_do_not_starve_running_ones(batching_engine):
-    engine = batching_engine
+def test_new_sequences_do_not_starve_running_ones(engine):
+    engine = engine
     engine.submit("running", PROMPTS[0], Sampling(max_new_tokens=50), stream=False)
     finished = []
     for i in range(60):
