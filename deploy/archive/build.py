@@ -13,6 +13,7 @@ import yaml
 
 from deploy.archive.export import choose_engine, export, exported_files
 from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
+from deploy.archive.tokenizer import tokenizer_files, with_tokenizer
 from deploy.archive.verify import verify
 from deploy.common.paths import MODEL_STORE, UserError, link_or_copy, shown, temporary_folder
 from deploy.weights.checkpoint import check_checkpoint
@@ -98,7 +99,8 @@ def prepare(
         engine: fields of `app.engine` that override the app's YAML.
 
     Raises:
-        UserError: the app's YAML is wrong, or the model cannot be exported.
+        UserError: the app's YAML is wrong, the tokenizer cannot be read, or the model cannot be
+            exported.
     """
     app_yaml(name, local=True)  # a mistake in it is found sooner than one in the weights
     check_folder(weights)
@@ -112,6 +114,7 @@ def prepare(
         )
     if others := left_out(weights, weight_files(weights)):
         print(f"{shown(weights)}: leaving out {others}", flush=True)
+    tokenizer = tokenizer_files(weights)
     record = None
     if settings.name == "openvino":
         exported = export(weights, settings)
@@ -127,8 +130,7 @@ def prepare(
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     (target / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
-    with temporary_folder() as temporary:
-        place(_with_tokenizer(files, weights, temporary), target / WEIGHTS)
+    place(with_tokenizer(files, tokenizer), target / WEIGHTS)
     if record:
         link_or_copy(record, target / WEIGHTS / RECORD)
     return target
@@ -162,22 +164,3 @@ def model_config(
     chosen, why = choose_engine(app.engine, weights)
     settings.update(name=chosen, chosen=why)
     return config, app.engine.model_copy(update={"name": chosen})
-
-
-def _with_tokenizer(files: list[Path], weights: Path, folder: Path) -> list[Path]:
-    """Convert an older repository's tokenizer: engines read only `tokenizer.json`."""
-    if any(path.name == "tokenizer.json" for path in files):
-        return files
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(weights, local_files_only=True)
-        # Without any file, transformers returns an empty tokenizer, which reads no text.
-        readable = str(tokenizer.decode(tokenizer("Hello")["input_ids"], skip_special_tokens=True))
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # a tokenizer's own code may raise anything
-        raise UserError(f"{shown(weights)}: its tokenizer cannot be read ({error})") from error
-    made = {path.name: path for path in folder.iterdir()}
-    if not readable.strip() or "tokenizer.json" not in made:
-        raise UserError(f"{shown(weights)}: has no tokenizer that can become a tokenizer.json")
-    return [path for path in files if path.name not in made] + list(made.values())

@@ -8,14 +8,20 @@ import pytest
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from deploy.archive import build
+
 
 @pytest.fixture
 def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in Hugging Face layout, made without torch. It can be archived, but not served.
 
-    transformers would miss most tensors, so archives of it are made without asking it.
+    transformers takes seconds to import and would miss most tensors, so archives of it are made
+    without asking it.
     """
-    monkeypatch.setattr("deploy.archive.build.check_checkpoint", lambda _: None)
+    monkeypatch.setattr(build, "check_checkpoint", lambda _: None)
+    monkeypatch.setattr(
+        build, "tokenizer_files", lambda weights: sorted(weights.glob("tokenizer*.json"))
+    )
     folder = tmp_path / "model"
     folder.mkdir()
     weights, name = "model-00001-of-00001.safetensors", "lm_head.weight"

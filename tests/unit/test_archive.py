@@ -22,7 +22,6 @@ from handler.config import (
     load_app,
     parse_app,
 )
-from handler.engine.folder import ModelFolder
 
 TORCH = {"engine": {"name": "transformers"}}
 EXPECTED = {"llm_handler.py", "handler", "weights", "model-config.yaml", "MAR-INF"}
@@ -253,35 +252,6 @@ def test_app_with_weights_in_a_local_folder(model_folder: Path, tmp_path: Path, 
     monkeypatch.setattr(handler.config, "APPS", tmp_path)
     archive = build_archive("mine", get_weights("mine"), **TORCH, store=tmp_path / "store")
     assert list((archive / "weights").glob("*.safetensors"))
-
-
-@pytest.mark.slow
-def test_converts_tokenizer_of_older_format(tmp_path: Path):
-    """GPT-2's two files, as repositories held them before `tokenizer.json`."""
-    from tests import tiny
-
-    weights = tiny.random_model(tmp_path / "old", tiny.GPT2)
-    settings = json.loads((weights / "tokenizer.json").read_text())
-    (weights / "tokenizer.json").unlink()
-    (weights / "vocab.json").write_text(json.dumps(settings["model"]["vocab"]))
-    (weights / "merges.txt").write_text("#version: 0.2\n")
-    special = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>"}
-    (weights / "tokenizer_config.json").write_text(json.dumps(special))
-    archive = build_archive("old", weights, **TORCH, store=tmp_path / "store")
-    folder = ModelFolder(archive / "weights")
-    assert folder.decode(folder.encode("Hello, world")) == "Hello, world"
-    assert not (weights / "tokenizer.json").exists()
-
-
-@pytest.mark.slow
-def test_rejects_folder_without_tokenizer(model_folder: Path, tmp_path: Path):
-    (weights := tmp_path / "bare").mkdir()
-    for path in model_folder.iterdir():
-        if "tokenizer" not in path.name:
-            (weights / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match="tokenizer"):
-        build_archive("bare", weights, **TORCH, store=tmp_path / "store")
-    assert not (tmp_path / "store" / "bare").exists()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
-from handler.engine.text import TextStream
+from handler.engine.text import Decoder, TextStream, clean_up
+from tests.vocabularies import ASCII, KINDS
 
 END = "### End"
 """A special token of both vocabularies."""
@@ -122,3 +124,127 @@ def test_leaves_out_special_tokens(codec):
 @pytest.mark.parametrize("stop", [[], [""], ["xyz"]])
 def test_without_a_matching_stop_string(codec, stop):
     assert run(codec, "abc", stop) == (["a", "b", "c", ""], False)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    return KINDS[request.param]()
+
+
+CLEANS = pytest.mark.parametrize("cleans", [False, True], ids=["as it is", "cleaned up"])
+VALID = [
+    "Line one\n🎉 party\n\n東京",
+    "a\n\n🎉🎉",
+    "x\té🙂 y",
+    "👩\u200d👩\u200d👧 e\u0301 \ufffd\ufffd x",
+    "It ' s 12 o'clock , don 't . do n't 've  . stop !",
+    "  two  spaces </s> <|im_end|>",
+    "ก็ได้ค่ะ ขอบคุณ",
+]
+PROMPTS = ["Hello", "ends in bytes: 🎉", "ends in a line\n", " ", "don't . ", "<s>", ""]
+
+
+def streamed(decoder, prompt: list[int], ids: list[int], stop=(), **options) -> tuple[str, bool]:
+    stream, text = TextStream(decoder, prompt, stop, **options), ""
+    for token in ids:
+        text += stream.push(token)
+        if stream.stopped:
+            break
+    return text + stream.finish(), stream.stopped
+
+
+def whole(decoder: Decoder, prompt: list[int], ids: list[int]) -> str:
+    """Decode at once what follows the prompt; its last bytes do not count, as in `TextStream`."""
+    while prompt and decoder.may_change(prompt[-1]):
+        prompt = prompt[:-1]
+    raw = decoder.raw(prompt + ids)[len(decoder.raw(prompt)) :]
+    return clean_up(raw) if decoder.cleans_up else raw
+
+
+@CLEANS
+@pytest.mark.parametrize(("text", "prompt"), zip(VALID, PROMPTS, strict=True))
+def test_stream_cut_after_any_token_is_the_whole(tokenizer, text, prompt, cleans):
+    """Also in the middle of a character, which byte fallback reads as several tokens."""
+    decoder = Decoder(tokenizer, clean_up=cleans)
+    before = tokenizer.encode(prompt).ids
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    for n in range(len(ids) + 1):
+        expected = whole(decoder, before, ids[:n])
+        assert streamed(decoder, before, ids[:n])[0] == expected
+        assert streamed(decoder, before, ids[:n], at_once=True)[0] == expected
+
+
+@CLEANS
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_stream_of_random_tokens_is_the_whole(tokenizer, cleans, data):
+    """Bytes in any order, special tokens between them, and tokens that the vocabulary lacks."""
+    decoder = Decoder(tokenizer, clean_up=cleans)
+    size = tokenizer.get_vocab_size()
+    token = st.one_of(st.integers(0, size + 20), st.integers(0, min(270, size)))
+    ids = data.draw(st.lists(token, max_size=40))
+    prompt = data.draw(st.lists(token, max_size=10))
+    expected = whole(decoder, prompt, ids)
+    assert streamed(decoder, prompt, ids)[0] == expected
+    assert streamed(decoder, prompt, ids, at_once=True)[0] == expected
+
+
+@CLEANS
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_stop_string_cuts_the_whole_with_every_tokenizer(tokenizer, cleans, data):
+    decoder = Decoder(tokenizer, clean_up=cleans)
+    ids = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=30))
+    prompt = tokenizer.encode("Hello").ids
+    text = whole(decoder, prompt, ids)
+    at = data.draw(st.integers(0, len(text)))
+    stops = [text[at : at + 2] or "x", data.draw(st.sampled_from(["\n", "\ufffd", ".", "ab"]))]
+    for options in ({}, {"at_once": True}):
+        result, stopped = streamed(decoder, prompt, ids, stops, **options)
+        ends = [text.find(stop) for stop in stops if stop in text]
+        assert stopped == bool(ends)
+        assert result == text[: min(ends, default=len(text))]
+
+
+@pytest.mark.parametrize("stop", [["\n"], ["e\n"], ["🎉"], ["\n🎉"], ["東"]])
+def test_stop_string_of_bytes_beside_an_emoji(tokenizer, stop):
+    decoder, prompt = Decoder(tokenizer), tokenizer.encode("Hello").ids
+    ids = tokenizer.encode("Line one\n🎉 and 東京 too", add_special_tokens=False).ids
+    text = whole(decoder, prompt, ids)
+    result, stopped = streamed(decoder, prompt, ids, stop)
+    assert (result, stopped) == (text.split(stop[0])[0], stop[0] in text)
+
+
+def test_complete_characters_are_streamed_before_the_end(tokenizer):
+    """Text is held back for one token, not until the completion ends."""
+    decoder = Decoder(tokenizer)
+    ids = tokenizer.encode("the quick\nbrown fox 🎉 jumps over", add_special_tokens=False).ids
+    stream = TextStream(decoder, tokenizer.encode("Hello").ids, [])
+    pieces = [stream.push(token) for token in ids]
+    assert len("".join(pieces)) >= len("".join([*pieces, stream.finish()])) - 8
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=st.text(alphabet=" '.n?tmsvrea!,\n", max_size=40), data=st.data())
+def test_cleaned_pieces_join_to_the_cleaned_text(text, data):
+    class Characters(Decoder):
+        """A tokenizer whose tokens are characters."""
+
+        def __init__(self) -> None:
+            self.cleans_up, self._bytes = True, set()
+
+        def raw(self, token_ids: list[int]) -> str:
+            return "".join(map(chr, token_ids))
+
+    ids = [ord(character) for character in text]
+    assert streamed(Characters(), [97], ids)[0] == clean_up(text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", [*VALID, "".join(ASCII), " ".join(ASCII), "a ' s ' ' t n ' t"])
+def test_clean_up_is_that_of_transformers(text):
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = KINDS["byte-level"]()
+    reference = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    assert clean_up(text) == reference.clean_up_tokenization(text)

@@ -1,0 +1,576 @@
+"""The tokenizer in an archive: read as transformers reads its folder, or refused in seconds."""
+
+import base64
+import json
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+
+from deploy.archive.build import prepare
+from deploy.archive.tokenizer import difference, tokenizer_files, with_tokenizer
+from deploy.common.paths import UserError
+from handler.engine.folder import ModelFolder
+from handler.engine.text import TextStream
+from tests import vocabularies
+from tests.vocabularies import CHATML, LLAMA_2, byte_level, sentencepiece, write_tokenizer
+
+pytestmark = pytest.mark.slow
+
+TEXTS = [
+    "Once upon a time",
+    " leading",
+    "trailing ",
+    "  two  spaces",
+    "a\n\nb",
+    "Zażółć 東京 🎉👩\u200d👩\u200d👧",
+    "<|im_start|>user\nhi<|im_end|>",
+    "<s>[INST] hi [/INST]</s>",
+    "",
+    "don't . stop ! It ' s",
+    "\ufffd x e\u0301 é",
+    "<|think|> hi <|think|>",
+    "one two three four five six seven eight nine ten eleven twelve",
+]
+THINK = {"content": "<|think|>", "special": True, "normalized": False}
+THINK |= {"lstrip": False, "rstrip": False, "single_word": False}
+WRITES_START = "{{ bos_token }}" + CHATML
+Write = Callable[[Path], object]
+
+
+def layout(make: Callable[[], Tokenizer], patch: Write | None = None, **settings: object) -> Write:
+    """Return a function that writes a folder with this tokenizer, changed by `patch`."""
+
+    def write(folder: Path) -> None:
+        write_tokenizer(folder, make(), **settings)
+        if patch:
+            patch(folder)
+
+    return write
+
+
+def settings_of(name: str, **settings: object) -> Write:
+    """Return a patch that changes a JSON file; None removes an entry."""
+
+    def patch(folder: Path) -> None:
+        path = folder / name
+        content = json.loads(path.read_text()) if path.exists() else {}
+        content = {k: v for k, v in (content | settings).items() if v is not None}
+        path.write_text(json.dumps(content))
+
+    return patch
+
+
+def stored(change: Callable[[Tokenizer], object]) -> Write:
+    """Return a patch that changes tokenizer.json."""
+
+    def patch(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        tokenizer = Tokenizer.from_file(str(path))
+        change(tokenizer)
+        tokenizer.save(str(path))
+
+    return patch
+
+
+def without_json(**files: Callable[[dict], str]) -> Write:
+    """Return a patch that writes files from tokenizer.json's content, and removes it."""
+
+    def patch(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        for name, make in files.items():
+            (folder / name.replace("_", ".")).write_text(make(content["model"]))
+        (folder / "tokenizer.json").unlink()
+
+    return patch
+
+
+def merges(model: dict) -> str:
+    return "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in model["merges"]) + "\n"
+
+
+def both(*patches: Write) -> Write:
+    return lambda folder: [patch(folder) for patch in patches]
+
+
+def llama(scheme: str, tokenizer_class: str, **settings: object) -> Write:
+    return layout(
+        lambda: sentencepiece(scheme),
+        tokenizer_class=tokenizer_class,
+        **({"template": LLAMA_2} | settings),
+    )
+
+
+ADDED = {"added_tokens_decoder": {"500": THINK}}
+LAYOUTS: dict[str, Write] = {
+    **{f"kind: {name}": layout(make) for name, make in vocabularies.KINDS.items()},
+    **{
+        f"{scheme}, {name}": llama(scheme, name)
+        for scheme in ("normalizer", "first", "always", "never", "gemma")
+        for name in ("PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer")
+    },
+    "Llama, legacy": llama("normalizer", "LlamaTokenizer", legacy=True),
+    "Llama, not legacy": llama("normalizer", "LlamaTokenizerFast", legacy=False),
+    "Llama, no prefix": llama("normalizer", "LlamaTokenizer", add_prefix_space=False),
+    "Llama, tags of a template": llama(
+        "normalizer",
+        "LlamaTokenizerFast",
+        template="{% for m in messages %}<|user|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}",
+    ),
+    "Llama, no class named": layout(sentencepiece, tokenizer_class=None),
+    "Mistral": llama("normalizer", "LlamaTokenizer", model_type="mistral"),
+    "Mixtral, legacy": llama("normalizer", "LlamaTokenizer", model_type="mixtral", legacy=True),
+    "Phi-3": llama("normalizer", "LlamaTokenizer", model_type="phi3", legacy=False),
+    "Gemma": layout(
+        lambda: sentencepiece("gemma"),
+        tokenizer_class="GemmaTokenizer",
+        model_type="gemma",
+        template=WRITES_START,
+        pad_token="<pad>",
+    ),
+    "model type that transformers does not know": layout(byte_level, model_type="unheard-of"),
+    **{
+        f"bytes, {name} of {kind}": layout(byte_level, tokenizer_class=name, model_type=kind)
+        for name, kind in [
+            ("GPT2Tokenizer", "gpt2"),
+            ("GPT2TokenizerFast", "opt"),
+            ("Qwen2Tokenizer", "qwen2"),
+            ("Qwen2TokenizerFast", "llama"),
+            ("GPTNeoXTokenizerFast", "gpt_neox"),
+            ("BloomTokenizerFast", "bloom"),
+            ("CohereTokenizerFast", "cohere"),
+            ("CodeGenTokenizer", "codegen"),
+            ("PreTrainedTokenizer", "llama"),
+            ("TokenizersBackend", "llama"),
+            ("NoSuchTokenizer", "llama"),
+        ]
+    },
+    "start token by the tokenizer": layout(lambda: byte_level(start=True)),
+    "start token by tokenizer and template": layout(
+        lambda: byte_level(start=True), template=WRITES_START
+    ),
+    "end token by the tokenizer": layout(lambda: byte_level(end=True)),
+    "both by the tokenizer, both in the template": layout(
+        lambda: byte_level(start=True, end=True), template=WRITES_START + "{{ eos_token }}"
+    ),
+    "add_bos_token, class that ignores it": layout(byte_level, add_bos_token=True),
+    "add_bos_token, GPT-2": layout(
+        byte_level, tokenizer_class="GPT2Tokenizer", model_type="gpt2", add_bos_token=True
+    ),
+    "add_bos_token, Llama": layout(
+        lambda: sentencepiece(start=False),
+        tokenizer_class="LlamaTokenizer",
+        add_bos_token=True,
+        add_eos_token=False,
+    ),
+    "add_bos_token false, Llama": llama("normalizer", "LlamaTokenizer", add_bos_token=False),
+    "add_eos_token, Llama": llama("normalizer", "LlamaTokenizer", add_eos_token=True),
+    "truncation": layout(byte_level, stored(lambda t: t.enable_truncation(6))),
+    "truncation from the left": layout(
+        sentencepiece, stored(lambda t: t.enable_truncation(6, direction="left"))
+    ),
+    "truncation, rebuilt class": layout(
+        sentencepiece, stored(lambda t: t.enable_truncation(6)), tokenizer_class="LlamaTokenizer"
+    ),
+    "padding": layout(byte_level, stored(lambda t: t.enable_padding(pad_id=0, length=32))),
+    "padding to a multiple": layout(
+        byte_level, stored(lambda t: t.enable_padding(pad_to_multiple_of=8, direction="left"))
+    ),
+    "truncation and padding": layout(
+        byte_level, stored(lambda t: (t.enable_truncation(8), t.enable_padding(length=8)))
+    ),
+    "padding names the token of templates": layout(
+        byte_level,
+        stored(lambda t: t.enable_padding(pad_id=2, pad_token="</s>", length=9)),
+        template="{{ pad_token }}" + CHATML,
+    ),
+    "special_tokens_map.json alone": layout(
+        byte_level,
+        settings_of("special_tokens_map.json", bos_token="<s>", eos_token="</s>"),
+        template="{{ bos_token }}{{ eos_token }}" + CHATML,
+        bos_token=None,
+        eos_token=None,
+    ),
+    "special_tokens_map.json overrides": layout(
+        byte_level,
+        settings_of("special_tokens_map.json", eos_token={"content": "<|im_end|>"}),
+        template=CHATML + "{{ eos_token }}",
+    ),
+    "special_tokens_map.json does not override": layout(
+        byte_level,
+        settings_of("special_tokens_map.json", eos_token="<|im_end|>"),
+        template=CHATML + "{{ eos_token }}",
+        added_tokens_decoder={},
+    ),
+    "tokens in tokenizer_config.json alone": layout(
+        byte_level, template="<|think|>" + CHATML, **ADDED
+    ),
+    "tokens in tokenizer_config.json alone, Llama": llama(
+        "normalizer", "LlamaTokenizer", template="<|think|>" + CHATML, **ADDED
+    ),
+    "tokens in added_tokens.json alone": layout(
+        byte_level,
+        settings_of("added_tokens.json", **{"<|think|>": 500}),
+        template="<|think|>" + CHATML,
+    ),
+    "tokens in additional_special_tokens alone": layout(
+        byte_level, additional_special_tokens=["<|think|>"]
+    ),
+    "tokens in extra_special_tokens alone": layout(byte_level, extra_special_tokens=["<|think|>"]),
+    "pad token that the vocabulary lacks": layout(byte_level, pad_token="<pad>"),
+    "end token that the vocabulary lacks": layout(byte_level, eos_token="<|think|>"),
+    "tokens that strip and normalize": layout(
+        byte_level,
+        stored(
+            lambda t: t.add_tokens(
+                [
+                    AddedToken("<|think|>", lstrip=True, rstrip=True),
+                    AddedToken("hi", single_word=True, normalized=True),
+                ]
+            )
+        ),
+    ),
+    "end token as an object": layout(
+        byte_level,
+        eos_token={"__type": "AddedToken"} | THINK | {"content": "</s>"},
+        template=CHATML + "{{ eos_token }}",
+    ),
+    "sep, cls and mask": layout(
+        byte_level,
+        sep_token="<s>",
+        cls_token="</s>",
+        mask_token="<unk>",
+        template="{{ sep_token }}{{ cls_token }}{{ mask_token }}" + CHATML,
+    ),
+    "tokens of the model's own": layout(
+        byte_level,
+        image_token="<|im_end|>",
+        extra_special_tokens={"audio_token": "<s>"},
+        template="{{ image_token }}{{ audio_token }}" + CHATML,
+    ),
+    "tokens of the model's own, saved by transformers 5": layout(
+        byte_level,
+        model_specific_special_tokens={"image_token": "<|im_end|>"},
+        template="{{ image_token }}" + CHATML,
+    ),
+    "splits special tokens": layout(byte_level, split_special_tokens=True),
+    "cleans up": layout(byte_level, clean_up_tokenization_spaces=True),
+    "cleans up words": layout(vocabularies.word_piece, clean_up_tokenization_spaces=True),
+    "cleans up bytes": layout(sentencepiece, clean_up_tokenization_spaces=True),
+    "vocab.json and merges.txt": layout(
+        byte_level,
+        without_json(vocab_json=lambda m: json.dumps(m["vocab"]), merges_txt=merges),
+        tokenizer_class="GPT2Tokenizer",
+        model_type="gpt2",
+    ),
+    "vocab.json and merges.txt, Qwen2": layout(
+        byte_level,
+        without_json(vocab_json=lambda m: json.dumps(m["vocab"]), merges_txt=merges),
+        tokenizer_class="Qwen2Tokenizer",
+        model_type="qwen2",
+    ),
+    "vocab.txt": layout(
+        vocabularies.word_piece,
+        without_json(vocab_txt=lambda m: "\n".join(sorted(m["vocab"], key=m["vocab"].get))),
+        tokenizer_class="BertTokenizer",
+        model_type="bert",
+    ),
+    "normalizer of Unicode": layout(
+        byte_level, stored(lambda t: setattr(t, "normalizer", normalizers.NFKC()))
+    ),
+    "lower case": layout(
+        byte_level, stored(lambda t: setattr(t, "normalizer", normalizers.Lowercase()))
+    ),
+    "digits one by one": layout(
+        byte_level,
+        stored(
+            lambda t: setattr(
+                t,
+                "pre_tokenizer",
+                pre_tokenizers.Sequence(
+                    [
+                        pre_tokenizers.Digits(individual_digits=True),
+                        pre_tokenizers.ByteLevel(add_prefix_space=False),
+                    ]
+                ),
+            )
+        ),
+    ),
+    "custom code that is not needed": layout(
+        byte_level, auto_map={"AutoTokenizer": ["own.Slow", "own.Fast"]}
+    ),
+}
+
+
+@pytest.fixture(params=LAYOUTS)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    LAYOUTS[request.param](tmp_path / "model")
+    return tmp_path / "model"
+
+
+def archived(folder: Path, cache: Path | None = None) -> ModelFolder:
+    """Read a folder as the engines do, after `make archive`."""
+    made = folder.parent / "archived"
+    made.mkdir()
+    for path in tokenizer_files(folder, cache or folder.parent / "cache"):
+        shutil.copy(path, made)
+    shutil.copy(folder / "config.json", made)
+    return ModelFolder(made)
+
+
+def reference(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_archive_reads_and_decodes_as_transformers(folder: Path):
+    """The same ids and text: of prompts, of chats, and of random tokens in a stream."""
+    ours, theirs = archived(folder), reference(folder)
+    for text in TEXTS:
+        assert ours.encode(text) == theirs(text)["input_ids"]
+    if theirs.chat_template:
+        options = {"add_generation_prompt": True}
+        for text in TEXTS:
+            content = re.sub(r"<s>|</s>|<\|", "", text)  # control tokens are text in messages
+            chat = [{"role": "user", "content": content}]
+            prompt = ours.chat_prompt(chat)
+            assert prompt == theirs.apply_chat_template(chat, tokenize=False, **options)
+            expected = theirs.apply_chat_template(chat, return_dict=False, **options)
+            assert ours.encode(prompt) == expected
+            trusting = ours.encode(prompt.trusting_users())
+            assert trusting == expected, "special_tokens_in_content: control"
+    choices = random.Random(0)
+    for _ in range(40):
+        prompt_ids = theirs(choices.choice(TEXTS[:2]))["input_ids"]
+        ids = [choices.randrange(3, len(theirs) + 20) for _ in range(30)]
+        whole = theirs.decode(prompt_ids + ids, skip_special_tokens=True)
+        whole = whole[len(theirs.decode(prompt_ids, skip_special_tokens=True)) :]
+        for at_once in (True, False):
+            stream = TextStream(ours.decode, prompt_ids, [], at_once=at_once)
+            assert "".join([*map(stream.push, ids), stream.finish()]) == whole
+
+
+def test_archive_has_no_other_file_of_the_tokenizer(tmp_path: Path):
+    """An engine that finds vocab.json or an older tokenizer beside ours could prefer it."""
+    folder = write_tokenizer(tmp_path / "m", byte_level())
+    for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"):
+        (folder / name).write_text("{}")
+    (folder / "model.safetensors").write_text("")
+    files = with_tokenizer(list(folder.iterdir()), tokenizer_files(folder, tmp_path / "cache"))
+    names = sorted(path.name for path in files)
+    expected = ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    assert names == [*expected, "tokenizer_config.json"]
+
+
+LOST: dict[str, Write] = {
+    **{
+        f"bytes, {name}": layout(byte_level, tokenizer_class=name)
+        for name in ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer")
+    },
+    "bytes, no class named": layout(byte_level, tokenizer_class=None),
+    "bytes, no tokenizer_config.json": layout(
+        byte_level, lambda folder: (folder / "tokenizer_config.json").unlink()
+    ),
+    "sentencepiece, GPT2Tokenizer": layout(sentencepiece, tokenizer_class="GPT2Tokenizer"),
+    "words, LlamaTokenizer": layout(vocabularies.word_piece, tokenizer_class="LlamaTokenizer"),
+}
+
+
+@pytest.mark.parametrize("write", LOST.values(), ids=LOST)
+def test_file_is_read_as_it_is_where_transformers_loses_text(
+    tmp_path: Path, write: Write, capsys: pytest.CaptureFixture
+):
+    """As DeepSeek-R1-Distill-Llama's, of which transformers drops every space."""
+    write(folder := tmp_path / "model")
+    ours, plain = archived(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+    for text in TEXTS:
+        assert ours.encode(text) == plain.encode(text).ids
+        assert ours.decode(ours.encode(text)) == plain.decode(plain.encode(text).ids)
+    assert "reading tokenizer.json as it is, without" in capsys.readouterr().out
+
+
+def test_deepseek_is_read_as_transformers_reads_it(tmp_path: Path):
+    """transformers knows of this model type that it is not SentencePiece."""
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "model_type": "deepseek_v3"}
+    folder = write_tokenizer(tmp_path / "model", byte_level(), **settings)
+    ours, theirs = archived(folder), reference(folder)
+    assert all(ours.encode(text) == theirs(text)["input_ids"] for text in TEXTS)
+
+
+def only(name: str, content: bytes = b"{}") -> Write:
+    def write(folder: Path) -> None:
+        write_tokenizer(folder, byte_level())
+        (folder / "tokenizer.json").unlink()
+        (folder / name).write_bytes(content)
+
+    return write
+
+
+def nothing(folder: Path) -> None:
+    only("x")(folder)
+    (folder / "tokenizer_config.json").unlink()
+
+
+SPM = b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02"
+TIKTOKEN = b"".join(base64.b64encode(bytes([i])) + f" {i}\n".encode() for i in range(256))
+REFUSED: dict[str, tuple[Write, str]] = {
+    "no tokenizer": (nothing, "has no tokenizer; copy the tokenizer.json of the same model"),
+    "tokenizer_config.json alone": (only("x"), "has no tokenizer; copy"),
+    "tokenizer.model": (only("tokenizer.model", SPM), "pip install 'transformers<5' sentencepiece"),
+    "spiece.model": (only("spiece.model", SPM), "has spiece.model and no tokenizer.json"),
+    "tokenizer.model of tiktoken": (
+        only("tokenizer.model", TIKTOKEN),
+        "tokenizer.model is in tiktoken's format",
+    ),
+    "qwen.tiktoken": (only("qwen.tiktoken", TIKTOKEN), "has qwen.tiktoken and no tokenizer.json"),
+    "tekken.json": (only("tekken.json"), "has tekken.json and no tokenizer.json; copy"),
+    "broken tokenizer.json": (only("tokenizer.json", b"{"), "tokenizer.json: is not a tokenizer"),
+    "empty tokenizer.json": (only("tokenizer.json", b""), "tokenizer.json: is not a tokenizer"),
+    "tokenizer.json that is a list": (only("tokenizer.json", b"[]"), "is not a tokenizer"),
+    "tokenizer.json of another library": (
+        only("tokenizer.json", b'{"model": {"type": "NoSuchModel"}}'),
+        "is not a tokenizer",
+    ),
+    "git-lfs pointer": (
+        only("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n"),
+        "is not a tokenizer",
+    ),
+    "broken vocab.json": (only("vocab.json", b"{"), "its tokenizer cannot be read"),
+    "vocab.json without merges": (
+        layout(
+            byte_level,
+            without_json(vocab_json=lambda m: json.dumps({"<unk>": 0, "</s>": 1, "a": 2})),
+            tokenizer_class="GPT2Tokenizer",
+            model_type="gpt2",
+        ),
+        "its tokenizer cannot be read .`vocab` and `merges` must",
+    ),
+    "broken tokenizer_config.json": (
+        layout(byte_level, lambda folder: (folder / "tokenizer_config.json").write_text("{")),
+        "its tokenizer cannot be read",
+    ),
+    "special token that is a number": (layout(byte_level, eos_token=7), "cannot be read"),
+    "vocabulary of nothing": (
+        layout(
+            byte_level,
+            lambda folder: Tokenizer(vocabularies.models.BPE()).save(
+                str(folder / "tokenizer.json")
+            ),
+        ),
+        "makes no token of 'Hello', so it is empty",
+    ),
+    "unknown token that the vocabulary lacks": (
+        layout(
+            byte_level,
+            lambda folder: Tokenizer(
+                vocabularies.models.WordLevel({"a": 0}, unk_token="<none>")
+            ).save(str(folder / "tokenizer.json")),
+        ),
+        "its tokenizer cannot be read",
+    ),
+    "tokenizer of a larger model": (
+        layout(byte_level, settings_of("config.json", vocab_size=60)),
+        "vocab_size in config.json is 60, so it is another model's",
+    ),
+    "tokenizer of a larger model, in text_config": (
+        layout(
+            byte_level, settings_of("config.json", vocab_size=None, text_config={"vocab_size": 60})
+        ),
+        "vocab_size in config.json is 60",
+    ),
+    "tokenizer in Python": (
+        layout(
+            byte_level,
+            both(
+                without_json(
+                    vocab_json=lambda m: json.dumps(m["vocab"] | {"</w>": 900}), merges_txt=merges
+                ),
+            ),
+            tokenizer_class="CTRLTokenizer",
+            model_type="ctrl",
+        ),
+        "copy the tokenizer.json|choose a model that has one",
+    ),
+    "custom code": (
+        layout(
+            byte_level,
+            without_json(vocab_txt=lambda m: "\n".join(m["vocab"])),
+            tokenizer_class="OwnTokenizer",
+            model_type="own",
+            auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]},
+        ),
+        "is code of its repository .auto_map in tokenizer_config.json., which is not run here",
+    ),
+}
+
+
+@pytest.mark.parametrize(("write", "message"), REFUSED.values(), ids=REFUSED)
+def test_refuses_before_any_export(
+    tmp_path: Path, write: Write, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    """In one line that names the folder and a remedy."""
+    write(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr("deploy.archive.build.export", None)
+    with pytest.raises(UserError, match=message) as refused:
+        tokenizer_files(tmp_path / "model", tmp_path / "cache")
+    assert "\n" not in str(refused.value) and str(tmp_path / "model") in str(refused.value)
+    assert not list((tmp_path / "cache").glob("*")), "nothing to be found the next time"
+    with pytest.raises(UserError):
+        prepare("x", tmp_path / "model", tmp_path / "x", engine={"name": "openvino"})
+
+
+def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = write_tokenizer(tmp_path / "m", byte_level())
+    first = tokenizer_files(folder, tmp_path / "cache")
+    monkeypatch.setattr("deploy.archive.tokenizer._make", None)
+    began = time.monotonic()
+    assert tokenizer_files(folder, tmp_path / "cache") == first
+    assert time.monotonic() - began < 0.1
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "config.json", "special_tokens_map.json"]
+)
+def test_change_of_a_file_makes_the_tokenizer_again(tmp_path: Path, name: str):
+    folder = write_tokenizer(tmp_path / "m", byte_level())
+    first = tokenizer_files(folder, tmp_path / "cache")
+    path = folder / name
+    path.write_text((path.read_text() if path.exists() else "{}") + " ")
+    assert tokenizer_files(folder, tmp_path / "cache") != first
+
+
+def test_link_out_of_the_folder_is_not_read(tmp_path: Path):
+    """A download could link a template to any file of this machine."""
+    folder = write_tokenizer(tmp_path / "m", byte_level())
+    (tmp_path / "secret.jinja").write_text("secret")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "default.jinja").symlink_to(tmp_path / "secret.jinja")
+    prompt = archived(folder).chat_prompt([{"role": "user", "content": "Hi"}])
+    assert prompt.startswith("<|im_start|>user") and "secret" not in prompt
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (stored(lambda t: setattr(t, "normalizer", normalizers.Lowercase())), "has other tokens"),
+        (stored(lambda t: setattr(t, "decoder", decoders.Fuse())), "are other text"),
+        (settings_of("tokenizer_config.json", chat_template="x"), "gives another text"),
+        (
+            lambda folder: (folder / "chat_template.jinja").write_text("{% for m in x %}"),
+            "gives another text",
+        ),
+    ],
+)
+def test_finds_what_differs_from_transformers(tmp_path: Path, change: Write, message: str):
+    theirs = reference(write_tokenizer(tmp_path / "m", byte_level()))
+    assert difference(ModelFolder(tmp_path / "m"), theirs) == ""
+    change(tmp_path / "m")
+    assert message in difference(ModelFolder(tmp_path / "m"), theirs)
