@@ -129,6 +129,7 @@ class OpenVINOEngine:
             stream=stream,
             folder=self.folder,
             max_context=self.max_context,
+            vocabulary=self.folder.vocabulary(),
             end_tokens=self.end_tokens,
         )
         self._generations[key] = _generation(

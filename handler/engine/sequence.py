@@ -87,16 +87,32 @@ def new_sequence(
     stream: bool,
     folder: ModelFolder,
     max_context: int,
+    vocabulary: int | None,
     end_tokens: Set[int] = frozenset(),
 ) -> Sequence:
-    """Tokenize a prompt and check that it fits. `end_tokens` are the ids that end a completion.
+    """Tokenize a prompt and check that the model can read it.
+
+    Args:
+        key: of the sequence, as in `Engine.submit`; so are the next three.
+        prompt: the text.
+        sampling: how it is decoded.
+        stream: whether text is reported as soon as it exists.
+        folder: the model's.
+        max_context: the most tokens of prompt and completion.
+        vocabulary: the number of ids that the model has an embedding for, if known.
+        end_tokens: the ids that end a completion.
 
     Raises:
-        PromptError: it is empty, or leaves no room in the context.
+        PromptError: it is empty, leaves no room in the context, or has a token without embedding.
     """
     token_ids = folder.encode(prompt)
     if not token_ids:
         raise PromptError("is empty: give at least one token of text")
+    if vocabulary and (highest := max(token_ids)) >= vocabulary:
+        raise PromptError(
+            f"has the token {folder.token(highest)!r} with the id {highest}, which this model "
+            f"cannot read: its ids end at {vocabulary - 1}; leave the token out"
+        )
     if len(token_ids) >= max_context:
         raise PromptError(
             f"has {len(token_ids)} tokens; at most {max_context - 1} fit into the context of "

@@ -68,6 +68,7 @@ class TransformersEngine:
         self.max_context = min(config.max_context or limit, limit)
         self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        self._vocabulary = vocabulary(self.model)
         self._waiting = Waiting()
         self._long: _LongPrefill | None = None
         self._batch = Batch()
@@ -95,6 +96,7 @@ class TransformersEngine:
             stream=stream,
             folder=self.folder,
             max_context=self.max_context,
+            vocabulary=self._vocabulary,
             end_tokens=self.end_tokens,
         )
         self._waiting.add(sequence)
@@ -263,15 +265,17 @@ class TransformersEngine:
 
     def _append(self, sequences: list[Sequence], logits: torch.Tensor) -> torch.Tensor:
         """Choose a token for each sequence, record it, and return them all [B]."""
-        largest = logits.argmax(-1).tolist()
+        largest, likeliest = (values.tolist() for values in logits.max(-1))
         for i, sequence in enumerate(sequences):
             sampler = self._samplers[sequence.key]
             try:
-                token = largest[i]
+                if not math.isfinite(largest[i]):
+                    raise ArithmeticError("the logits are not numbers (NaN or infinity)")
+                token = likeliest[i]
                 if not sampler.plain:
                     token = sampler.choose(sequence.token_ids, logits[i])
-            except RuntimeError as error:  # logits that are not numbers: only this sequence fails
-                logger.error("sampling failed", exc_info=error)
+            except (ArithmeticError, RuntimeError) as error:  # only this sequence fails
+                logger.error("no token for a sequence: %s", error)
                 sequence.end("error")
             else:
                 sequence.append(token)
@@ -337,7 +341,7 @@ class TransformersEngine:
         Raises:
             ValueError: the model cannot generate, or its logits are not numbers.
         """
-        rows = vocabulary(self.model)
+        rows = self._vocabulary
         ids = torch.arange(rows // 2, rows // 2 + 14).remainder(rows).view(2, 7)
         mask = torch.ones_like(ids)
         mask[0, :2] = 0  # the first row is the shorter sequence

@@ -359,8 +359,31 @@ def test_failing_prefill_fails_only_its_prompts(transformers_engine, monkeypatch
     assert expected.endswith(done["good"].text) and engine.alive()
 
 
-def test_failing_sampling_fails_only_its_sequence(transformers_engine, monkeypatch):
-    """Logits that are not numbers, as an overflow makes them, fail only that sequence."""
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_numbers_fail_only_their_sequence(
+    transformers_engine, monkeypatch, caplog, value, temperature
+):
+    engine = transformers_engine
+    expected = run(engine, PROMPTS[:3], Sampling(max_new_tokens=5))[0]
+    forward = engine._forward
+
+    def last_is_broken(ids, mask, cache):
+        logits = forward(ids, mask, cache).clone()
+        if len(logits) == 4:
+            logits[3] = value
+        return logits
+
+    monkeypatch.setattr(engine, "_forward", last_is_broken)
+    samplings = [Sampling(max_new_tokens=5)] * 3
+    samplings += [Sampling(max_new_tokens=5, temperature=temperature)]
+    texts, reasons = run(engine, [*PROMPTS[:3], PROMPTS[1]], samplings)
+    assert texts[:3] == expected and reasons == ["length"] * 3 + ["error"]
+    assert "the logits are not numbers" in caplog.text
+    assert engine.alive()
+
+
+def test_sampling_that_overflows_fails_only_its_sequence(transformers_engine, monkeypatch):
     engine = transformers_engine
     expected = run(engine, PROMPTS[:3], Sampling(max_new_tokens=5))[0]
     choose = Sampler.choose
