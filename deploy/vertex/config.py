@@ -7,6 +7,7 @@ Only Google knows whether a machine type exists in a region, and whether you hav
 """
 
 import datetime
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -27,6 +28,9 @@ from deploy.common.paths import UserError, shown
 
 CONFIG = Path(__file__).parent / "vertex.yaml"
 MANAGED_BY = "serving-llms"
+_PLAIN = 63 - len(f"{MANAGED_BY}-")
+"""Characters of an APP's name in a resource ID."""
+
 ENVIRONMENT = {
     "project": "GCP_PROJECT",
     "region": "GCP_REGION",
@@ -159,8 +163,7 @@ class VertexSettings(_Strict):
         We choose it, not Google. So a creation that is repeated after a crash finds the first one,
         and its operations can be listed although nothing stores their names.
         """
-        plain = re.sub(r"[^a-z0-9]+", "-", app.lower()).strip("-")
-        return f"{MANAGED_BY}-{plain}"[:63].rstrip("-")
+        return f"{MANAGED_BY}-{_plain(app)}"
 
     def endpoint_name(self, app: str) -> str:
         """The full name of an app's endpoint."""
@@ -172,8 +175,7 @@ class VertexSettings(_Strict):
 
     def labels_for(self, app: str) -> dict[str, str]:
         """The labels of an app's resources, by which `cleanup` finds them."""
-        plain = re.sub(r"[^a-z0-9_-]", "-", app.lower())[:63]
-        return {**self.labels, "managed-by": MANAGED_BY, "app": plain}
+        return {**self.labels, "managed-by": MANAGED_BY, "app": _plain(app)}
 
     def image_folder(self) -> str:
         """The address of the repository: `REGION-docker.pkg.dev/PROJECT/REPOSITORY`."""
@@ -187,6 +189,18 @@ class VertexSettings(_Strict):
     def route_for(self, app: str) -> str:
         """The path at which the container takes predictions."""
         return self.predict_route or f"/predictions/{app}"
+
+
+def _plain(app: str) -> str:
+    """Return an APP's name in the characters of IDs and labels, different for different names.
+
+    `a.b` and `a-b` would share an endpoint, and `cleanup` of one would remove the other. So a name
+    that has to be changed ends in a digest.
+    """
+    plain = re.sub(r"[^a-z0-9]+", "-", app.lower()).strip("-")
+    if plain == app and len(plain) <= _PLAIN:
+        return plain
+    return f"{plain[: _PLAIN - 7]}-{hashlib.sha256(app.encode()).hexdigest()[:6]}"
 
 
 def load_settings(path: Path = CONFIG, **overrides: Any) -> VertexSettings:

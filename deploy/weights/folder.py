@@ -57,6 +57,7 @@ _SHOWN = 8
 """Names in a message about files."""
 
 _INDEX = ".index.json"
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = "*.safetensors and no *.bin file"
 _CHECKED_LATER = frozenset({"tokenizer.json", "vocab.json"})
 """Large files, which `deploy.archive` reads anyway."""
@@ -101,7 +102,7 @@ def choose_files(names: list[str]) -> list[str]:
     tensors = [n for n in names if n.endswith(".safetensors") and not n.startswith(_NOT_MODEL)]
     bins = [n for n in names if _BIN.fullmatch(n)]
     index: list[str] = []
-    for single, sharded in (("model.safetensors", tensors), ("pytorch_model.bin", bins)):
+    for single, sharded in zip(_SINGLE, (tensors, bins), strict=True):
         if single in names:
             chosen = [single]
             break
@@ -161,6 +162,27 @@ def _check(folder: Path) -> None:
                 f"{shown(path)}: is a link to {path.readlink()}, which does not exist; copy the "
                 "model's folder with its links followed (cp -rL), or download it again"
             )
+    files = weight_files(folder)
+    for path in files:
+        _check_file(path, folder)
+    check_kind(folder)
+    for path in files:
+        if path.suffix == ".json" and path.name not in _CHECKED_LATER:
+            read_object(path)
+    index = next((p for p in files if p.name.endswith(_INDEX)), None)
+    if index:
+        _check_index(index)
+    _check_tensors([path for path in files if path.suffix == ".safetensors"])
+
+
+def check_kind(folder: Path) -> None:
+    """Refuse what the names of the files and config.json show not to be a model that is served.
+
+    `hub.py` calls it before the weights are there, with empty files in their place.
+
+    Raises:
+        UserError: the message says what the folder holds instead, and what to do.
+    """
     if why := other_kind(folder):
         raise UserError(
             f"{shown(folder)}: {why}use a model that generates text (ForCausalLM in config.json)"
@@ -169,22 +191,13 @@ def _check(folder: Path) -> None:
         raise UserError(f"{shown(folder)}: {why}")
     if not (folder / "config.json").is_file():
         raise UserError(f"{shown(folder)}: {without_model(folder, 'config.json')}")
-    files = weight_files(folder)
-    for path in files:
-        _check_file(path, folder)
     check_config(folder)
-    for path in files:
-        if path.suffix == ".json" and path.name not in _CHECKED_LATER:
-            read_object(path)
-    tensors = [p for p in files if p.suffix in {".safetensors", ".bin"}]
-    index = next((p for p in files if p.name.endswith(_INDEX)), None)
-    if index:
-        _check_index(index)
-    elif not tensors:
+    names = choose_files([p.name for p in folder.iterdir() if p.is_file()])
+    tensors = [folder / name for name in names if name.endswith((".safetensors", ".bin"))]
+    if not tensors:
         raise UserError(f"{shown(folder)}: {without_model(folder, _WEIGHTS)}")
-    elif tensors[0].name not in {"model.safetensors", "pytorch_model.bin"}:
+    if tensors[0].name not in _SINGLE and not any(name.endswith(_INDEX) for name in names):
         raise UserError(f"{shown(folder)}: {_unread(tensors)}")
-    _check_tensors([path for path in tensors if path.suffix == ".safetensors"])
 
 
 def _file(path: Path) -> str:

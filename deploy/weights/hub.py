@@ -8,6 +8,7 @@ this module does.
 import hashlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import httpx
@@ -22,8 +23,16 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 
 from deploy.common.paths import UserError, link_or_copy
-from deploy.weights.folder import choose_files
+from deploy.weights.folder import check_kind, choose_files
 from handler.config import HubWeights
+
+_DECIDING = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "model_index.json",
+)
+"""The small files that show whether a repository is served."""
 
 
 def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
@@ -36,6 +45,7 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
     try:
         tree = HfApi().list_repo_tree(weights.repo, revision=weights.revision)
         entries = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+        _check_kind(weights, list(entries))
         files = [entries[name] for name in choose_files(list(entries))]
         _check_space(sum(file.size for file in files), folder)
         snapshot = snapshot_download(
@@ -72,6 +82,29 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
                 "and was deleted. Try again"
             )
         link_or_copy(blob, folder / file.path)
+
+
+def _check_kind(weights: HubWeights, names: list[str]) -> None:
+    """Refuse a repository that is not served before its gigabytes are downloaded.
+
+    Makes a folder with the JSON files that decide, and an empty file for each of the others.
+    """
+    wanted = [name for name in names if name in _DECIDING]
+    snapshot = snapshot_download(
+        weights.repo, revision=weights.revision, allow_patterns=wanted or ["config.json"]
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, weights.repo)
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        for name in wanted:
+            shutil.copy(Path(snapshot, name), folder / name)
+        try:
+            check_kind(folder)
+        except UserError as error:
+            raise UserError(str(error).replace(f"{temporary}/", "")) from error
 
 
 def git_hash(path: Path, *, lfs: bool) -> str:

@@ -158,8 +158,10 @@ def test_allowed_name_makes_an_image_a_container_and_an_endpoint(name: str):
     assert re.fullmatch(r"[a-z0-9_-]{1,63}", settings.labels_for(name)["app"])
 
 
-def test_long_names_do_not_share_an_endpoint():
+def test_different_names_do_not_share_an_endpoint():
+    """Nor the label by which `cleanup` finds what it removes."""
     settings = load_settings(project="a-project")
-    names = ["a" * 49 + end for end in "bc"]
-    assert len({settings.resource_id(check_name(name)) for name in names}) == 2
-    assert len({settings.labels_for(name)["app"] for name in names}) == 2
+    names = ["a.b", "a-b", "a_b", "A-b", "A.B", *("a" * 49 + end for end in "bc")]
+    assert len({settings.resource_id(check_name(name)) for name in names}) == len(names)
+    assert len({settings.labels_for(name)["app"] for name in names}) == len(names)
+    assert settings.resource_id("smollm2-135m") == "serving-llms-smollm2-135m"

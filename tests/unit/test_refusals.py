@@ -4,7 +4,10 @@ The first part needs no torch. The second part asks transformers and is slow to 
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +17,9 @@ from safetensors.numpy import save_file
 
 import deploy.archive.build
 from deploy.archive.build import prepare
-from deploy.common.paths import UserError
+from deploy.common.paths import ROOT, UserError
 from deploy.weights.folder import check_folder, weight_files
+from tests.hub_server import Hub
 
 SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
 
@@ -735,3 +739,82 @@ def test_a_folder_that_has_passed_is_not_checked_again(llama: Path, monkeypatch)
     with pytest.raises(pytest.fail.Exception):
         edit(llama / "config.json", torch_dtype="float32")
         accepted(llama)
+
+
+# Repositories on the Hub: refused before the weights are downloaded.
+
+FETCH = """
+import sys
+from pathlib import Path
+from deploy.common.paths import ROOT, UserError
+from deploy.weights.hub import fetch_snapshot
+from handler.config import HubWeights
+weights = HubWeights(source="hub", repo="me/mine", revision="0" * 40, license="mit")
+try:
+    fetch_snapshot(weights, Path(sys.argv[1]))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            {"config.json": {"quantization_config": {"quant_method": "gptq", "bits": 4}}},
+            "me/mine: quantization_config in config.json says quant_method gptq (4 bits), ",
+        ),
+        ({"adapter_config.json": LORA}, "me/mine: holds a LORA adapter for meta/llama"),
+        ({"config.json": {"eos_token_id": -1}}, "me/mine/config.json: eos_token_id is -1; "),
+        ({"README.md": {}}, "me/mine: has no config.json; download it from the same repository"),
+    ],
+)
+def test_rejects_repository_before_its_weights_are_downloaded(files, words, tmp_path: Path):
+    (repository := tmp_path / "repository").mkdir()
+    for name, content in files.items():
+        (repository / name).write_text(json.dumps(content))
+    (repository / "model.safetensors").write_bytes(b"0" * 1_000_000)
+    with Hub(repository, "me/mine", "0" * 40) as hub:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, "-c", FETCH, str(tmp_path / "out")]
+        run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert not [request for request in hub.requests if "safetensors" in request]
+    assert run.stdout.startswith(words) and run.stdout.count("\n") == 1, run.stderr
+
+
+@pytest.mark.slow
+def test_mxfp4_is_accepted_and_dequantized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """gpt-oss: transformers turns the blocks into bfloat16 by itself."""
+    import torch
+    from safetensors.torch import load_file
+    from safetensors.torch import save_file as save
+
+    from handler.config import engine_config
+    from handler.engine.loading import load_model
+    from tests.families.models import write_family
+
+    monkeypatch.setattr("deploy.weights.checkpoint.CHECKED", tmp_path / "checked")
+    folder = tmp_path / "gpt-oss"
+    write_family(folder, "gpt_oss")
+    (file,) = folder.glob("*.safetensors")
+    tensors, wanted = load_file(file), {}
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        generator = torch.Generator().manual_seed(0)
+        sizes = (experts, outputs, inputs // 32)
+        blocks = torch.randint(256, (*sizes, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(120, 124, sizes, dtype=torch.uint8, generator=generator)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        pairs = torch.stack([values[(blocks & 15).long()], values[(blocks >> 4).long()]], -1)
+        exact = pairs.reshape(*sizes, 32) * torch.exp2(scales.float() - 127)[..., None]
+        wanted[name] = exact.reshape(experts, outputs, inputs).transpose(1, 2)
+    assert wanted
+    save(tensors, file, metadata={"format": "pt"})
+    edit(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
+    assert accepted(folder)
+    model = load_model(folder, engine_config(name="transformers").transformers).state_dict()
+    for name, tensor in wanted.items():
+        assert torch.equal(model[name].float(), tensor)
