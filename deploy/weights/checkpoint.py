@@ -63,25 +63,76 @@ def _check(folder: Path) -> None:
                 f"{shown(index)}: has no object metadata, which transformers needs; write "
                 '"metadata": {} into it'
             )
-    with _quiet():
+    try:
+        model, found = _load(folder)
+        stored = _stored_types(folder)
+    except Exception as error:  # the code of a model's class may raise anything
+        raise UserError(
+            f"{shown(folder)}: transformers {version('transformers')} cannot load this model "
+            f"({_one_line(error)}); correct config.json or generation_config.json if the reason "
+            "names a field, or download all files again from one repository"
+        ) from error
+    _check_tensors(folder, model, found)
+    _check_types(folder, model, stored)
+
+
+def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """Load a model without its tensors' data, and return it with what was missing or left over."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class EqualWithoutData(TorchFunctionMode):
+        """Call tensors without data equal: transformers ties a head only to an equal embedding.
+
+        Both answers load all tensors.
+        """
+
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            return True if func is torch.equal else func(*args, **(kwargs or {}))
+
+    with _quiet(), EqualWithoutData():
         from transformers import AutoModelForCausalLM
 
         load: Any = AutoModelForCausalLM  # whose types leave output_loading_info out
-        try:
-            model, found = load.from_pretrained(
-                folder,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # to name them; they are an error below
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-        except Exception as error:  # the code of a model's class may raise anything
+        model, found = load.from_pretrained(
+            folder,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them; they are an error all the same
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        return model, found
+
+
+def _stored_types(folder: Path) -> dict[str, Any]:
+    """Return the types in which the tensors are stored, by name."""
+    from transformers.modeling_utils import load_state_dict
+
+    stored: dict[str, Any] = {}
+    for path in weight_files(folder):
+        if path.suffix in {".safetensors", ".bin"}:
+            tensors = load_state_dict(str(path), map_location="meta")
+            stored |= {name: getattr(tensor, "dtype", None) for name, tensor in tensors.items()}
+    return stored
+
+
+def _check_types(folder: Path, model: Any, stored: dict[str, Any]) -> None:
+    """Refuse weights that are not floating point: transformers would cast them as they are."""
+    import torch
+
+    usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    parameters = {name for name, p in model.named_parameters() if p.is_floating_point()}
+    for name, dtype in stored.items():
+        weight = name in parameters or name.endswith(".weight")
+        if weight and dtype is not None and dtype not in usual:
             raise UserError(
-                f"{shown(folder)}: transformers {version('transformers')} cannot load this model "
-                f"({_one_line(error)}); {_SAME_SOURCE}"
-            ) from error
-    _check_tensors(folder, model, found)
+                f"{shown(folder)}: the tensor {name} is stored as {str(dtype).split('.')[-1]}, "
+                "and config.json has no quantization_config that says what its numbers mean; use "
+                "the model's checkpoint in float16, bfloat16 or float32"
+            )
 
 
 _SAME_SOURCE = (
@@ -129,8 +180,15 @@ def _check_type(path: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{what}, which {ours} does not load as a model that generates text; {use}")
     if config.get("is_encoder_decoder"):
         raise UserError(f"{what}, an encoder and a decoder, which are not served; {use}")
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder"):
+    decoder = config.get("is_decoder") or config.get("causal")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
         raise UserError(f"{what}, an encoder, which fills gaps in a text; {use}")
+    others = {*names} & {*classes.values()}
+    if others and classes[kind] not in names:
+        raise UserError(
+            f"{what}, but the class of model_type {kind} is {classes[kind]}, which reads the same "
+            f"weights differently; correct model_type or architectures in it"
+        )
 
 
 def _check_tensors(folder: Path, model: Any, found: dict[str, Any]) -> None:
@@ -156,7 +214,9 @@ def _check_tensors(folder: Path, model: Any, found: dict[str, Any]) -> None:
                 f"({unexpected[0]}), which a wrapper around the model wrote; save the model inside "
                 "it with save_pretrained, or rename the tensors"
             )
-        others = f", while {_some(unexpected)} are not {kind}'s" if unexpected else ""
+        others = (
+            f", while {_some(unexpected)} {_are(unexpected)} not {kind}'s" if unexpected else ""
+        )
         raise UserError(
             f"{shown(folder)}: {_some(missing)} of {kind} {_are(missing)} missing in the weights"
             f"{others}; download all files again, or save the model again with save_pretrained"
@@ -193,7 +253,7 @@ def _belongs(name: str, model: Any, parts: set[str]) -> bool:
             if prefix in parts:
                 return True
             above = prefix.rpartition(".")[0]
-            if f"{above}.0" in parts:
+            if above in parts:
                 extra = getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0
                 layers = sum(p.rpartition(".")[0] == above for p in parts)
                 return int(part) >= layers + extra
@@ -241,5 +301,9 @@ def _shape(sizes: Iterable[int]) -> str:
 
 def _one_line(error: object) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text.rstrip(".") if len(text) <= 200 else f"{text[:197]}..."
+    text = " ".join(lines[:2]).rstrip(".")
+    if "CONVERSION" in text:  # transformers' report names them, but has many lines
+        text = "tensors of its experts are missing or have different shapes"
+    if " " not in text:
+        text = f"{type(error).__name__} {text}"
+    return text if len(text) <= 200 else f"{text[:197]}..."

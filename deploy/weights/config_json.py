@@ -23,6 +23,12 @@ _OTHER_FILES = {
 }
 """Where programs write the method besides config.json."""
 
+_SIZES = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "n_positions", "n_embd", "n_layer", "n_head"),
+)
+"""Fields of config.json that count something."""
+
 _NOT_TEXT = {
     "ForSequenceClassification": "classifies texts",
     "ForTokenClassification": "classifies tokens",
@@ -69,6 +75,7 @@ def check_config(folder: Path) -> None:
     config = read_object(path)
     _check_quantization(folder, config)
     _check_architectures(path, config)
+    _check_sizes(path, config)
     if "transformers_weights" in config:
         raise UserError(
             f"{shown(path)}: transformers_weights is {_brief(config['transformers_weights'])}; "
@@ -168,6 +175,19 @@ def _not_text(path: Path, names: list[str], does: str = "") -> str:
         f"{shown(path)}: architectures is {', '.join(names)}, which {does}does not generate text; "
         "use a model whose architecture ends in ForCausalLM or LMHeadModel"
     )
+
+
+def _check_sizes(path: Path, config: dict[str, Any]) -> None:
+    """Refuse sizes below 1, which transformers accepts."""
+    text = config.get("text_config")
+    for part, prefix in ((config, ""), (text if isinstance(text, dict) else {}, "text_config.")):
+        for name in _SIZES:
+            value = part.get(name)
+            if isinstance(value, int) and value < 1:
+                raise UserError(
+                    f"{shown(path)}: {prefix}{name} is {_brief(value)}; it should be at least 1: "
+                    "correct it, or download the file again"
+                )
 
 
 def _check_end(path: Path, config: dict[str, Any]) -> None:

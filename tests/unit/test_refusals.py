@@ -295,6 +295,15 @@ def test_says_when_nothing_ends_a_completion(model_folder: Path, capsys):
     assert "eos_token_id" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("field", ["num_hidden_layers", "max_position_embeddings", "vocab_size"])
+def test_rejects_sizes_below_one(field: str, value: int, model_folder: Path):
+    edit(model_folder / "config.json", **{field: value})
+    assert f"{field} is {value}; it should be at least 1" in refusal(model_folder)
+    edit(model_folder / "config.json", **{field: 4})
+    assert accepted(model_folder)
+
+
 # Quantization.
 
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -721,8 +730,14 @@ def test_code_of_a_known_type_does_not_run(llama: Path, capsys):
         ({"architectures": ["LlamaModel"]}, "architectures is LlamaModel, which does not generate"),
         ({"model_type": ["llama"]}, "model_type is ['llama'], not a name"),
         ({"hidden_size": "64"}, "cannot load this model ("),
-        ({"num_attention_heads": 0}, "cannot load this model ("),
+        ({"num_attention_heads": 5}, "is not a multiple of the number of attention heads (5)"),
         ({"rope_parameters": 7}, "cannot load this model ("),
+        ({"rope_parameters": {"rope_type": "foo"}}, "cannot load this model (KeyError 'foo')"),
+        ({"num_hidden_layers": "2"}, "Field 'num_hidden_layers' expected int, got str"),
+        ({"pad_token_id": 10**6}, "cannot load this model (Padding_idx must be within"),
+        ({"_attn_implementation": "flash_attention_2"}, "cannot load this model (FlashAttention2"),
+        ({"layer_types": ["full_attention"]}, "cannot load this model ("),
+        ({"dtype": "float99"}, "cannot load this model ("),
         ({"hidden_act": "nope"}, "cannot load this model ("),
     ],
 )
@@ -739,6 +754,102 @@ def test_a_folder_that_has_passed_is_not_checked_again(llama: Path, monkeypatch)
     with pytest.raises(pytest.fail.Exception):
         edit(llama / "config.json", torch_dtype="float32")
         accepted(llama)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("equal", [False, True])
+def test_accepts_tied_head_that_is_stored_too(pickled: bool, equal: bool, llama: Path, capfd):
+    """Pickles always hold both; transformers ties them only if they are equal."""
+    import torch
+    from safetensors.torch import load_file
+
+    edit(llama / "config.json", tie_word_embeddings=True)
+    if equal:
+        rewrite(llama, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    if pickled:
+        torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
+        (llama / "model.safetensors").unlink()
+    assert accepted(llama) and capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "bool", "float8_e4m3fn", "int64"])
+def test_rejects_weights_that_are_not_floating_point(dtype: str, pickled: bool, llama: Path):
+    """transformers would cast the numbers as they are: nonsense without their scales."""
+    import torch
+    from safetensors.torch import load_file
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    rewrite(llama, lambda t: t | {name: t[name].to(getattr(torch, dtype))})
+    if pickled:
+        torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
+        (llama / "model.safetensors").unlink()
+    assert f"the tensor {name} is stored as {dtype}, and config.json has no" in refusal(llama)
+    rewrite(llama, lambda t: t | {name: t[name].half()}) if not pickled else None
+    assert pickled or accepted(llama)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_accepts_floating_point_of_any_size(dtype: str, llama: Path):
+    import torch
+
+    rewrite(llama, lambda t: {k: v.to(getattr(torch, dtype)) for k, v in t.items()})
+    assert accepted(llama)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("mistral", "LlamaForCausalLM"),
+        ("gemma", "LlamaForCausalLM"),
+        ("llama", "GemmaForCausalLM"),
+        ("llama", "Qwen3ForCausalLM"),
+    ],
+)
+def test_rejects_type_and_architecture_that_differ(kind: str, name: str, llama: Path):
+    """Some have the same tensors: Gemma's weights would load as Llama's and answer nonsense."""
+    edit(llama / "config.json", model_type=kind, architectures=[name])
+    assert f"model_type is {kind} ({name}), but the class of model_type {kind} is " in (
+        refusal(llama)
+    )
+    edit(llama / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
+    assert accepted(llama)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["expert", "layer", "fewer", "int8"])
+def test_rejects_incomplete_experts(damage: str, tmp_path: Path, monkeypatch, capfd):
+    """transformers joins the experts of a layer into one tensor when it loads them."""
+    import torch
+
+    from tests.families.models import write_family
+
+    monkeypatch.setattr("deploy.weights.checkpoint.CHECKED", tmp_path / "checked")
+    folder = tmp_path / "mixtral"
+    write_family(folder, "mixtral")
+    (path,) = folder.glob("*.safetensors")
+    path.rename(folder / "model.safetensors")
+    assert accepted(folder)
+    expert = "layers.0.block_sparse_moe.experts.0.w1.weight"
+
+    def change(tensors: dict) -> dict:
+        name = next(name for name in tensors if name.endswith(expert))
+        if damage == "int8":
+            tensors[name] = tensors[name].to(torch.int8)
+        if damage == "expert":
+            del tensors[name]
+        return {k: v for k, v in tensors.items() if damage != "layer" or "layers.1." not in k}
+
+    rewrite(folder, change)
+    if damage == "fewer":
+        edit(folder / "config.json", num_local_experts=2)
+    capfd.readouterr()
+    words = {"expert": "experts", "layer": "layers.1.", "fewer": "by config.json", "int8": "int8"}
+    assert words[damage] in refusal(folder, capfd)
 
 
 # Repositories on the Hub: refused before the weights are downloaded.
