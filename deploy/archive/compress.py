@@ -2,10 +2,10 @@
 
     python -m deploy.archive.compress exported/openvino_model.xml folder/openvino_model.xml int8
 
-`export.py` runs it. First, matrix multiplications with the same input become one: query, key and
-value of an attention layer; gate and up of an MLP. At one token a step, the overhead of a small
-multiplication costs as much as the multiplication. Then nncf quantizes the weights. LOG.md has the
-effect of each.
+`export.py` runs it. First, weights become float16. Then matrix multiplications with the same input
+become one: query, key and value of an attention layer; gate and up of an MLP. At one token a step,
+the overhead of a small multiplication costs as much as the multiplication. Then nncf quantizes the
+weights. LOG.md has the effect of each.
 """
 
 import logging
@@ -28,10 +28,29 @@ INT4_GROUP = 64
 """Weights that share a scale. It divides the width of nearly every model."""
 
 
+def shrink_matrices(model: openvino.Model) -> None:
+    """Store constant matrices in float16 where that loses nothing, in place.
+
+    The weights were loaded in float16, but some come out of the trace in float32, among them those
+    of experts. What transformers computes, such as sines of positions, needs float32.
+    """
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Constant" or node.get_element_type() != openvino.Type.f32:
+            continue
+        if sum(size > 1 for size in node.shape) < 2:
+            continue
+        with np.errstate(over="ignore"):
+            small = node.data.astype(np.float16)
+        if np.array_equal(small, node.data):
+            constant = openvino.op.Constant(small)
+            constant.set_friendly_name(node.get_friendly_name())
+            node.output(0).replace(_decompressed(constant).output(0))
+
+
 def merge_matmuls(model: openvino.Model) -> int:
     """Merge matrix multiplications that share their input, in place, and split the results again.
 
-    Changes only those with a constant, transposed weight [outputs, inputs] in one dtype.
+    Changes only those with a constant, transposed weight [outputs, inputs] in float16.
 
     Returns:
         How many matrix multiplications went into larger ones.
@@ -69,9 +88,7 @@ def _merge(matmuls: list[tuple[openvino.Node, openvino.Node]]) -> None:
     nodes, weights = zip(*matmuls, strict=True)
     joined = openvino.op.Constant(np.concatenate([weight.data for weight in weights]))
     joined.set_friendly_name(f"{weights[0].get_friendly_name()}.merged")
-    convert = ops.convert(joined, "f32")
-    convert.get_rt_info()["decompression_0"] = ""  # "keep the constant small in memory"
-    merged = ops.matmul(nodes[0].input_value(0), convert, False, True)
+    merged = ops.matmul(nodes[0].input_value(0), _decompressed(joined), False, True)
     merged.set_friendly_name(f"{nodes[0].get_friendly_name()}.merged")
     sizes = ops.constant(np.array([weight.shape[0] for weight in weights], dtype=np.int64))
     parts = ops.variadic_split(merged, ops.constant(np.int64(-1)), sizes)
@@ -79,17 +96,24 @@ def _merge(matmuls: list[tuple[openvino.Node, openvino.Node]]) -> None:
         node.output(0).replace(parts.output(index))
 
 
+def _decompressed(constant: openvino.Node) -> openvino.Node:
+    convert = ops.convert(constant, "f32")
+    convert.get_rt_info()["decompression_0"] = ""  # "keep the constant small in memory"
+    return convert
+
+
 def compress(source: Path, target: Path, precision: str, group_size: int) -> None:
     """Merge and quantize one model file.
 
     Args:
-        source: openvino_model.xml with float16 weights.
+        source: openvino_model.xml, as `trace.py` writes it.
         target: the file to write; its folder exists.
         precision: "int8" (one scale for each output), "int4" (one for each group; embedding and
             output layer stay in int8) or "fp16" (merged only).
         group_size: for int4; -1 is one scale for each output.
     """
     model = openvino.Core().read_model(source)
+    shrink_matrices(model)
     merge_matmuls(model)
     if precision == "int8":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)

@@ -1,7 +1,7 @@
 """Choose an engine, and export weights for the `openvino` engine when the archive is made.
 
-`optimum-cli` (optimum-intel) traces the model; `compress.py` (nncf) compresses its weights. Both
-run as separate processes, because they need torch, transformers and, for large models, much memory.
+`trace.py` (optimum-intel) traces the model; `compress.py` (nncf) compresses its weights. Both run
+as separate processes, because they need torch, transformers and, for large models, much memory.
 Serving needs none of them. Results stay under `build/export/`. Their names depend on weights,
 versions and settings, so a change of any of these makes a new export.
 """
@@ -30,6 +30,7 @@ EXPORTED = "openvino_model.xml"
 _EXPORT_MEMORY = 2.4
 """Peak memory of an export in multiples of the checkpoint's size: benchmarks/results/large.json."""
 
+_TRACE = Path(__file__).with_name("trace.py")
 _COMPRESS = Path(__file__).with_name("compress.py")
 
 
@@ -74,7 +75,7 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
 def _make(folder: Path, weights: Path, config: EngineConfig, cache: Path) -> None:
     for stale in cache.glob("*.unfinished"):  # of a program that was killed; we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
-    traced = _trace(weights, cache)
+    traced = trace(weights, cache)
     print(f"making its weights {config.openvino.precision} ...", flush=True)
     with _unfinished(folder) as unfinished:
         command: list[str | Path] = [sys.executable, "-m", "deploy.archive.compress"]
@@ -87,7 +88,8 @@ def _make(folder: Path, weights: Path, config: EngineConfig, cache: Path) -> Non
 
 def _exported_file(weights: Path, config: EngineConfig, cache: Path) -> Path:
     """Return the path of the file that `export` makes."""
-    recipe = [version("nncf"), _COMPRESS.read_text(), *_compress_arguments(config)]
+    recipe = [_TRACE.read_text(), version("nncf"), _COMPRESS.read_text()]
+    recipe += _compress_arguments(config)
     return cache / f"{weights.name}-{config.openvino.precision}-{_key(weights, recipe)}" / EXPORTED
 
 
@@ -97,20 +99,25 @@ def _compress_arguments(config: EngineConfig) -> list[str]:
     return [config.openvino.precision]
 
 
-def _trace(weights: Path, cache: Path) -> Path:
-    """Return a folder with the model as OpenVINO's graph, weights in float16: compress's input."""
-    folder = cache / f"{weights.name}-traced-{_key(weights, [])}"
+def trace(weights: Path, cache: Path = EXPORTS) -> Path:
+    """Return a folder with the model as OpenVINO's graph, weights in float16: compress's input.
+
+    Raises:
+        UserError: as `export`.
+    """
+    folder = cache / f"{weights.name}-traced-{_key(weights, [_TRACE.read_text()])}"
     if (folder / EXPORTED).is_file():
         return folder
     print("exporting for OpenVINO ...", flush=True)
     with _unfinished(folder) as unfinished:
-        command: list[str | Path] = [Path(sys.executable).with_name("optimum-cli")]
-        command += ["export", "openvino"]
-        command += ["--model", weights.resolve(), "--task", "text-generation-with-past"]
-        command += ["--weight-format", "fp16", "--disable-convert-tokenizer", unfinished]
-        _run_exporter(command, unfinished, cache)
+        command: list[str | Path] = [sys.executable, "-m", "deploy.archive.trace"]
+        _run_exporter([*command, weights.resolve(), unfinished], unfinished, cache)
+        for path in unfinished.iterdir():  # what optimum makes of the model's own files
+            if path.name in TEXT_FILES - {"tokenizer.json"}:
+                path.unlink()
         for name in choose_files([p.name for p in weights.iterdir() if p.suffix != ".safetensors"]):
-            if not (unfinished / name).exists() and not name.endswith((".bin", ".index.json")):
+            if not name.endswith((".bin", ".index.json")):
+                (unfinished / name).unlink(missing_ok=True)  # a tokenizer.json
                 link_or_copy((weights / name).resolve(), unfinished / name)
     return folder
 

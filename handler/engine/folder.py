@@ -94,21 +94,6 @@ class ModelFolder:
                 return int(size)
         return None
 
-    def context_length(self) -> int:
-        """Return the positions the architecture was made for (`n_positions` in GPT-2's config).
-
-        LongRoPE has two sets of frequencies, for short and for long sequences. A batch has one
-        set, so a long sequence would change the others; here only the short range counts.
-
-        Raises:
-            ValueError: the configuration names none; the app's YAML must.
-        """
-        for config in (self.config, self.config.get("text_config") or {}):
-            for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
-                if length := config.get(name):
-                    return min(int(length), _short_range(config) or int(length))
-        raise ValueError("config.json names no context length: set app.engine.max_context")
-
     def end_tokens(self, extra: list[str]) -> set[int]:
         """Return the token ids that end a completion: the model's, the tokenizer's, the app's.
 
@@ -158,13 +143,3 @@ class ModelFolder:
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self._path / name
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
-
-
-def _short_range(config: dict[str, Any]) -> int | None:
-    """Return up to how many positions LongRoPE uses its short factors; None for other kinds."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if "longrope" not in json.dumps(rope) and rope.get("type") != "su":  # an older name
-        return None
-    found = [config, rope, *(layer for layer in rope.values() if isinstance(layer, dict))]
-    lengths = [each.get("original_max_position_embeddings") for each in found]
-    return min((int(length) for length in lengths if length), default=None)

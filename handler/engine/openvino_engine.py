@@ -20,6 +20,7 @@ import openvino_genai as genai
 from handler.config import EngineConfig, OpenVINOConfig
 from handler.engine import Messages, Progress, Sampling
 from handler.engine.folder import ModelFolder
+from handler.engine.positions import context
 from handler.engine.self_check import RECORD, Record, check_record
 from handler.engine.sequence import Sequence, new_sequence
 from handler.engine.waiting import SHARE, Waiting
@@ -107,10 +108,10 @@ class OpenVINOEngine:
         self._alive = True
         self.cache_tokens = self._warm_up()
         _check_memory(settings)
-        limit = self.folder.context_length()
-        wanted = min(config.max_context or limit, limit)
+        wanted, cut = context(self.folder.config, config.max_context)
         self.max_context = min(wanted, self.cache_tokens - self._lookup)
-        cut = f" instead of {wanted}, to fit into the cache" if self.max_context < wanted else ""
+        if self.max_context < wanted:
+            cut = f" instead of {wanted}, to fit into the cache"
         self.description = (
             f"engine openvino, {settings.precision}, device cpu, "
             f"{config.threads or 'all'} threads, batch {config.max_batch}, "
@@ -329,8 +330,10 @@ def _generation(
 ) -> genai.GenerationConfig:
     config = genai.GenerationConfig()
     config.max_new_tokens = max_new_tokens
-    config.stop_token_ids = set(end_tokens)
-    config.ignore_eos = not end_tokens  # else the end token of the model's files counts
+    # An empty set would mean the end token of the model's files, or -1, which GenAI then rejects.
+    config.stop_token_ids = set(end_tokens) or {0}
+    config.eos_token_id = min(config.stop_token_ids)
+    config.ignore_eos = not end_tokens
     if lookup:
         config.num_assistant_tokens, config.max_ngram_size = lookup, _NGRAM
     config.repetition_penalty = sampling.repetition_penalty

@@ -32,6 +32,7 @@ from handler.engine.batch import Batch, can_batch
 from handler.engine.folder import ModelFolder
 from handler.engine.generation import GenerationLoop
 from handler.engine.loading import device_summary, load_model, vocabulary
+from handler.engine.positions import context
 from handler.engine.reference import score
 from handler.engine.sampling import Sampler
 from handler.engine.self_check import TOLERANCES, SelfCheckError, compare, complete, prompts
@@ -64,8 +65,7 @@ class TransformersEngine:
         self.config = config
         self.folder = ModelFolder(weights)
         self.model = load_model(weights, config.transformers)
-        limit = self.folder.context_length()
-        self.max_context = min(config.max_context or limit, limit)
+        self.max_context, cut = context(self.folder.config, config.max_context)
         self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         self._takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self._vocabulary = vocabulary(self.model)
@@ -83,7 +83,7 @@ class TransformersEngine:
         self.description = (
             f"engine transformers, {config.transformers.dtype}, "
             f"device {device_summary(self.model)}, {torch.get_num_threads()} threads, "
-            f"batch {self._max_batch}, context {self.max_context}"
+            f"batch {self._max_batch}, context {self.max_context}{cut}"
         )
         if config.self_check:
             self.description += f", {self._self_check()}"

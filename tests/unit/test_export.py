@@ -16,6 +16,7 @@ from deploy.archive.export import EXPORTED, choose_engine, export
 from deploy.common.paths import UserError
 from handler.config import engine_config
 from handler.engine.folder import ModelFolder
+from handler.engine.positions import context
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -102,7 +103,7 @@ def test_model_folder_agrees_with_transformers(smollm2: Path):
         ids = folder.encode(expected)
         assert ids == reference(expected)["input_ids"]
         assert folder.decode(ids) == reference.decode(ids, skip_special_tokens=True)
-    assert folder.context_length() == 8192
+    assert context(folder.config, None).tokens == 8192
     assert folder.end_tokens(["<|endoftext|>"]) == {0, 2}
 
 

@@ -1,0 +1,64 @@
+"""How many tokens a sequence can have, by a model's config.json."""
+
+from typing import Any, NamedTuple
+
+_NAMES = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "context_length",
+)
+"""What configurations call the positions that the model was made for."""
+
+
+class Context(NamedTuple):
+    """The most tokens of a sequence. `note` says why there are fewer than the settings ask for."""
+
+    tokens: int
+    note: str = ""
+
+
+def context(config: dict[str, Any], wanted: int | None) -> Context:
+    """Return the context that an engine offers, apart from limits of its memory.
+
+    Args:
+        config: the content of `config.json`.
+        wanted: `app.engine.max_context`; None for all that the model can.
+
+    Raises:
+        ValueError: neither names a length.
+    """
+    limit = positions(config)
+    if limit is None:
+        if wanted is None:
+            raise ValueError("config.json names no context length: set app.engine.max_context")
+        return Context(wanted)
+    if wanted is None or wanted <= limit:
+        return Context(wanted or limit)
+    return Context(limit, f" instead of {wanted}, because the model has no more positions")
+
+
+def positions(config: dict[str, Any]) -> int | None:
+    """Return the positions the model was made for; None if its configuration names none.
+
+    A model with longrope has other frequencies for the range beyond its original one. They depend
+    on the longest sequence of a batch, and are wrong for what the KV cache already holds. So only
+    the original range counts.
+    """
+    for part in (config, config.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        lengths = [part[name] for name in _NAMES if isinstance(part.get(name), int)]
+        lengths = [length for length in lengths if length > 0][:1]
+        rope = part.get("rope_parameters") or part.get("rope_scaling") or {}
+        for rules in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+            if "long_factor" in rules:
+                name = "original_max_position_embeddings"
+                original = rules.get(name) or part.get(name)
+                lengths += [original] if isinstance(original, int) else []
+        if lengths:
+            return min(lengths)
+    return None
