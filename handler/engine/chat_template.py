@@ -4,6 +4,7 @@ A lean image has no transformers. tests/unit/test_chat_templates.py compares the
 """
 
 import json
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
+        self._source = source
         self._error: Exception | None = None
         try:
             self._template = _environment().from_string(source)
@@ -54,6 +56,11 @@ class ChatTemplate:
         # None rather than undefined: templates ask `tools is not none`.
         options = {"tools": None, "documents": None, "add_generation_prompt": True}
         return self._template.render(messages=messages, **options, **special_tokens)
+
+    def reads(self, token: str) -> bool:
+        """Whether the template looks for a token in messages, as for `</think>` in answers."""
+        quoted = rf"""(?:'{re.escape(token)}'|"{re.escape(token)}")"""
+        return bool(re.search(rf"{quoted}\s+(not\s+)?in\b|\.\w+\(\s*{quoted}", self._source))
 
 
 def read_chat_template(folder: Path, settings: dict[str, Any]) -> ChatTemplate | None:

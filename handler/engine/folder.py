@@ -48,7 +48,8 @@ class ModelFolder:
             with suppress(Exception):  # some templates reject some roles
                 messages = [{"role": role, "content": "1"} for role in roles]
                 rendered.append(self._render(messages) or "")
-        self._control = ControlTokens(self._tokenizer, self._named_tokens(), rendered)
+        reads = self._template.reads if self._template else lambda _: False
+        self._control = ControlTokens(self._tokenizer, self._named_tokens(), rendered, reads)
 
     def encode(self, text: str) -> list[int]:
         """Return token ids, with the start token if the tokenizer adds one.

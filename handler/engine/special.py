@@ -9,7 +9,7 @@ is not, and one call encodes both together, so all other tokens are the same as 
 import json
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -49,10 +49,16 @@ class ControlTokens:
         tokenizer: the model's.
         named: tokens that other files of the model call special.
         rendered: some texts by the chat template, to see which tokens it writes.
+        reads: whether the chat template looks for a token in messages. Then it must see the token,
+            such as `</think>`, unless that is special.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, named: Collection[str], rendered: Collection[str]
+        self,
+        tokenizer: Tokenizer,
+        named: Collection[str],
+        rendered: Collection[str],
+        reads: Callable[[str], bool],
     ) -> None:
         state = json.loads(tokenizer.to_str())
         merged = _merged(state["model"])
@@ -65,7 +71,7 @@ class ControlTokens:
             if len(text.strip()) < 2 or text in merged:
                 continue
             written = not text.strip().isalnum() and any(text in other for other in rendered)
-            if token["special"] or text in named or written:
+            if token["special"] or text in named or (written and not reads(text)):
                 self._names[text] = token["content"] = f"q{secrets.token_hex(16)}q"
         _rename(state["model"], self._names)
         self._tokenizer, self._renamed = tokenizer, Tokenizer.from_str(json.dumps(state))
