@@ -115,12 +115,9 @@ def prepare(
     if others := left_out(weights, weight_files(weights)):
         print(f"{shown(weights)}: leaving out {others}", flush=True)
     tokenizer = tokenizer_files(weights)
-    record = None
     if settings.name == "openvino":
         exported = export(weights, settings)
         files = exported_files(exported)
-        if settings.self_check:
-            record = verify(weights, exported, settings)
     else:
         files = weight_files(weights)
     if config["responseTimeout"] is None:
@@ -131,7 +128,8 @@ def prepare(
     target.mkdir(parents=True)
     (target / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     place(with_tokenizer(files, tokenizer), target / WEIGHTS)
-    if record:
+    if settings.name == "openvino" and settings.self_check:
+        record = verify(weights, target / WEIGHTS, settings, exported)
         link_or_copy(record, target / WEIGHTS / RECORD)
     return target
 

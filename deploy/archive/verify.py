@@ -1,6 +1,6 @@
 """Compare the `openvino` engine's tokens with the model's, after an export.
 
-    python -m deploy.archive.verify WEIGHTS EXPORTED RECORD < engine.json
+    python -m deploy.archive.verify WEIGHTS FOLDER RECORD < engine.json
 
 It runs as a separate process, because it needs torch and much memory. The record that it writes
 goes into the archive, and each start of the server repeats the check against it.
@@ -32,33 +32,35 @@ _FULL_PRECISION = 4e9
 dtype, to need no more memory than the export did."""
 
 
-def verify(weights: Path, exported: Path, config: EngineConfig) -> Path:
+def verify(weights: Path, folder: Path, config: EngineConfig, exported: Path) -> Path:
     """Return the record of the check; make it if it does not exist.
 
     Args:
         weights: the model's own folder.
-        exported: what `export` returned.
+        folder: what the archive has for the engine: the export, and the tokenizer.
         config: the engine's settings.
+        exported: what `export` returned; the record is kept beside it.
 
     Raises:
         SelfCheckError: the engine generates other text than the model.
         UserError: the check itself failed.
     """
     settings = config.model_dump_json(exclude={"chosen", "name", "transformers", "self_check"})
-    key = hashlib.sha256(settings.encode()).hexdigest()[:12]
+    tokenizer = (folder / "tokenizer.json").read_bytes()
+    key = hashlib.sha256(settings.encode() + tokenizer).hexdigest()[:12]
     record = exported.with_name(f"{exported.name}-checked-{key}.json")
     if not record.is_file():
         with one_at_a_time(record):
             if not record.is_file():
-                _run(weights, exported, config, record)
+                _run(weights, folder, config, record)
     return record
 
 
-def _run(weights: Path, exported: Path, config: EngineConfig, record: Path) -> None:
+def _run(weights: Path, folder: Path, config: EngineConfig, record: Path) -> None:
     print("comparing its tokens with the model's ...", flush=True)
     log = record.with_suffix(".log")
     command: list[str | Path] = [sys.executable, "-m", "deploy.archive.verify"]
-    command += [weights.resolve(), exported.resolve(), record.resolve()]
+    command += [weights.resolve(), folder.resolve(), record.resolve()]
     with log.open("w") as stream:
         run = subprocess.run(
             command,
@@ -80,7 +82,7 @@ def _run(weights: Path, exported: Path, config: EngineConfig, record: Path) -> N
     )
 
 
-def _check(weights: Path, exported: Path, config: EngineConfig) -> Record:
+def _check(weights: Path, folder: Path, config: EngineConfig) -> Record:
     """Generate tokens with the engine, then compare them with the model's choices."""
     from importlib.metadata import version
 
@@ -88,7 +90,7 @@ def _check(weights: Path, exported: Path, config: EngineConfig) -> Record:
 
     size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
     size = size or sum(path.stat().st_size for path in weights.glob("*.bin"))
-    engine = OpenVINOEngine(exported, config.model_copy(update={"self_check": False}))
+    engine = OpenVINOEngine(folder, config.model_copy(update={"self_check": False}))
     encode, decode = engine.folder.encode, engine.folder.decode
     texts, note = prompts(encode, engine.folder.config, engine.max_context, size // 2)
     found = complete(engine, texts, encode, together=True)
@@ -126,10 +128,10 @@ def _load(weights: Path, size: int) -> "tuple[PreTrainedModel, str]":
 
 def main() -> int:
     """Run the command line; see the module's docstring."""
-    weights, exported, record = map(Path, sys.argv[1:])
+    weights, folder, record = map(Path, sys.argv[1:])
     config = EngineConfig.model_validate_json(sys.stdin.read())
     try:
-        result = _check(weights, exported, config)
+        result = _check(weights, folder, config)
     except SelfCheckError as error:
         print(error)
         return 1

@@ -163,4 +163,4 @@ def test_wrong_export_is_found(checked: Path, tmp_path: Path):
     exported = shutil.copytree(checked, tmp_path / "exported")
     other = write_family(tmp_path / "other", "qwen2")
     with pytest.raises(SelfCheckError, match="generates other text than the model"):
-        verify(other, exported, engine_config(name="openvino"))
+        verify(other, exported, engine_config(name="openvino"), exported)
