@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.common.paths import BUILD, UserError, shown
-from deploy.weights.config_json import read_object
+from deploy.weights.config_json import printable, read_object
 from deploy.weights.folder import weight_files
 
 CHECKED = BUILD / "checked"
@@ -48,7 +48,10 @@ def check_checkpoint(folder: Path) -> None:
     passed = CHECKED / _key(folder)
     if passed.is_file():
         return
-    _check(folder)
+    try:
+        _check(folder)
+    except UserError as error:
+        raise UserError(printable(str(error))) from error
     CHECKED.mkdir(parents=True, exist_ok=True)
     passed.touch()
 

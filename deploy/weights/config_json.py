@@ -23,6 +23,9 @@ _OTHER_FILES = {
 }
 """Where programs write the method besides config.json."""
 
+_LONGEST = 1000
+"""Characters of a message."""
+
 _SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("max_position_embeddings", "n_positions", "n_embd", "n_layer", "n_head"),
@@ -206,6 +209,12 @@ def _check_end(path: Path, config: dict[str, Any]) -> None:
                 f"that ends a text, from 0{most}, a list of such ids, or null; correct the field "
                 "or remove it"
             )
+
+
+def printable(text: str) -> str:
+    """Return a message as one line of moderate length: values from a download may hold anything."""
+    line = "".join(c if c.isprintable() else "?" for c in text)
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
 def _brief(value: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from deploy.common.paths import UserError, shown
-from deploy.weights.config_json import check_config, read_object
+from deploy.weights.config_json import check_config, printable, read_object
 from deploy.weights.layouts import adapter, other_kind, without_model
 
 SOURCE_FILE = "SOURCE.json"
@@ -142,6 +142,8 @@ def check_folder(folder: Path) -> Path:
     """
     try:
         _check(folder)
+    except UserError as error:
+        raise UserError(printable(str(error))) from error
     except OSError as error:
         path = Path(error.filename or folder)
         raise UserError(

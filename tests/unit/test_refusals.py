@@ -681,6 +681,19 @@ def test_rejects_type_that_transformers_does_not_know(names: list | None, llama:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("value", ["llama\n\nTraceback", "\x1b[31mred", "x" * 10_000, "\u202eab"])
+def test_values_cannot_break_the_line(value: str, llama: Path):
+    """Nor control the terminal: the folder may be a download."""
+    for fields in ({"model_type": value}, {"architectures": [f"{value}ForMaskedLM"]}):
+        shutil.copy(llama / "config.json", llama.parent / "config.json")
+        edit(llama / "config.json", **fields)
+        with pytest.raises(UserError) as error:
+            prepare("mine", llama, llama.parent / "target", engine={"name": "openvino"})
+        assert str(error.value).isprintable() and len(str(error.value)) <= 1000
+        shutil.copy(llama.parent / "config.json", llama / "config.json")
+
+
+@pytest.mark.slow
 def test_rejects_config_without_a_type(llama: Path):
     edit(llama / "config.json", model_type=None)
     assert '"model_type": "llama" into it' in refusal(llama)
