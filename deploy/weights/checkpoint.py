@@ -31,6 +31,8 @@ _NOT_PARAMETERS = re.compile(r"(inv_freq|masked_bias|\.attn\.bias|\.attention\.b
 _SILENT = 100
 """A level of Python's logging above all that are used."""
 
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+
 _SHOWN = 3
 """Tensors that a message names."""
 
@@ -222,7 +224,8 @@ def _check_tensors(folder: Path, model: Any, found: dict[str, Any]) -> None:
         )
         raise UserError(
             f"{shown(folder)}: {_some(missing)} of {kind} {_are(missing)} missing in the weights"
-            f"{others}; download all files again, or save the model again with save_pretrained"
+            f"{others}; {_hidden(folder)}download all files again, or save the model again with "
+            "save_pretrained"
         )
     parts = {name for name, _ in model.named_modules()}
     if cut := [name for name in unexpected if _belongs(name, model, parts)]:
@@ -230,6 +233,15 @@ def _check_tensors(folder: Path, model: Any, found: dict[str, Any]) -> None:
             f"{shown(folder)}: {_some(cut)} {_are(cut)} in the weights, but {kind} by config.json "
             f"does not use {'it' if len(cut) == 1 else 'them'}; {_SAME_SOURCE}"
         )
+
+
+def _hidden(folder: Path) -> str:
+    """Say what to remove if a folder has other weights, which transformers reads only then."""
+    forms = [f"{name}{end}" for name in _SINGLE for end in ("", ".index.json")]
+    read, *others = [name for name in forms if (folder / name).is_file()]
+    if not others:
+        return ""
+    return f"remove {read} if {others[0]} is the complete one, which is not read beside it, or "
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str:

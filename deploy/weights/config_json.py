@@ -174,9 +174,10 @@ def _check_architectures(path: Path, config: dict[str, Any]) -> None:
 
 
 def _not_text(path: Path, names: list[str], does: str = "") -> str:
+    what = f"{does}does not generate text" if does else "is not served as a model of text alone"
     return (
-        f"{shown(path)}: architectures is {', '.join(names)}, which {does}does not generate text; "
-        "use a model whose architecture ends in ForCausalLM or LMHeadModel"
+        f"{shown(path)}: architectures is {', '.join(names)}, which {what}; use a model whose "
+        "architecture ends in ForCausalLM or LMHeadModel"
     )
 
 

@@ -73,6 +73,9 @@ _FORMATS = {
 }
 """What the files of a folder without a model in Hugging Face layout say, most telling first."""
 
+_WEIGHTS = {".safetensors", ".bin"}
+_CTRANSLATE2 = ("vocabulary.json", "vocabulary.txt", "shared_vocabulary.json")
+
 _MERGED = {"LORA", "LOHA", "LOKR", "ADALORA", "OFT", "BOFT", "IA3", "VERA", "FOURIERFT", "HRA"}
 """Adapters of peft that `merge_and_unload` can merge. Source: peft's `PeftType`."""
 
@@ -141,8 +144,16 @@ def without_model(folder: Path, missing: str) -> str:
             return text.format(file=str(found[0]))
     if (folder / "params.json").is_file():
         return _FORMATS["consolidated*.pth"].format(file="params.json")
-    if any(name.endswith((".safetensors", ".bin")) for name in names):
+    weights = [p.name for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _WEIGHTS]
+    if any(name in names for name in _CTRANSLATE2) and "model.bin" in weights:
+        return f"holds a model for CTranslate2 (model.bin); {_ORIGINAL}"
+    if weights and missing == "config.json":
         return f"has no {missing}; download it from the same repository as the weights"
+    if model := next((name for name in weights if "model" in name), None):
+        return (
+            f"has {model}, but the engines read model.safetensors or pytorch_model.bin; rename the "
+            "file if it is one of these, or name a folder with the original checkpoint"
+        )
     if index := next((name for name in names if name.endswith(".index.json")), None):
         return f"has no {missing}; download the files that {index} names"
     if "config.json" in names:

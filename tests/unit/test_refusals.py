@@ -425,6 +425,31 @@ def test_names_the_file_that_the_engines_read(name: str, model_folder: Path):
     assert accepted(model_folder)
 
 
+@pytest.mark.parametrize("name", ["model.bin", "pytorch_model.fp16.bin"])
+def test_names_the_pickle_that_the_engines_read(name: str, model_folder: Path):
+    keep(model_folder, "config.json", "tokenizer.json")
+    (model_folder / name).write_bytes(b"x")
+    (model_folder / "training_args.bin").write_bytes(b"x")
+    assert f"has {name}, but the engines read model.safetensors or pytorch_model.bin; rename" in (
+        refusal(model_folder)
+    )
+    (model_folder / name).rename(model_folder / "pytorch_model.bin")
+    assert accepted(model_folder)
+
+
+def test_recognizes_ctranslate2(model_folder: Path):
+    keep(model_folder, "config.json")
+    for name in ("model.bin", "vocabulary.json"):
+        (model_folder / name).write_bytes(b"x")
+    assert "holds a model for CTranslate2 (model.bin); " in refusal(model_folder)
+
+
+def test_weights_that_are_a_folder(model_folder: Path):
+    keep(model_folder, "config.json", "tokenizer.json")
+    (model_folder / "model.safetensors").mkdir()
+    assert "has no *.safetensors and no *.bin file; download the weights" in refusal(model_folder)
+
+
 def test_rejects_tensor_in_two_shards(model_folder: Path):
     other = "model-00002-of-00002.safetensors"
     shutil.copy(model_folder / SHARD, model_folder / other)
@@ -527,6 +552,26 @@ def test_rejects_missing_tensors(part: str, words: str, llama: Path, capfd):
     rewrite(llama, lambda tensors: {k: v for k, v in tensors.items() if part not in k})
     text = refusal(llama, capfd)
     assert words in text and "; download all files again" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["shards", "pickle"])
+def test_names_complete_weights_that_are_hidden_by_others(form: str, llama: Path):
+    """transformers reads model.safetensors first, whatever else there is."""
+    import torch
+    from safetensors.torch import load_file
+
+    whole = (llama / "model.safetensors").read_bytes()
+    if form == "shards":
+        shards(llama)
+        (llama / "model.safetensors").write_bytes(whole)
+    else:
+        torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
+    rewrite(llama, lambda tensors: {k: v for k, v in tensors.items() if "lm_head" not in k})
+    other = INDEX if form == "shards" else "pytorch_model.bin"
+    assert f"remove model.safetensors if {other} is the complete one" in refusal(llama)
+    (llama / "model.safetensors").unlink()
+    assert accepted(llama)
 
 
 @pytest.mark.slow
@@ -734,13 +779,16 @@ def test_code_of_a_known_type_does_not_run(llama: Path, capsys):
         ({"model_type": "t5", "architectures": ["T5WithLMHeadModel"]}, "t5 (T5WithLMHeadModel), "),
         (
             {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]},
-            "does not generate",
+            "is not served as",
         ),
         ({"model_type": "llava", "architectures": None}, "does not load as a model that generates"),
-        ({"model_type": "clip", "architectures": ["CLIPModel"]}, "does not generate text"),
+        (
+            {"model_type": "clip", "architectures": ["CLIPModel"]},
+            "is not served as a model of text alone",
+        ),
         ({"model_type": "whisper", "architectures": None, "is_encoder_decoder": True}, "decoder"),
         ({"model_type": "bart", "architectures": None, "is_encoder_decoder": True}, "decoder"),
-        ({"architectures": ["LlamaModel"]}, "architectures is LlamaModel, which does not generate"),
+        ({"architectures": ["LlamaModel"]}, "architectures is LlamaModel, which is not served as"),
         ({"model_type": ["llama"]}, "model_type is ['llama'], not a name"),
         ({"hidden_size": "64"}, "cannot load this model ("),
         ({"num_attention_heads": 5}, "is not a multiple of the number of attention heads (5)"),
