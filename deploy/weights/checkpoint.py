@@ -25,7 +25,10 @@ from deploy.weights.folder import weight_files
 CHECKED = BUILD / "checked"
 """Where the folders that passed are remembered: empty files named after a digest."""
 
-_NOT_PARAMETERS = re.compile(r"(inv_freq|masked_bias|\.attn\.bias|\.attention\.bias|causal_mask)$")
+_NOT_PARAMETERS = re.compile(
+    r"(inv_freq|(cos|sin)_cached|masked_bias|causal_mask|\.(attn|attention)\.bias"
+    r"|position_ids|embed_positions\.weights|\.version)$"
+)
 """Buffers that older programs saved: constants, not what the model learned."""
 
 _SILENT = 100

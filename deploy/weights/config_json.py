@@ -32,6 +32,18 @@ _SIZES = (
 )
 """Fields of config.json that count something."""
 
+_SWITCHES = frozenset({"do_sample", "ignore_eos", "include_stop_str_in_output"})
+_NUMBERS = frozenset(
+    {
+        *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty"),
+        *("frequency_penalty", "max_length", "max_new_tokens", "min_new_tokens", "num_beams"),
+        *("num_beam_groups", "diversity_penalty", "length_penalty", "num_return_sequences"),
+        *("no_repeat_ngram_size", "num_assistant_tokens", "assistant_confidence_threshold"),
+        *("max_ngram_size", "rng_seed", "logprobs"),
+    }
+)
+"""Fields of generation_config.json that engines read. Source: GenAI's `GenerationConfig`."""
+
 _NOT_TEXT = {
     "ForSequenceClassification": "classifies texts",
     "ForTokenClassification": "classifies tokens",
@@ -87,6 +99,8 @@ def check_config(folder: Path) -> None:
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
             _check_end(folder / name, config)
+    if (folder / "generation_config.json").is_file():
+        _check_generation(folder / "generation_config.json")
 
 
 def quantization(folder: Path) -> str | None:
@@ -192,6 +206,18 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
                     f"{shown(path)}: {prefix}{name} is {_brief(value)}; it should be at least 1: "
                     "correct it, or download the file again"
                 )
+
+
+def _check_generation(path: Path) -> None:
+    """Refuse settings of a wrong type, at which OpenVINO GenAI fails when it loads the model."""
+    for name, value in read_object(path).items():
+        kinds = (bool,) if name in _SWITCHES else (int, float) if name in _NUMBERS else None
+        if kinds and value is not None and type(value) not in kinds:
+            what = "true or false" if kinds == (bool,) else "a number"
+            raise UserError(
+                f"{shown(path)}: {name} is {_brief(value)}; it should be {what} or null, so "
+                "correct the field or remove it"
+            )
 
 
 def _check_end(path: Path, config: dict[str, Any]) -> None:

@@ -222,8 +222,9 @@ def _no_folder(folder: Path) -> str:
     if match := _REPOSITORY.search(text):
         return (
             f"{text}: there is no such model folder; if {match[1]} is a repository on the Hub, "
-            f"write handler/apps/NAME.yaml with app.weights: {{source: hub, repo: {match[1]}, "
-            "revision: its commit of 40 digits, license: its license}, and leave MODEL_DIR out"
+            "write handler/apps/NAME.yaml with app: {title: its title, weights: {source: hub, "
+            f"repo: {match[1]}, revision: its commit of 40 digits, license: its license}}}} and "
+            "leave MODEL_DIR out"
         )
     if match := re.match(r"(\w+):/", text):
         return f"{text}: there is no such model folder; copy it from {match[1]}: to this machine"

@@ -5,6 +5,7 @@ The first part needs no torch. The second part asks transformers and is slow to 
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import save_file
 
 import deploy.archive.build
 from deploy.archive.build import prepare
 from deploy.common.paths import ROOT, UserError
 from deploy.weights.folder import check_folder, weight_files
+from handler.config import HubWeights, parse_app
 from tests.hub_server import Hub
 
 SHARD, INDEX = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
@@ -187,6 +190,15 @@ def test_says_how_to_name_what_is_no_folder(given: str, words: str, capsys):
     assert words in error and error.count("\n") == 1
 
 
+def test_the_yaml_for_a_repository_is_complete():
+    with pytest.raises(UserError) as error:
+        check_folder(Path("me/mine"))
+    written = re.search(r"app: (\{.*\}\})", str(error.value))
+    text = f"app: {written[1]}".replace("its commit of 40 digits", f"'{'0' * 40}'")
+    app = parse_app(yaml.safe_load(text), "mine.yaml")
+    assert isinstance(app.weights, HubWeights) and app.weights.repo == "me/mine"
+
+
 def test_rejects_a_file_instead_of_a_folder(model_folder: Path):
     with pytest.raises(UserError, match="is a file; name the folder that holds the model"):
         check_folder(model_folder / SHARD)
@@ -293,6 +305,26 @@ def test_says_when_nothing_ends_a_completion(model_folder: Path, capsys):
     edit(model_folder / "tokenizer_config.json", eos_token="</s>")
     assert accepted(model_folder)
     assert "eos_token_id" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("temperature", "hot", "a number"),
+        ("top_k", [50], "a number"),
+        ("max_length", "20", "a number"),
+        ("repetition_penalty", True, "a number"),
+        ("do_sample", "yes", "true or false"),
+        ("do_sample", 1, "true or false"),
+    ],
+)
+def test_rejects_settings_of_a_wrong_type(field, value, kind: str, model_folder: Path):
+    """OpenVINO GenAI would fail on them when it loads the model."""
+    edit(model_folder / "generation_config.json", **{field: value})
+    text = refusal(model_folder)
+    assert f"generation_config.json: {field} is {json.dumps(value)}; it should be {kind} or" in text
+    edit(model_folder / "generation_config.json", **{field: None}, top_p=0.9, early_stopping="x")
+    assert accepted(model_folder)
 
 
 @pytest.mark.parametrize("value", [0, -1])
@@ -696,6 +728,10 @@ def test_rejects_tensors_that_the_model_would_ignore(name: str, llama: Path):
     [
         "model.layers.0.self_attn.rotary_emb.inv_freq",
         "model.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.rotary_emb.cos_cached",
+        "model.layers.0.attn.bias",
+        "model.layers.0.attention.masked_bias",
+        "model.version",
         "mtp.layers.0.self_attn.q_proj.weight",
         "vision_tower.layers.0.self_attn.q_proj.weight",
         "score.weight",
@@ -704,6 +740,22 @@ def test_rejects_tensors_that_the_model_would_ignore(name: str, llama: Path):
 def test_accepts_tensors_that_are_no_part_of_the_model(name: str, llama: Path):
     rewrite(llama, lambda tensors: tensors | {name: tensors["model.norm.weight"].clone()})
     assert accepted(llama)
+
+
+@pytest.mark.slow
+def test_accepts_layers_that_predict_several_tokens(llama: Path):
+    """DeepSeek and GLM store them after the model's own layers; transformers does not use them."""
+
+    def more(tensors: dict, number: int) -> dict:
+        last = {k: v.clone() for k, v in tensors.items() if "layers.1." in k}
+        return tensors | {k.replace("layers.1.", f"layers.{number}."): v for k, v in last.items()}
+
+    rewrite(llama, lambda tensors: more(tensors, 2))
+    assert "in the weights, but LlamaForCausalLM by config.json does not use them" in refusal(llama)
+    edit(llama / "config.json", num_nextn_predict_layers=1)
+    assert accepted(llama)
+    rewrite(llama, lambda tensors: more(tensors, 3))
+    assert "model.layers.3." in refusal(llama)
 
 
 @pytest.mark.slow
