@@ -54,12 +54,15 @@ def test_no_cuda_and_no_torchvision_in_the_lock():
 
 @pytest.mark.slow
 def test_pip_check_reports_only_what_the_lock_leaves_out():
-    """pyproject.toml has the reasons for leaving out torchvision and openvino-telemetry."""
+    """pyproject.toml has the reasons for leaving out torchvision and the others."""
     run = subprocess.run([sys.executable, "-m", "pip", "check"], capture_output=True, text=True)
     assert sorted(run.stdout.strip().splitlines()) == [
         "nncf 3.4.0 requires openvino-telemetry, which is not installed.",
         "openvino 2026.4.1 requires openvino-telemetry, which is not installed.",
         "optimum-intel 2.2.0 requires torchvision, which is not installed.",
+        "trl 1.16.0 requires datasets, which is not installed.",
+        "trl 1.16.0 requires pandas, which is not installed.",
+        "trl 1.16.0 requires pyarrow, which is not installed.",
     ]
 
 
