@@ -16,6 +16,7 @@ import pytest
 
 from deploy.archive.build import build_archive
 from deploy.archive.export import EXPORTS
+from deploy.archive.tokenizer import TOKENIZERS
 from deploy.torchserve.server import Server
 from deploy.weights.fetch import get_weights
 
@@ -60,11 +61,14 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A tiny model. Exports carry its name, so the process id keeps those of other runs apart."""
     from tests import tiny  # imports torch
 
-    return tiny.random_model(tmp_path_factory.mktemp("models") / f"tiny-{os.getpid()}", tiny.LLAMA)
+    name = f"tiny-{os.getpid()}"
+    yield tiny.random_model(tmp_path_factory.mktemp("models") / name, tiny.LLAMA)
+    for folder in TOKENIZERS.glob(f"{name}-*"):
+        shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

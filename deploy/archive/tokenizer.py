@@ -180,32 +180,47 @@ def _load(where: str, folder: Path) -> Any:
     transformers gives some vocabularies of bytes, such as DeepSeek-R1-Distill-Llama's, to
     `LlamaTokenizer`, which drops their spaces (huggingface/transformers#45488).
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        if "auto_map" not in _settings(folder):
+        if "auto_map" in _settings(folder):
+            raise UserError(
+                f"{where}: its tokenizer is code of its repository (auto_map in "
+                "tokenizer_config.json), which is not run here; choose a model without"
+            ) from error
+        if not _read_plainly(folder)[1]:
             raise
         raise UserError(
-            f"{where}: its tokenizer is code of its repository (auto_map in "
-            "tokenizer_config.json), which is not run here; choose a model without"
+            f"{where}: its tokenizer_class cannot be read ({_line(error)}); to read tokenizer.json "
+            "alone, set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
         ) from error
     kept = _kept(tokenizer)
-    if (folder / "tokenizer.json").is_file() and len(kept) < len(_PROBES):
-        with suppress(Exception):  # a file that only the model's own class reads
-            plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            if _kept(plain) > kept:
-                print(f"{where}: reading tokenizer.json as it is, without {_name(tokenizer)}")
-                return plain
-    elif not (folder / "tokenizer.json").is_file() and _PROBES[0] not in kept:
-        raise UserError(
-            f"{where}: the tokenizer that transformers makes of its files loses text; {_COPY}"
-        )
+    if len(kept) < len(_PROBES):
+        plain, kept_by_plain = _read_plainly(folder)
+        if kept_by_plain > kept:
+            print(f"{where}: reading tokenizer.json as it is, without {_name(tokenizer)}")
+            tokenizer = plain
+        elif plain is None and _PROBES[0] not in kept:
+            raise UserError(
+                f"{where}: the tokenizer that transformers makes of its files loses text; {_COPY}"
+            )
     _check_vocabulary(where, folder, tokenizer)
     return tokenizer
+
+
+def _read_plainly(folder: Path) -> tuple[Any, set[str]]:
+    """Read tokenizer.json as it is; return the tokenizer, if there is one, and what it keeps."""
+    from transformers import PreTrainedTokenizerFast
+
+    if (folder / "tokenizer.json").is_file():
+        with suppress(Exception):  # a file that only the model's own class reads
+            plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            return plain, _kept(plain)
+    return None, set()
 
 
 def _check_vocabulary(where: str, folder: Path, tokenizer: Any) -> None:

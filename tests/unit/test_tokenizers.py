@@ -558,6 +558,21 @@ def test_link_out_of_the_folder_is_not_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("tokenizer_class", "model_type"),
+    [("XGLMTokenizer", "xglm"), ("BioGptTokenizer", "biogpt"), ("CpmAntTokenizer", "cpmant")],
+)
+def test_remedy_for_a_class_that_cannot_read_its_folder_works(
+    tmp_path: Path, tokenizer_class: str, model_type: str
+):
+    folder, tokenizer = tmp_path / "m", byte_level()
+    write_tokenizer(folder, tokenizer, tokenizer_class=tokenizer_class, model_type=model_type)
+    with pytest.raises(UserError, match=r"cannot be read .*set tokenizer_class .* to PreTrained"):
+        tokenizer_files(folder, tmp_path / "cache")
+    settings_of("tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")(folder)
+    assert archived(folder).encode(TEXTS[3]) == tokenizer.encode(TEXTS[3]).ids
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (stored(lambda t: setattr(t, "normalizer", normalizers.Lowercase())), "has other tokens"),
