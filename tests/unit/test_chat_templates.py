@@ -1,11 +1,12 @@
 """Chat templates: rendered as transformers renders them, to the same text and token ids.
 
-The templates are our own for each feature, those in transformers' code, and trl's, which are those
-of the models that are trained most. trl is installed for its files; nothing imports it.
+The templates are our own for each feature, those in the code of locked packages, and trl's, which
+are those of the models that are trained most. trl is installed for its files; nothing imports it.
 """
 
 import ast
 import json
+import re
 import time
 from collections.abc import Callable
 from importlib import metadata
@@ -141,24 +142,30 @@ def of_trl() -> dict[str, str]:
     return {f"trl, {p.stem}": p.read_text("utf-8") for p in files if p.suffix == ".jinja"}
 
 
-def of_transformers() -> dict[str, str]:
-    """Return the templates in transformers' code, which has no files of them."""
+def of_code() -> dict[str, str]:
+    """Return the templates in the code of transformers, optimum and OpenVINO GenAI."""
     found = {}
-    for path in metadata.files("transformers") or []:
-        if path.suffix != ".py" or "processing" not in path.name:
-            continue
-        text = path.read_text("utf-8")
-        if "endfor" not in text:
-            continue
-        for node in ast.walk(ast.parse(text)):
-            source = node.value if isinstance(node, ast.Constant) else None
-            if isinstance(source, str) and "messages" in source and "endfor" in source:
-                found[f"transformers, {path.stem}"] = source
+    for package, part in [("transformers", "processing"), ("optimum-intel", "openvino/utils.py")]:
+        for path in metadata.files(package) or []:
+            if path.suffix != ".py" or part not in str(path):
+                continue
+            if "endfor" not in (text := path.read_text("utf-8")):
+                continue
+            for node in ast.walk(ast.parse(text)):
+                source = node.value if isinstance(node, ast.Constant) else None
+                if isinstance(source, str) and "messages" in source and "{%" in source:
+                    found[f"{package}, {path.stem}, {len(found)}"] = source
+    for path in metadata.files("openvino-genai") or []:
+        if path.name.startswith("libopenvino_genai.so"):
+            texts = set(re.findall(rb"[^\0]{20,}", path.locate().read_bytes()))
+            texts = [text for text in texts if b"{% for message in messages" in text]
+            for i, text in enumerate(sorted(texts)):
+                found[f"openvino-genai, {i}"] = text.decode()
     return found
 
 
-TRL, TRANSFORMERS = of_trl(), of_transformers()
-TEMPLATES = FEATURES | TRANSFORMERS | TRL
+TRL, CODE = of_trl(), of_code()
+TEMPLATES = FEATURES | CODE | TRL
 WORDS = ["<|user|>", "<|end|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 WORDS += ["<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "<｜User｜>", "<|endoftext|>"]
 THOUGHTS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -172,7 +179,6 @@ def with_words(tokenizer: Tokenizer) -> Tokenizer:
 
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {
-    "bytes": lambda: with_words(byte_level()),
     "bytes, start and end token added": lambda: with_words(byte_level(start=True, end=True)),
     "sentencepiece": lambda: with_words(sentencepiece()),
 }
@@ -222,7 +228,8 @@ def test_renders_as_transformers(model: tuple[Path, Any], name: str):
 
 def test_finds_all_templates():
     assert len(TRL) >= 72, "trl is not installed; run: make setup"
-    assert len(TRANSFORMERS) >= 2
+    packages = {name.split(",")[0] for name in CODE}
+    assert packages == {"transformers", "optimum-intel", "openvino-genai"} and len(CODE) >= 26
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def test_stream_cut_after_any_token_is_the_whole(tokenizer, text, prompt, cleans
 
 
 @CLEANS
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_stream_of_random_tokens_is_the_whole(tokenizer, cleans, data):
     """Bytes in any order, special tokens between them, and tokens that the vocabulary lacks."""
@@ -190,7 +190,7 @@ def test_stream_of_random_tokens_is_the_whole(tokenizer, cleans, data):
 
 
 @CLEANS
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_stop_string_cuts_the_whole_with_every_tokenizer(tokenizer, cleans, data):
     decoder = Decoder(tokenizer, clean_up=cleans)
@@ -224,7 +224,7 @@ def test_complete_characters_are_streamed_before_the_end(tokenizer):
     assert len("".join(pieces)) >= len("".join([*pieces, stream.finish()])) - 8
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(text=st.text(alphabet=" '.n?tmsvrea!,\n", max_size=40), data=st.data())
 def test_cleaned_pieces_join_to_the_cleaned_text(text, data):
     class Characters(Decoder):
