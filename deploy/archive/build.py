@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from deploy.archive.export import choose_engine, export, exported_files
+from deploy.archive.export import choose_engine, export, exported_files, trace
 from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
 from deploy.archive.tokenizer import tokenizer_files, with_tokenizer
 from deploy.archive.verify import verify
@@ -129,7 +129,9 @@ def prepare(
     (target / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
     place(with_tokenizer(files, tokenizer), target / WEIGHTS)
     if settings.name == "openvino" and settings.self_check:
-        record = verify(weights, target / WEIGHTS, settings, exported)
+        record = verify(
+            weights, target / WEIGHTS, settings, exported=exported, traced=trace(weights)
+        )
         link_or_copy(record, target / WEIGHTS / RECORD)
     return target
 

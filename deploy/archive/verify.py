@@ -1,6 +1,10 @@
 """Compare the `openvino` engine's tokens with the model's, after an export.
 
-    python -m deploy.archive.verify WEIGHTS FOLDER RECORD < engine.json
+    python -m deploy.archive.verify WEIGHTS TRACED FOLDER RECORD < engine.json
+
+The graph in float16 has to generate what the model does, because rounding in 8 or 4 bits would hide
+a lost part of it. The quantized weights are checked for gross errors, and what they generate is
+recorded.
 
 It runs as a separate process, because it needs torch and much memory. The record that it writes
 goes into the archive, and each start of the server repeats the check against it.
@@ -9,14 +13,18 @@ goes into the archive, and each start of the server repeats the check against it
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploy.archive.export import EXPORTED
+from deploy.archive.pack import place
 from deploy.common.locks import one_at_a_time
-from deploy.common.paths import ROOT, UserError, shown
+from deploy.common.paths import ROOT, UserError, shown, temporary_folder
+from deploy.weights.folder import weight_files
 from handler.config import EngineConfig
 from handler.engine.self_check import (
-    TOLERANCES,
+    Completion,
     Record,
     SelfCheckError,
     compare,
@@ -27,12 +35,16 @@ from handler.engine.self_check import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_GRAPH = (EXPORTED, "openvino_model.bin")
+
 _FULL_PRECISION = 4e9
 """Bytes of a checkpoint up to which the reference is computed in float32. Larger ones keep their
 dtype, to need no more memory than the export did."""
 
 
-def verify(weights: Path, folder: Path, config: EngineConfig, exported: Path) -> Path:
+def verify(
+    weights: Path, folder: Path, config: EngineConfig, *, exported: Path, traced: Path
+) -> Path:
     """Return the record of the check; make it if it does not exist.
 
     Args:
@@ -40,6 +52,7 @@ def verify(weights: Path, folder: Path, config: EngineConfig, exported: Path) ->
         folder: what the archive has for the engine: the export, and the tokenizer.
         config: the engine's settings.
         exported: what `export` returned; the record is kept beside it.
+        traced: what `trace` returned.
 
     Raises:
         SelfCheckError: the engine generates other text than the model.
@@ -52,15 +65,15 @@ def verify(weights: Path, folder: Path, config: EngineConfig, exported: Path) ->
     if not record.is_file():
         with one_at_a_time(record):
             if not record.is_file():
-                _run(weights, folder, config, record)
+                _run([weights, traced, folder], config, record)
     return record
 
 
-def _run(weights: Path, folder: Path, config: EngineConfig, record: Path) -> None:
+def _run(folders: list[Path], config: EngineConfig, record: Path) -> None:
     print("comparing its tokens with the model's ...", flush=True)
     log = record.with_suffix(".log")
     command: list[str | Path] = [sys.executable, "-m", "deploy.archive.verify"]
-    command += [weights.resolve(), folder.resolve(), record.resolve()]
+    command += [path.resolve() for path in (*folders, record)]
     with log.open("w") as stream:
         run = subprocess.run(
             command,
@@ -77,45 +90,61 @@ def _run(weights: Path, folder: Path, config: EngineConfig, record: Path) -> Non
         raise SelfCheckError(run.stdout.strip())
     last = (log.read_text().strip() or f"exit status {run.returncode}").splitlines()[-1]
     raise UserError(
-        f"{shown(weights)}: the self-check after the export failed ({last}; the full log is "
+        f"{shown(folders[0])}: the self-check after the export failed ({last}; the full log is "
         f"{shown(log)}). app.engine.self_check: false in the app's YAML switches it off"
     )
 
 
-def _check(weights: Path, folder: Path, config: EngineConfig) -> Record:
+def _check(weights: Path, traced: Path, folder: Path, config: EngineConfig) -> Record:
     """Generate tokens with the engine, then compare them with the model's choices."""
     from importlib.metadata import version
 
-    from handler.engine.openvino_engine import OpenVINOEngine
-
-    size = sum(path.stat().st_size for path in weights.glob("*.safetensors"))
-    size = size or sum(path.stat().st_size for path in weights.glob("*.bin"))
-    engine = OpenVINOEngine(folder, config.model_copy(update={"self_check": False}))
-    encode, decode = engine.folder.encode, engine.folder.decode
-    texts, note = prompts(encode, engine.folder.config, engine.max_context, size // 2)
-    found = complete(engine, texts, encode, together=True)
-    found += complete(engine, texts, encode, together=False)
-    del engine
+    precision = config.openvino.precision
+    size = sum(path.stat().st_size for path in weight_files(weights))
+    decode, found, note = _complete(folder, config, size)
+    exact = found
+    if precision != "fp16":
+        settings = {"precision": "fp16", "dynamic_quantization": 0}
+        openvino = config.openvino.model_copy(update=settings)
+        with temporary_folder() as graph:
+            place([p for p in folder.iterdir() if p.name not in _GRAPH], graph)
+            place([traced / name for name in _GRAPH], graph)
+            _, exact, _ = _complete(graph, config.model_copy(update={"openvino": openvino}), size)
 
     from handler.engine.reference import score
 
     model, dtype = _load(weights, size)
-    precision = config.openvino.precision
-    largest, margins = 0.0, []
-    for completion in found:
-        scores = score(model, completion.prompt, completion.generated)
-        compare(completion, scores.gaps, precision, decode)
-        largest = max(largest, *scores.gaps)
-        margins.append([round(margin, 3) for margin in scores.margins])
+    scores = [score(model, completion.prompt, completion.generated) for completion in exact]
+    for completion, (gaps, _) in zip(exact, scores, strict=True):
+        compare(completion, gaps, "fp16", decode)
+    largest = max(gap for gaps, _ in scores for gap in gaps)
+    if found is not exact:
+        scores = [score(model, completion.prompt, completion.generated) for completion in found]
+        for completion, (gaps, _) in zip(found, scores, strict=True):
+            compare(completion, gaps, precision, decode)
     return Record(
-        engine=f"openvino {version('openvino-genai')}, {precision}",
+        engine=f"openvino {version('openvino-genai')}",
+        precision=precision,
         reference=f"transformers {version('transformers')}, {dtype}",
-        tolerance=TOLERANCES[precision],
         largest_gap=round(largest, 3),
         note=note,
         completions=found,
-        margins=margins,
+        margins=[[round(margin, 3) for margin in margins] for _, margins in scores],
     )
+
+
+def _complete(
+    folder: Path, config: EngineConfig, size: int
+) -> tuple[Callable[[list[int]], str], list[Completion], str]:
+    """Return how to decode, the completions in a batch and alone, and what they do not cover."""
+    from handler.engine.openvino_engine import OpenVINOEngine
+
+    engine = OpenVINOEngine(folder, config.model_copy(update={"self_check": False}))
+    encode = engine.folder.encode
+    texts, note = prompts(encode, engine.folder.config, engine.max_context, size // 2)
+    found = complete(engine, texts, encode, together=True)
+    found += complete(engine, texts, encode, together=False)
+    return engine.folder.decode, found, note
 
 
 def _load(weights: Path, size: int) -> "tuple[PreTrainedModel, str]":
@@ -128,10 +157,10 @@ def _load(weights: Path, size: int) -> "tuple[PreTrainedModel, str]":
 
 def main() -> int:
     """Run the command line; see the module's docstring."""
-    weights, folder, record = map(Path, sys.argv[1:])
+    weights, traced, folder, record = map(Path, sys.argv[1:])
     config = EngineConfig.model_validate_json(sys.stdin.read())
     try:
-        result = _check(weights, folder, config)
+        result = _check(weights, traced, folder, config)
     except SelfCheckError as error:
         print(error)
         return 1
