@@ -2,13 +2,14 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from deploy.common.paths import UserError, shown
 from deploy.weights.config_json import check_config, printable, read_object
-from deploy.weights.layouts import adapter, other_kind, without_model
+from deploy.weights.layouts import GGUF, adapter, other_kind, without_model
 
 SOURCE_FILE = "SOURCE.json"
 """The file that records the source of the weights. It is written last: a folder without it is
@@ -204,16 +205,11 @@ def check_kind(folder: Path) -> None:
 
 def _file(path: Path) -> str:
     """Say what to do with a file that was named instead of a folder."""
+    if (path.parent / "config.json").is_file():
+        return f"is a file; name the folder that holds the model, {shown(path.parent)}"
     if path.suffix == ".gguf":
-        return without_model(path.parent, "config.json") if _alone(path) else _NAME_FOLDER
-    return _NAME_FOLDER
-
-
-def _alone(path: Path) -> bool:
-    return not (path.parent / "config.json").is_file()
-
-
-_NAME_FOLDER = "is a file; name the folder that holds the model"
+        return GGUF.format(file=path.name)
+    return "is a file; name the folder that holds the model"
 
 
 def _no_folder(folder: Path) -> str:
@@ -239,7 +235,7 @@ def _check_file(path: Path, folder: Path) -> None:
     if start == _LFS_POINTER:
         raise UserError(
             f"{shown(path)}: is a git-lfs pointer, not the weights; "
-            f"run: git -C {shown(folder)} lfs pull"
+            f"run: git -C {shlex.quote(shown(folder))} lfs pull"
         )
     if not start and path.suffix in {".safetensors", ".bin", ".json", ".model"}:
         raise UserError(f"{shown(path)}: is empty; download it again")

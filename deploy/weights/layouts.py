@@ -9,19 +9,19 @@ from deploy.common.paths import shown
 _ORIGINAL = "name a folder with the original checkpoint in Hugging Face layout (config.json and "
 _ORIGINAL += "*.safetensors)"
 
-_GGUF = (
+GGUF = (
     "holds GGUF, the format of llama.cpp ({file}); " + _ORIGINAL + ", or convert it with "
     "transformers: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file={file!r})"
     ".save_pretrained(NEW_FOLDER), and copy the original model's tokenizer.json and "
     "tokenizer_config.json into NEW_FOLDER"
 )
+"""What to do with a {file} of llama.cpp."""
 
 _FORMATS = {
-    "*.gguf": _GGUF,
+    "*.gguf": GGUF,
     "consolidated*.pth": (
         "holds a model in Meta's own layout ({file}); download the same model in Hugging Face "
-        "layout (its repository on the Hub, without the folder `original`), or convert it with "
-        "transformers' convert_llama_weights_to_hf.py"
+        "layout (config.json and model*.safetensors, beside the folder `original` on the Hub)"
     ),
     "consolidated*.safetensors": (
         "holds a model in Mistral's own layout ({file}); download the files in Hugging Face "
@@ -72,6 +72,9 @@ _FORMATS = {
     "and write the model with save_pretrained",
 }
 """What the files of a folder without a model in Hugging Face layout say, most telling first."""
+
+_OF_TRAINING = ("optimizer", "scheduler", "rng_state", "training_args")
+"""Beginnings of the names of files beside a model that only its training reads."""
 
 _WEIGHTS = {".safetensors", ".bin"}
 _CTRANSLATE2 = ("vocabulary.json", "vocabulary.txt", "shared_vocabulary.json")
@@ -138,10 +141,10 @@ def without_model(folder: Path, missing: str) -> str:
     if not names:
         return "is empty; name a folder in Hugging Face layout (config.json and *.safetensors)"
     for pattern, text in _FORMATS.items():
-        found = sorted(p.relative_to(folder) for p in folder.glob(pattern))
-        found = found or sorted(p.relative_to(folder) for p in folder.glob(f"*/{pattern}"))
-        if found:
-            return text.format(file=str(found[0]))
+        for depth in ("", "*/"):
+            found = sorted(folder.glob(depth + pattern))
+            if found := [p for p in found if not p.name.startswith(_OF_TRAINING)]:
+                return text.format(file=str(found[0].relative_to(folder)))
     if (folder / "params.json").is_file():
         return _FORMATS["consolidated*.pth"].format(file="params.json")
     weights = [p.name for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _WEIGHTS]
@@ -174,7 +177,7 @@ def _nested(folder: Path) -> list[Path]:
             for name in ("config.json", "adapter_config.json")
             for p in folder.glob(f"{pattern}/{name}")
             if not any(part.startswith(".") for part in p.relative_to(folder).parts)
-            and any(p.parent.glob("*.safetensors")) | any(p.parent.glob("*.bin"))
+            and (any(p.parent.glob("*.safetensors")) or any(p.parent.glob("*.bin")))
         }
         if found:
             return sorted(found, key=_age, reverse=True)

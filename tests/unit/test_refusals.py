@@ -6,6 +6,7 @@ The first part needs no torch. The second part asks transformers and is slow to 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -200,8 +201,11 @@ def test_the_yaml_for_a_repository_is_complete():
 
 
 def test_rejects_a_file_instead_of_a_folder(model_folder: Path):
-    with pytest.raises(UserError, match="is a file; name the folder that holds the model"):
+    with pytest.raises(UserError, match=r"is a file; name the folder .* model, .*/model$"):
         check_folder(model_folder / SHARD)
+    (model_folder.parent / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="holds GGUF"):
+        check_folder(model_folder.parent / "x.gguf")
 
 
 # Adapters and models for other purposes.
@@ -467,6 +471,20 @@ def test_names_the_pickle_that_the_engines_read(name: str, model_folder: Path):
     )
     (model_folder / name).rename(model_folder / "pytorch_model.bin")
     assert accepted(model_folder)
+
+
+def test_files_of_training_are_not_called_weights(model_folder: Path):
+    keep(model_folder, "config.json", "tokenizer.json")
+    for name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"):
+        (model_folder / name).write_bytes(b"x")
+    assert "has no *.safetensors and no *.bin file; download the weights" in refusal(model_folder)
+
+
+def test_the_command_for_a_pointer_can_be_copied(model_folder: Path):
+    folder = model_folder.rename(model_folder.with_name("it's my model"))
+    (folder / SHARD).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    command = shlex.split(refusal(folder).partition("run: ")[2])
+    assert command == ["git", "-C", str(folder), "lfs", "pull"]
 
 
 def test_recognizes_ctranslate2(model_folder: Path):
