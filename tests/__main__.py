@@ -24,7 +24,7 @@ from deploy.common.paths import BUILD, ROOT
 
 LONGEST_FIRST = [
     *("tests/vertex", "tests/served", "notebooks/05", "tests/container", "notebooks/06"),
-    *("tests/unit", "notebooks/07"),
+    *("tests/unit", "notebooks/07", "tests/families"),
 ]
 """The first parts to start, so that no long one runs alone at the end."""
 
