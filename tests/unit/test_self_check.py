@@ -137,16 +137,20 @@ def test_start_repeats_the_recorded_check(checked: Path):
     assert "self-check passed in" in start(checked).description
 
 
-def test_start_with_a_damaged_model_is_refused(checked: Path, tmp_path: Path):
-    """The file loads: it only has other numbers in it."""
+def test_start_with_damaged_weights_is_refused(checked: Path, tmp_path: Path):
+    """Where the damage is in a shape of the graph, OpenVINO itself finds it."""
     damaged = shutil.copytree(checked, tmp_path / "weights")
     path = damaged / "openvino_model.bin"
     content = path.read_bytes()
-    path.unlink()
-    quarter = len(content) // 4
-    path.write_bytes(content[:quarter] + bytes(2 * quarter) + content[3 * quarter :])
-    with pytest.raises(SelfCheckError, match="other tokens than when the archive was made"):
-        start(damaged)
+    found = 0
+    for begin, end in [(0.3, 0.5), (0.4, 0.6), (0.5, 0.7)]:
+        first, last = int(begin * len(content)), int(end * len(content))
+        path.unlink()
+        path.write_bytes(content[:first] + bytes(last - first) + content[last:])
+        with pytest.raises((SelfCheckError, RuntimeError)) as error:
+            start(damaged)
+        found += "other tokens than when the archive was made" in str(error.value)
+    assert found
 
 
 def test_start_with_another_tokenizer_is_refused(checked: Path, tmp_path: Path):
