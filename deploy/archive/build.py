@@ -11,18 +11,32 @@ from typing import Any
 
 import yaml
 
-from deploy.archive.export import choose_engine, export, exported_files, trace
+from deploy.archive.export import (
+    NAMED,
+    OTHER_ENGINE,
+    choose_engine,
+    export,
+    exported_files,
+    trace,
+)
 from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
 from deploy.archive.tokenizer import tokenizer_files, with_tokenizer
 from deploy.archive.verify import verify
 from deploy.common.paths import MODEL_STORE, UserError, link_or_copy, shown, temporary_folder
 from deploy.weights.checkpoint import check_checkpoint
-from deploy.weights.config_json import names_no_end
+from deploy.weights.config_json import names_no_end, read_object
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import RANDOM, check_folder, left_out, source_of, weight_files
 from handler.config import EngineConfig, app_yaml, check_engine, parse_app
-from handler.engine.self_check import RECORD
+from handler.engine.positions import positions
+from handler.engine.self_check import RECORD, SelfCheckError
 from handler.request import RequestError, default_parameters
+
+CONTEXT = 2048
+"""Tokens of a sequence if nothing names a limit: models with ALiBi or states have none."""
+
+_NO_LENGTH = 1_000_000
+"""Tokenizers write a larger model_max_length if they know none."""
 
 TICK_SECONDS = 15
 """What a tick may take with a small model; usually it takes a tenth of a second."""
@@ -115,25 +129,41 @@ def prepare(
     if others := left_out(weights, weight_files(weights)):
         print(f"{shown(weights)}: leaving out {others}", flush=True)
     tokenizer = tokenizer_files(weights)
-    if settings.name == "openvino":
-        exported = export(weights, settings)
-        files = exported_files(exported)
-    else:
-        files = weight_files(weights)
-    if config["responseTimeout"] is None:
-        config["responseTimeout"] = tick_seconds(
-            settings.name, sum(path.stat().st_size for path in files)
-        )
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
+    if settings.name == "openvino":
+        try:
+            _place_export(weights, settings, tokenizer, target / WEIGHTS)
+        except (UserError, SelfCheckError) as error:
+            if settings.chosen == NAMED:
+                raise UserError(f"{error}. {OTHER_ENGINE}") from error
+            print(f"{error}; the transformers engine serves it instead", flush=True)
+            settings = settings.model_copy(update={"name": "transformers", "chosen": str(error)})
+            config["app"]["engine"].update(name="transformers", chosen=str(error))
+            shutil.rmtree(target / WEIGHTS, ignore_errors=True)
+    if settings.name == "transformers":
+        place(with_tokenizer(weight_files(weights), tokenizer), target / WEIGHTS)
+    if config["responseTimeout"] is None:
+        size = sum(path.stat().st_size for path in (target / WEIGHTS).iterdir())
+        config["responseTimeout"] = tick_seconds(settings.name, size)
     (target / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
-    place(with_tokenizer(files, tokenizer), target / WEIGHTS)
-    if settings.name == "openvino" and settings.self_check:
-        record = verify(
-            weights, target / WEIGHTS, settings, exported=exported, traced=trace(weights)
-        )
-        link_or_copy(record, target / WEIGHTS / RECORD)
     return target
+
+
+def _place_export(
+    weights: Path, settings: EngineConfig, tokenizer: list[Path], target: Path
+) -> None:
+    """Put the exported model and the tokenizer into a folder, with the record of their check.
+
+    Raises:
+        UserError: the model cannot be exported or checked.
+        SelfCheckError: the export generates other text than the model.
+    """
+    exported = export(weights, settings)
+    place(with_tokenizer(exported_files(exported), tokenizer), target)
+    if settings.self_check:
+        record = verify(weights, target, settings, exported=exported, traced=trace(weights))
+        link_or_copy(record, target / RECORD)
 
 
 def tick_seconds(engine: str, weight_bytes: int) -> int:
@@ -161,6 +191,32 @@ def model_config(
         default_parameters(app)
     except RequestError as error:
         raise UserError(f"{where}: {error}") from error
-    chosen, why = choose_engine(app.engine, weights)
-    settings.update(name=chosen, chosen=why)
-    return config, app.engine.model_copy(update={"name": chosen})
+    chosen = app.engine
+    if chosen.max_context is None and positions(read_object(weights / "config.json")) is None:
+        chosen = chosen.model_copy(update={"max_context": _usual_context(weights, where)})
+    engine_name, why = choose_engine(chosen, weights)
+    chosen = chosen.model_copy(update={"name": engine_name, "chosen": why})
+    settings.update(name=chosen.name, chosen=why)
+    if chosen.max_context:
+        settings["max_context"] = chosen.max_context
+    return config, chosen
+
+
+def _usual_context(weights: Path, where: str) -> int:
+    """Return the context for a model whose config.json names none, and print it."""
+    from transformers import AutoConfig  # its classes have defaults
+
+    config = AutoConfig.from_pretrained(weights, local_files_only=True, trust_remote_code=False)
+    length, source = positions(config.to_dict()), f"the default of model_type {config.model_type}"
+    if length is None:
+        length, source = CONTEXT, "as it has no limit"
+        file = weights / "tokenizer_config.json"
+        stored = read_object(file).get("model_max_length") if file.is_file() else None
+        if isinstance(stored, int) and 2 <= stored < _NO_LENGTH:
+            length, source = stored, "model_max_length of its tokenizer"
+    print(
+        f"{shown(weights)}: config.json names no context length; serving {length} tokens "
+        f"({source}); app.engine.max_context in {where} changes it",
+        flush=True,
+    )
+    return length

@@ -9,6 +9,7 @@ versions and settings, so a change of any of these makes a new export.
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import psutil
 
+from deploy.archive.support import unsupported
 from deploy.common.locks import one_at_a_time
 from deploy.common.paths import BUILD, ROOT, UserError, link_or_copy, shown
 from deploy.weights.folder import TEXT_FILES, choose_files, weight_files
@@ -30,6 +32,11 @@ EXPORTED = "openvino_model.xml"
 _EXPORT_MEMORY = 2.4
 """Peak memory of an export in multiples of the checkpoint's size: benchmarks/results/large.json."""
 
+NAMED = "the configuration names it"
+"""The reason for an engine that was not chosen but named."""
+
+OTHER_ENGINE = "Serve it with the other engine: ENGINE=transformers"
+
 _TRACE = Path(__file__).with_name("trace.py")
 _COMPRESS = Path(__file__).with_name("compress.py")
 
@@ -37,15 +44,22 @@ _COMPRESS = Path(__file__).with_name("compress.py")
 def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) -> tuple[str, str]:
     """Return the engine for `name: auto`, and the reason.
 
-    `openvino` on a CPU if OpenVINO is installed and the export fits into memory; `transformers` on
-    a GPU, with `max_memory`, and in all other cases.
+    `openvino` on a CPU if it is installed, serves the model right, and the export fits into memory;
+    `transformers` on a GPU, with `max_memory`, and in all other cases.
+
+    Raises:
+        UserError: the configuration names `openvino`, which does not serve this model right.
     """
     if config.name != "auto":
-        return config.name, "the configuration names it"
+        if config.name == "openvino" and (why := unsupported(weights, config.max_context)):
+            raise UserError(f"{shown(weights)}: {why}. {OTHER_ENGINE}")
+        return config.name, NAMED
     if config.transformers.max_memory:
         return "transformers", "max_memory needs it"
     if importlib.util.find_spec("openvino_genai") is None:
         return "transformers", "OpenVINO is not installed"
+    if why := unsupported(weights, config.max_context):
+        return "transformers", why
     import torch
 
     if torch.cuda.is_available():
@@ -62,7 +76,7 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
     """Return the folder that the `openvino` engine loads; make it if it does not exist.
 
     Raises:
-        UserError: the model cannot be exported; the message names the other engine.
+        UserError: the model cannot be exported; the message names the log.
     """
     folder = _exported_file(weights, config, cache).parent
     if not (folder / EXPORTED).is_file():
@@ -142,11 +156,19 @@ def _run_exporter(command: list[str | Path], target: Path, cache: Path) -> None:
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         run = subprocess.run(command, env=environment, stderr=stream, cwd=ROOT)
     if run.returncode != 0 or not (target / EXPORTED).is_file():
-        last = (log.read_text().strip() or "no message").splitlines()[-1]
-        raise UserError(
-            f"OpenVINO cannot export this model ({last}; the full log is {shown(log)}). Serve it "
-            "with the other engine: set app.engine.name: transformers in its YAML"
-        )
+        why = _reason(log.read_text()) if run.returncode >= 0 else _KILLED
+        raise UserError(f"OpenVINO cannot export this model ({why}; the full log is {shown(log)})")
+
+
+_KILLED = "the exporter was killed, perhaps because the memory was full"
+
+
+def _reason(log: str) -> str:
+    """Return what an exporter's log says about its end, in one line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()] or ["no message"]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception): ", line)]
+    text = (errors or lines)[-1].rstrip(".:")
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def exported_files(folder: Path) -> list[Path]:

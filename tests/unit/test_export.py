@@ -3,21 +3,30 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import openvino
 import psutil
 import pytest
 import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
+from deploy.archive import build
 from deploy.archive.build import build_archive
+from deploy.archive.compress import compress
 from deploy.archive.export import EXPORTED, choose_engine, export
+from deploy.archive.trace import trace
 from deploy.common.paths import UserError
 from handler.config import engine_config
 from handler.engine.folder import ModelFolder
 from handler.engine.positions import context
+from handler.engine.self_check import SelfCheckError
 from tests import tiny
+from tests.families.models import write_family
 
 pytestmark = pytest.mark.slow
 
@@ -74,16 +83,75 @@ def test_archive_holds_the_export_instead_of_the_weights(tiny_llama: Path, tmp_p
     assert (config["name"], config["chosen"]) == ("openvino", "the configuration names it")
 
 
-def test_rejects_model_that_cannot_be_exported(tiny_llama: Path, tmp_path: Path):
+def test_failed_export_is_one_sentence_with_the_log(tiny_llama: Path, tmp_path: Path):
+    broken = broken_copy(tiny_llama, tmp_path)
+    with pytest.raises(
+        UserError, match=r"^OpenVINO cannot export this model \(.*\.log\)$"
+    ) as error:
+        export(broken, engine_config(), tmp_path / "cache")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+
+
+def broken_copy(model: Path, tmp_path: Path) -> Path:
+    """Copy a model, with a type that transformers does not know."""
     broken = tmp_path / "broken"
-    broken.mkdir()
-    for path in tiny_llama.iterdir():
-        (broken / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(model, broken)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "nonsense"}))
-    with pytest.raises(UserError, match=r"cannot export .*app\.engine\.name: transformers"):
-        export(broken, engine_config(), tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    return broken
+
+
+def failing(*_: object) -> Path:
+    raise UserError("OpenVINO cannot export this model (no reason; the full log is x)")
+
+
+def differing(*_: object) -> Path:
+    raise SelfCheckError("self-check: this engine generates other text")
+
+
+@pytest.mark.parametrize("part", ["export", "verify"])
+def test_auto_takes_transformers_if_the_export_fails_or_is_wrong(
+    part: str, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(build, "export", lambda *_: tmp_path)
+    monkeypatch.setattr(build, part, failing if part == "export" else differing)
+    prepared = build.prepare("mine", tiny_llama, tmp_path / "prepared")
+    engine = yaml.safe_load((prepared / "model-config.yaml").read_text())["app"]["engine"]
+    assert engine["name"] == "transformers"
+    assert re.match("OpenVINO cannot export|self-check: ", engine["chosen"])
+    names = {path.name for path in (prepared / "weights").iterdir()}
+    assert any(name.endswith(".safetensors") for name in names)
+    assert not {EXPORTED, "self_check.json"} & names
+    with pytest.raises(
+        UserError, match=r"(log is x\)|other text)\. Serve it .*ENGINE=transformers$"
+    ):
+        build.prepare("mine", tiny_llama, tmp_path / "prepared", engine={"name": "openvino"})
+
+
+def float32_constants(file: Path) -> list[np.ndarray]:
+    return [
+        np.array(node.data).ravel()
+        for node in openvino.Core().read_model(file).get_ops()
+        if node.get_type_name() == "Constant" and node.get_element_type() == openvino.Type.f32
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama-llama3", "llama-yarn", "llama-longrope", "gpt_neox"])
+def test_frequencies_of_rope_stay_in_float32(name: str, tmp_path: Path):
+    """In float16 the angle of position 4,000 is wrong by up to 1."""
+    folder = write_family(tmp_path / name, name)
+    trace(folder, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    (wanted,) = [b for n, b in model.named_buffers() if n.endswith("rotary_emb.inv_freq")]
+    for precision in ("fp16", "int8", "int4") if name == "llama-llama3" else ("int8",):
+        made = tmp_path / f"{precision}.xml"
+        compress(tmp_path / EXPORTED, made, precision, 32)
+        same = [c for c in float32_constants(made) if c.shape == tuple(wanted.shape)]
+        if name == "llama-longrope":  # the graph divides short and long factors by these
+            same = [1 / c for c in same]
+        assert any(np.allclose(c, wanted, rtol=1e-6, atol=0) for c in same), precision
 
 
 def test_model_folder_agrees_with_transformers(smollm2: Path):

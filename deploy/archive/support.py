@@ -1,0 +1,67 @@
+"""Which models the `openvino` engine serves right, by config.json alone.
+
+OpenVINO GenAI replaces a model's attention by its paged attention, and can lose what it does not
+recognize, without any error. So only those model types are served that `tests/families` compares
+with transformers. It also shows, after an update of the libraries, which entries can change. What
+it found holds for optimum-intel 2.2, openvino-genai 2026.4 and transformers 5.5.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from deploy.weights.config_json import quantization, read_object
+from handler.engine.positions import positions
+
+SERVED = frozenset(
+    {
+        *("afmoe", "arcee", "biogpt", "bloom", "codegen", "cohere", "cohere2", "falcon", "glm4"),
+        *("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj", "granite"),
+        *("granitemoe", "hunyuan_v1_dense", "llama", "mistral", "mixtral"),
+        *("olmo", "olmo2", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe"),
+        *("qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
+    }
+)
+"""Types that are right, except for what `unsupported` names."""
+
+LEFT_OUT = {
+    "mpt": "OpenVINO GenAI loses its ALiBi positions",
+    "granitemoehybrid": "OpenVINO GenAI generates other text if several layers have attention",
+    **dict.fromkeys(("gpt_neox_japanese", "xglm"), "OpenVINO GenAI cannot page its attention"),
+    **dict.fromkeys(
+        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "mbart", "pegasus"),
+        "it is an encoder and a decoder",
+    ),
+}
+"""Types that optimum-intel exports, and why they are not served."""
+
+
+def unsupported(weights: Path, max_context: int | None) -> str | None:
+    """Return why the `openvino` engine cannot serve a model right; None if it can.
+
+    Args:
+        weights: the model's folder.
+        max_context: the setting; None for all positions of the model.
+    """
+    config = read_object(weights / "config.json")
+    kind = config.get("model_type")
+    if kind not in SERVED:
+        why = LEFT_OUT.get(str(kind), "optimum-intel cannot export it with these versions")
+        return f"the openvino engine does not serve model_type {kind}: {why}"
+    if method := quantization(weights):
+        return f"the openvino engine does not serve weights quantized with {method}"
+    if kind == "falcon" and config.get("alibi"):
+        return "the openvino engine does not serve Falcon with alibi: OpenVINO GenAI loses it"
+    if kind == "gpt_neo" and _has_local_attention(config):
+        window = config.get("window_size", 256)
+        length = min(filter(None, (positions(config), max_context)), default=window + 1)
+        if length > window:
+            return (
+                f"the openvino engine serves GPT-Neo only up to its window of {window} tokens "
+                f"(app.engine.max_context), not {length}: OpenVINO GenAI loses the window"
+            )
+    return None
+
+
+def _has_local_attention(config: dict[str, Any]) -> bool:
+    types = config.get("attention_types", "local")  # global and local layers, if not stated
+    return "local" in str(types) or "local" in str(config.get("attention_layers"))
