@@ -130,17 +130,16 @@ def prepare(
         print(f"{shown(weights)}: leaving out {others}", flush=True)
     tokenizer = tokenizer_files(weights)
     shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
     if settings.name == "openvino":
         try:
             _place_export(weights, settings, tokenizer, target / WEIGHTS)
         except (UserError, SelfCheckError) as error:
+            shutil.rmtree(target, ignore_errors=True)
             if settings.chosen == NAMED:
-                raise UserError(f"{error}. {OTHER_ENGINE}") from error
+                raise UserError(f"{error}; {OTHER_ENGINE}") from error
             print(f"{error}; the transformers engine serves it instead", flush=True)
             settings = settings.model_copy(update={"name": "transformers", "chosen": str(error)})
             config["app"]["engine"].update(name="transformers", chosen=str(error))
-            shutil.rmtree(target / WEIGHTS, ignore_errors=True)
     if settings.name == "transformers":
         place(with_tokenizer(weight_files(weights), tokenizer), target / WEIGHTS)
     if config["responseTimeout"] is None:

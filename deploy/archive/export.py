@@ -35,7 +35,7 @@ _EXPORT_MEMORY = 2.4
 NAMED = "the configuration names it"
 """The reason for an engine that was not chosen but named."""
 
-OTHER_ENGINE = "Serve it with the other engine: ENGINE=transformers"
+OTHER_ENGINE = "serve it with the other engine: ENGINE=transformers"
 
 _TRACE = Path(__file__).with_name("trace.py")
 _COMPRESS = Path(__file__).with_name("compress.py")
@@ -52,7 +52,7 @@ def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) ->
     """
     if config.name != "auto":
         if config.name == "openvino" and (why := unsupported(weights, config.max_context)):
-            raise UserError(f"{shown(weights)}: {why}. {OTHER_ENGINE}")
+            raise UserError(f"{shown(weights)}: {why}; {OTHER_ENGINE}")
         return config.name, NAMED
     if config.transformers.max_memory:
         return "transformers", "max_memory needs it"

@@ -1056,7 +1056,7 @@ def test_mxfp4_is_accepted_and_dequantized(tmp_path: Path, monkeypatch: pytest.M
     assert wanted
     save(tensors, file, metadata={"format": "pt"})
     edit(folder / "config.json", quantization_config={"quant_method": "mxfp4"})
-    assert accepted(folder)
+    prepare("mine", folder, tmp_path / "target", engine={"name": "transformers"})
     model = load_model(folder, engine_config(name="transformers").transformers).state_dict()
     for name, tensor in wanted.items():
         assert torch.equal(model[name].float(), tensor)
