@@ -150,15 +150,31 @@ _SAME_SOURCE = (
 
 def _check_type(path: Path, config: dict[str, Any]) -> None:
     """Check that transformers has a class for this model, and that it generates text."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as KNOWN
+
+    kind, names = config.get("model_type"), config.get("architectures") or []
+    ours = f"transformers {version('transformers')}"
+    if isinstance(kind, str) and kind and kind not in KNOWN:
+        if "auto_map" in config:
+            raise UserError(
+                f"{shown(path)}: model_type {kind} needs the model's own code (auto_map), and "
+                "trust_remote_code is not offered, because code from a download would run with "
+                "the server's rights and is not part of the archive; use a model that "
+                f"{ours} knows by itself"
+            )
+        close = difflib.get_close_matches(kind, KNOWN, 1, 0.8)
+        alike = f" (if the architecture is that of {close[0]}, write {close[0]})" if close else ""
+        raise UserError(
+            f"{shown(path)}: model_type is {kind}, which {ours} does not know; use a model of a "
+            f"type that it knows, such as llama, qwen3 or gemma3{alike}"
+        )
+    # Twice as slow to import as the table above.
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     )
 
     classes: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    kind, names = config.get("model_type"), config.get("architectures") or []
-    ours = f"transformers {version('transformers')}"
     if not isinstance(kind, str) or not kind:
         types = [known for known, name in classes.items() if name in names]
         shortest = min(types, key=len, default="")  # llama, not code_llama
@@ -167,20 +183,6 @@ def _check_type(path: Path, config: dict[str, Any]) -> None:
         raise UserError(
             f"{shown(path)}: {given}, which says what architecture the weights have; {write}, or "
             "download the file again"
-        )
-    if kind not in CONFIG_MAPPING_NAMES:
-        if "auto_map" in config:
-            raise UserError(
-                f"{shown(path)}: model_type {kind} needs the model's own code (auto_map), and "
-                "trust_remote_code is not offered, because code from a download would run with "
-                "the server's rights and is not part of the archive; use a model that "
-                f"{ours} knows by itself"
-            )
-        close = difflib.get_close_matches(kind, classes, 1, 0.8)
-        alike = f" (if the architecture is that of {close[0]}, write {close[0]})" if close else ""
-        raise UserError(
-            f"{shown(path)}: model_type is {kind}, which {ours} does not know; use a model of a "
-            f"type that it knows, such as llama, qwen3 or gemma3{alike}"
         )
     what = f"{shown(path)}: model_type is {kind}" + (f" ({', '.join(names)})" if names else "")
     use = "use a model that generates text, with an architecture that ends in ForCausalLM"
@@ -195,7 +197,7 @@ def _check_type(path: Path, config: dict[str, Any]) -> None:
     if others and classes[kind] not in names:
         raise UserError(
             f"{what}, but the class of model_type {kind} is {classes[kind]}, which reads the same "
-            f"weights differently; correct model_type or architectures in it"
+            "weights differently; correct model_type or architectures in it"
         )
 
 
