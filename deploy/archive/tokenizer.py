@@ -13,6 +13,7 @@ still follow transformers: `generate` and most other servers read prompts so tod
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import unicodedata
 from collections.abc import Callable
@@ -111,8 +112,8 @@ def _check_sources(weights: Path, names: set[str]) -> None:
         raise UserError(
             f"{where}: has {found[0]} and no tokenizer.json, which the engines read; {_COPY}, or "
             "make it in another environment: pip install 'transformers<5' sentencepiece protobuf "
-            "&& python -c \"from transformers import AutoTokenizer as A; f = '"
-            f"{weights.resolve()}'; A.from_pretrained(f).save_pretrained(f)\""
+            f'&& cd {shlex.quote(str(weights.resolve()))} && python -c "from transformers import '
+            "AutoTokenizer as A; A.from_pretrained('.').save_pretrained('.')\""
         )
     elif "tekken.json" in names or any("tiktoken" in name for name in names):
         found = sorted(name for name in names if "tek" in name or "tiktoken" in name)
@@ -202,7 +203,9 @@ def _load(where: str, folder: Path) -> Any:
     if len(kept) < len(_PROBES):
         plain, kept_by_plain = _read_plainly(folder)
         if kept_by_plain > kept:
-            print(f"{where}: reading tokenizer.json as it is, without {_name(tokenizer)}")
+            print(
+                f"{where}: reading tokenizer.json as it is, without {_name(tokenizer)}", flush=True
+            )
             tokenizer = plain
         elif plain is None and _PROBES[0] not in kept:
             raise UserError(

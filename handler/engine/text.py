@@ -78,7 +78,10 @@ class TextStream:
         context = list(prompt_ids)
         while known and context and self._may_change(context[-1]):
             context.pop()  # a completion does not change the prompt's last characters
-        self._ids = context[-_CONTEXT:]
+        n = _CONTEXT
+        while n < len(context) and not self._decode(context[-n:]):  # special tokens have no text
+            n *= 2
+        self._ids = context[-n:]
         self._prefix, self._read = 0, len(self._ids)
         self._stop = [s for s in stop if s]
         self._raw = ""

@@ -206,6 +206,15 @@ def test_stop_string_cuts_the_whole_with_every_tokenizer(tokenizer, cleans, data
         assert result == text[: min(ends, default=len(text))]
 
 
+@pytest.mark.parametrize("special", [1, 7, 30])
+def test_first_token_after_special_tokens_keeps_its_space(tokenizer, special):
+    """As after a long turn marker: some tokenizers drop the space of whatever comes first."""
+    decoder = Decoder(tokenizer)
+    prompt = [*tokenizer.encode("Once").ids, *[tokenizer.token_to_id("<|im_end|>")] * special]
+    ids = tokenizer.encode("Once upon a time", add_special_tokens=False).ids
+    assert streamed(decoder, prompt, ids)[0] == whole(decoder, prompt, ids)
+
+
 @pytest.mark.parametrize("stop", [["\n"], ["e\n"], ["🎉"], ["\n🎉"], ["東"]])
 def test_stop_string_of_bytes_beside_an_emoji(tokenizer, stop):
     decoder, prompt = Decoder(tokenizer), tokenizer.encode("Hello").ids

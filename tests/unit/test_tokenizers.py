@@ -4,6 +4,7 @@ import base64
 import json
 import random
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -525,6 +526,16 @@ def test_refuses_before_any_export(
     assert not list((tmp_path / "cache").glob("*")), "nothing to be found the next time"
     with pytest.raises(UserError):
         prepare("x", tmp_path / "model", tmp_path / "x", engine={"name": "openvino"})
+
+
+def test_command_in_the_remedy_for_sentencepiece_is_quoted(tmp_path: Path):
+    only("tokenizer.model", SPM)(folder := tmp_path / "it's $HOME;x")
+    with pytest.raises(UserError) as refused:
+        tokenizer_files(folder, tmp_path / "cache")
+    command = shlex.split(str(refused.value).split("environment: ")[1])
+    assert command[:5] == ["pip", "install", "transformers<5", "sentencepiece", "protobuf"]
+    assert command[5:8] == ["&&", "cd", str(folder)]
+    compile(command[-1], "command", "exec")
 
 
 def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
