@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deploy.archive.export import export
 from handler.config import engine_config
 from handler.engine import PromptError, Sampling, create_engine, loading
 from tests import tiny
@@ -100,11 +101,17 @@ def test_memory_is_checked_for_the_size_after_loading(weights, monkeypatch, layo
     assert sizes == [{"the model": expected}]
 
 
-def test_token_without_an_embedding_is_rejected_and_nobody_else_is_affected(weights):
+@pytest.mark.parametrize("name", ["transformers", "openvino"])
+def test_token_without_an_embedding_is_rejected_and_nobody_else_is_affected(
+    weights, tmp_path, name
+):
     tokenizer = tiny.ascii_tokenizer()
     tokenizer.add_tokens(["<|think|>"])  # and nobody resized the model
     tokenizer.save_pretrained(weights)
-    engine = load(weights)
+    config = engine_config(name=name, self_check=False, openvino={"precision": "fp16"})
+    engine = create_engine(
+        export(weights, config, tmp_path) if name == "openvino" else weights, config
+    )
     engine.submit("other", "Hello", Sampling(max_new_tokens=5, ignore_eos=True), stream=False)
     engine.advance(0)
     rejected = r"has the token '<\|think\|>' with the id 96, .* its ids end at 95"
@@ -113,6 +120,20 @@ def test_token_without_an_embedding_is_rejected_and_nobody_else_is_affected(weig
     while not (done := [p for p in engine.advance(0.1) if p.finish_reason]):
         pass
     assert [(p.key, p.finish_reason) for p in done] == [("other", "length")]
+
+
+def test_chat_template_that_writes_a_token_without_an_embedding_fails_only_chat(weights):
+    tokenizer = tiny.ascii_tokenizer()
+    tokenizer.add_tokens(["<|turn|>"], special_tokens=True)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}<|turn|>"
+    tokenizer.save_pretrained(weights)
+    engine = load(weights)
+    chat = engine.chat_prompt([{"role": "user", "content": "Hello"}])
+    with pytest.raises(PromptError, match=r"has the token '<\|turn\|>' with the id 96"):
+        engine.submit("chat", chat, Sampling(), stream=False)
+    assert engine.submit("plain", "Hello", Sampling(max_new_tokens=1), stream=False) == 5
+    while engine.unfinished:
+        assert all(p.finish_reason in (None, "length") for p in engine.advance(0.1))
 
 
 def test_ids_that_the_tokenizer_does_not_know_have_no_text(weights):
