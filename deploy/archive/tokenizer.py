@@ -11,7 +11,6 @@ still follow transformers: `generate` and most other servers read prompts so tod
 """
 
 import hashlib
-import json
 import re
 import shlex
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 
 from deploy.common.locks import one_at_a_time
 from deploy.common.paths import BUILD, UserError, link_or_copy, shown, temporary_folder
+from deploy.weights.config_json import read_object
 from deploy.weights.folder import SOURCE_FILE, TEXT_FILES
 from handler.engine import Messages
 from handler.engine.folder import ModelFolder
@@ -35,6 +35,9 @@ TOKENIZER_FILES = TEXT_FILES - {SOURCE_FILE, "config.json", "generation_config.j
 
 _SENTENCEPIECE = {name for name in TOKENIZER_FILES if name.endswith(".model")}
 _OTHER_SOURCES = {"vocab.json", "vocab.txt", "vocab.bpe"}
+
+_OBJECTS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+_OBJECTS |= {"chat_template.json", "vocab.json"}
 
 _COPY = "copy the tokenizer.json of the same model into it"
 
@@ -97,6 +100,8 @@ def _key(sources: list[Path]) -> str:
 def _check_sources(weights: Path, names: set[str]) -> None:
     """Reject a folder without a tokenizer, or with one that we cannot convert."""
     where = shown(weights)
+    for name in sorted(_OBJECTS & names):
+        read_object(weights / name)
     if "tokenizer.json" in names:
         _check_json(weights / "tokenizer.json")
     elif names & _OTHER_SOURCES:
@@ -161,7 +166,11 @@ def _make(weights: Path, sources: list[Path], target: Path) -> None:
     except UserError:
         raise
     except Exception as error:  # a tokenizer's own code may raise anything
-        message = f"{where}: its tokenizer cannot be read ({_line(error)}); {_COPY}"
+        files = ", ".join(path.name for path in sources if path.name in TOKENIZER_FILES)
+        message = (
+            f"{where}: its tokenizer cannot be read ({_line(error)}); download {files} again, from "
+            "one repository"
+        )
         raise UserError(message) from error
     finally:
         logging.set_verbosity(level)
@@ -188,7 +197,8 @@ def _load(where: str, folder: Path) -> Any:
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:
-        if "auto_map" in _settings(folder):
+        settings = folder / "tokenizer_config.json"
+        if settings.is_file() and "auto_map" in read_object(settings):
             raise UserError(
                 f"{where}: its tokenizer is code of its repository (auto_map in "
                 "tokenizer_config.json), which is not run here; choose a model without"
@@ -233,7 +243,7 @@ def _check_vocabulary(where: str, folder: Path, tokenizer: Any) -> None:
         raise UserError(
             f"{where}: its tokenizer makes no token of 'Hello', so it is empty; {_COPY}"
         )
-    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config = read_object(folder / "config.json")
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if isinstance(size, int) and max(ids) >= size:
         raise UserError(
@@ -291,13 +301,6 @@ def _result(function: Callable, *arguments: Any, **options: Any) -> Any:
         return function(*arguments, **options)
     except Exception:
         return None
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    with suppress(OSError, ValueError):
-        return json.loads(path.read_text("utf-8"))
-    return {}
 
 
 def _name(tokenizer: Any) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 
 from deploy.archive.build import prepare
 from deploy.archive.tokenizer import difference, tokenizer_files, with_tokenizer
@@ -303,6 +303,56 @@ LAYOUTS: dict[str, Write] = {
             )
         ),
     ),
+    "GPT-2's repository": layout(
+        byte_level,
+        both(
+            without_json(vocab_json=lambda m: json.dumps(m["vocab"]), merges_txt=merges),
+            settings_of("special_tokens_map.json", eos_token="</s>"),
+            lambda folder: (folder / "tokenizer_config.json").unlink(),
+        ),
+        model_type="gpt2",
+    ),
+    "tokens in files of an older format": layout(
+        byte_level,
+        both(
+            without_json(vocab_json=lambda m: json.dumps(m["vocab"]), merges_txt=merges),
+            settings_of("added_tokens.json", **{"<|think|>": 501, "<x>": 500}),
+        ),
+        tokenizer_class="GPT2Tokenizer",
+        model_type="gpt2",
+    ),
+    "ids of added tokens in another order": layout(
+        byte_level, settings_of("added_tokens.json", **{"<c>": 502, "<|think|>": 500, "<b>": 501})
+    ),
+    "ids of added tokens with a gap": layout(
+        byte_level, settings_of("added_tokens.json", **{"<|think|>": 700})
+    ),
+    "ids that the vocabulary gives to other tokens": layout(
+        byte_level, added_tokens_decoder={"777": THINK, "3": THINK | {"content": "<x>"}}
+    ),
+    "start token that the vocabulary lacks, in the template": llama(
+        "normalizer", "LlamaTokenizer", bos_token="<bos>", template=WRITES_START
+    ),
+    "splits special tokens, Llama": llama(
+        "normalizer", "LlamaTokenizer", split_special_tokens=True
+    ),
+    "prefix space, GPT-2": layout(
+        byte_level, tokenizer_class="GPT2Tokenizer", model_type="gpt2", add_prefix_space=True
+    ),
+    "processor of RoBERTa": layout(
+        byte_level,
+        stored(
+            lambda t: setattr(
+                t, "post_processor", processors.RobertaProcessing(("</s>", 2), ("<s>", 1))
+            )
+        ),
+    ),
+    "extra special tokens as objects": layout(
+        byte_level, extra_special_tokens=[{"__type": "AddedToken"} | THINK]
+    ),
+    "short model_max_length": layout(
+        byte_level, model_max_length=8, truncation_side="left", padding_side="left"
+    ),
     "custom code that is not needed": layout(
         byte_level, auto_map={"AutoTokenizer": ["own.Slow", "own.Fast"]}
     ),
@@ -443,7 +493,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
         only("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\n"),
         "is not a tokenizer",
     ),
-    "broken vocab.json": (only("vocab.json", b"{"), "its tokenizer cannot be read"),
+    "broken vocab.json": (only("vocab.json", b"{"), "vocab.json: is not a JSON object"),
     "vocab.json without merges": (
         layout(
             byte_level,
@@ -455,7 +505,34 @@ REFUSED: dict[str, tuple[Write, str]] = {
     ),
     "broken tokenizer_config.json": (
         layout(byte_level, lambda folder: (folder / "tokenizer_config.json").write_text("{")),
-        "its tokenizer cannot be read",
+        "tokenizer_config.json: is not a JSON object .* download the file again",
+    ),
+    "tokenizer_config.json that is a list": (
+        layout(byte_level, lambda folder: (folder / "tokenizer_config.json").write_text("[]")),
+        "tokenizer_config.json: is not a JSON object but",
+    ),
+    "broken special_tokens_map.json": (
+        layout(byte_level, lambda folder: (folder / "special_tokens_map.json").write_text("{")),
+        "special_tokens_map.json: is not a JSON object",
+    ),
+    "list of templates without names": (
+        layout(byte_level, template=["x"]),
+        "cannot be read .*; download tokenizer.json, tokenizer_config.json again",
+    ),
+    "token that is a list": (layout(byte_level, bos_token=["<s>"]), "Special token bos_token has"),
+    "id that is no number": (
+        layout(byte_level, added_tokens_decoder={"a": THINK}),
+        "cannot be read .*; download",
+    ),
+    "merges.txt alone": (layout(byte_level, without_json(merges_txt=merges)), "has no tokenizer"),
+    "vocabulary of nothing, in vocab.json": (
+        layout(
+            byte_level,
+            without_json(vocab_json=lambda m: "{}", merges_txt=lambda m: ""),
+            tokenizer_class="GPT2Tokenizer",
+            model_type="gpt2",
+        ),
+        "loses text; copy the tokenizer.json",
     ),
     "special token that is a number": (layout(byte_level, eos_token=7), "cannot be read"),
     "vocabulary of nothing": (
