@@ -32,6 +32,9 @@ _SIZES = (
 )
 """Fields of config.json that count something."""
 
+_MOST_LAYERS = 1000
+"""More than any model has; transformers makes them one by one before it looks at the weights."""
+
 _SWITCHES = frozenset({"do_sample", "ignore_eos", "include_stop_str_in_output"})
 _NUMBERS = frozenset(
     {
@@ -196,15 +199,17 @@ def _not_text(path: Path, names: list[str], does: str = "") -> str:
 
 
 def _check_sizes(path: Path, config: dict[str, Any]) -> None:
-    """Refuse sizes below 1, which transformers accepts."""
+    """Refuse sizes that transformers accepts and no model has."""
     text = config.get("text_config")
     for part, prefix in ((config, ""), (text if isinstance(text, dict) else {}, "text_config.")):
         for name in _SIZES:
             value = part.get(name)
-            if isinstance(value, int) and value < 1:
+            layers = name in {"num_hidden_layers", "n_layer"}
+            if isinstance(value, int) and (value < 1 or (layers and value > _MOST_LAYERS)):
+                most = f" and at most {_MOST_LAYERS}" if layers else ""
                 raise UserError(
-                    f"{shown(path)}: {prefix}{name} is {_brief(value)}; it should be at least 1: "
-                    "correct it, or download the file again"
+                    f"{shown(path)}: {prefix}{name} is {_brief(value)}; it should be at least 1"
+                    f"{most}: correct it, or download the file again"
                 )
 
 

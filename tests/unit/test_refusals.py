@@ -340,6 +340,14 @@ def test_rejects_sizes_below_one(field: str, value: int, model_folder: Path):
     assert accepted(model_folder)
 
 
+def test_rejects_more_layers_than_any_model_has(model_folder: Path):
+    """transformers would make them for hours."""
+    edit(model_folder / "config.json", num_hidden_layers=10**7)
+    assert "num_hidden_layers is 10000000; it should be at least 1 and at most 1000" in (
+        refusal(model_folder)
+    )
+
+
 # Quantization.
 
 BNB4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
