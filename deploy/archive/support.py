@@ -51,6 +51,11 @@ def unsupported(weights: Path, max_context: int | None) -> str | None:
         return f"the openvino engine does not serve weights quantized with {method}"
     if kind == "falcon" and config.get("alibi"):
         return "the openvino engine does not serve Falcon with alibi: OpenVINO GenAI loses it"
+    heads = config.get("num_attention_heads")
+    if kind == "phi" and config.get("num_key_value_heads", heads) not in (None, heads):
+        return "the openvino engine does not serve Phi with shared keys: num_key_value_heads"
+    if kind == "qwen3_moe" and not config.get("head_dim"):
+        return "the openvino engine does not serve Qwen3-MoE without head_dim in config.json"
     if kind == "gpt_neo" and _has_local_attention(config):
         window = config.get("window_size", 256)
         length = min(filter(None, (positions(config), max_context)), default=window + 1)

@@ -87,8 +87,8 @@ FAMILIES: dict[str, Family] = {
             *("marian", "mbart", "megatron-bert", "minimax", "minimax_m2", "ministral"),
             *("ministral3", "mistral", "mixtral", "modernbert-decoder", "moshi", "mpt", "mvp"),
             *("nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmo_hybrid", "olmoe"),
-            *("openai-gpt", "opt", "pegasus", "persimmon", "phi", "phi3", "phimoe", "plbart"),
-            *("prophetnet", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "recurrent_gemma"),
+            *("openai-gpt", "opt", "pegasus", "persimmon", "phi3", "phimoe", "plbart"),
+            *("prophetnet", "qwen2", "qwen2_moe", "qwen3", "recurrent_gemma"),
             *("rembert", "roberta", "roberta-prelayernorm", "roformer", "rwkv", "seed_oss"),
             *("smollm3", "solar_open", "stablelm", "starcoder2", "trocr", "vaultgemma"),
             *("whisper", "xglm", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet"),
@@ -97,6 +97,8 @@ FAMILIES: dict[str, Family] = {
     # Variants of attention and positions.
     "bloom-odd-heads": Family("bloom", {"n_head": 6, "hidden_size": 96}),
     "codegen": Family("codegen", {"rotary_dim": 8}),
+    "phi": Family("phi", _MULTI_HEAD),
+    "phi-groups": Family("phi"),
     "falcon": Family("falcon", {"alibi": False, "multi_query": True}),
     "falcon-alibi": Family("falcon", {"alibi": True, "multi_query": False, "bias": True}),
     "falcon-new": Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -130,6 +132,16 @@ FAMILIES: dict[str, Family] = {
         "llama", {"max_position_embeddings": 64} | _rope("dynamic", factor=4.0)
     ),
     "llama-linear": Family("llama", _rope("linear", factor=4.0)),
+    "llama-heads-of-24": Family("llama", {"head_dim": 24, "num_key_value_heads": 1}),
+    "llama-partial": Family("llama", _rope("default", partial_rotary_factor=0.5)),
+    "qwen3_moe": Family("qwen3_moe", {"head_dim": 16}),
+    "qwen3-window": Family(
+        "qwen3",
+        {
+            **{"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+            **{"use_sliding_window": True, "max_window_layers": 0, "sliding_window": WINDOW},
+        },
+    ),
     "llama-llama3": Family(
         "llama",
         _rope(
@@ -154,6 +166,14 @@ FAMILIES: dict[str, Family] = {
         {
             **{"layer_types": ["mamba", "attention", "mamba"], "num_local_experts": 0},
             **{"mamba_n_heads": 8, "mamba_d_head": 16, "shared_intermediate_size": 64},
+        },
+    ),
+    "granitemoehybrid-rope": Family(
+        "granitemoehybrid",
+        {
+            **{"layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4},
+            **{"mamba_n_heads": 8, "mamba_d_head": 16, "shared_intermediate_size": 64},
+            **{"num_local_experts": 0, "position_embedding_type": "rope"},
         },
     ),
     "jamba": Family("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}),

@@ -32,7 +32,16 @@ REFUSED = {
 
 ALONE = {
     # States instead of keys and values, or beside them.
-    *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe"),
+    *(
+        "bamba",
+        "falcon_h1",
+        "falcon_mamba",
+        "granitemoehybrid",
+        "granitemoehybrid-rope",
+        "jamba",
+        "lfm2",
+        "lfm2_moe",
+    ),
     *("mamba", "mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text"),
     *("qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"),
     # Positions that count the padding.

@@ -12,6 +12,7 @@ from deploy.common.paths import UserError
 from handler.config import engine_config
 
 GPT_NEO = {"model_type": "gpt_neo", "max_position_embeddings": 2048, "window_size": 256}
+PHI = {"model_type": "phi", "num_attention_heads": 32}
 LOCAL = {"attention_types": [[["global", "local"], 12]]}
 
 
@@ -30,6 +31,8 @@ def folder_of(folder: Path, config: dict) -> Path:
         ({"model_type": "mpt"}, "model_type mpt: OpenVINO GenAI loses its ALiBi"),
         ({"model_type": "xglm"}, "cannot page its attention"),
         ({"model_type": "falcon", "alibi": True}, "Falcon with alibi"),
+        (PHI | {"num_key_value_heads": 8}, "Phi with shared keys: num_key_value_heads"),
+        ({"model_type": "qwen3_moe"}, "Qwen3-MoE without head_dim"),
         (GPT_NEO | LOCAL, "only up to its window of 256 tokens .*, not 2048"),
         (GPT_NEO, "only up to its window of 256 tokens"),
         (
@@ -55,6 +58,9 @@ def test_models_that_openvino_serves_wrong_go_to_transformers_or_are_refused(
     [
         {"model_type": "llama"},
         {"model_type": "falcon"},
+        {"model_type": "phi"},
+        PHI | {"num_key_value_heads": 32},
+        {"model_type": "qwen3_moe", "head_dim": 128},
         {"model_type": "falcon", "alibi": False},
         GPT_NEO | {"attention_types": [[["global"], 24]]},
         GPT_NEO | LOCAL | {"window_size": 2048},
