@@ -194,3 +194,29 @@ def test_start_token_of_the_chat_template_is_not_added_twice(tiny_llama: Path, t
     folder = ModelFolder(tmp_path)
     prompt = folder.chat_prompt([{"role": "user", "content": "ab"}])
     assert folder.encode(prompt).count(0) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "stored", "length"),
+    [
+        ({"model_type": "bloom"}, None, 2048),
+        ({"model_type": "bloom"}, 10**30, 2048),
+        ({"model_type": "bloom"}, 4096, 4096),
+        ({"model_type": "bloom", "seq_length": 512}, 4096, 512),
+        ({"model_type": "falcon"}, 4096, 2048),
+    ],
+    ids=["no limit", "no number", "the tokenizer's", "the model's", "the type's default"],
+)
+def test_model_without_a_context_length_gets_one_that_is_printed(
+    config: dict, stored: int | None, length: int, tmp_path: Path, capsys
+):
+    """A MODEL_DIR needs no YAML; one that has app.engine.max_context is followed."""
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": stored}))
+    complete, settings = build.model_config("mine", tmp_path, {"name": "openvino"})
+    printed = f"serving {length} tokens (" in capsys.readouterr().out
+    assert printed == ("seq_length" not in config)
+    if printed:
+        assert settings.max_context == complete["app"]["engine"]["max_context"] == length
+    _, settings = build.model_config("mine", tmp_path, {"name": "openvino", "max_context": 100})
+    assert settings.max_context == 100 and not capsys.readouterr().out
