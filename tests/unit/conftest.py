@@ -29,7 +29,11 @@ def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     Tokenizer(models.BPE(alphabet, [])).save(str(folder / "tokenizer.json"))
     for file, content in {
-        "config.json": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        "config.json": {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 64,
+        },
         "generation_config.json": {},
         "model.safetensors.index.json": {"weight_map": {name: weights}},
         "tokenizer_config.json": {},

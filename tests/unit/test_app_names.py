@@ -138,7 +138,6 @@ def test_functions_say_the_rule_too(name: str, model_folder: Path, tmp_path: Pat
         build_archive(name, model_folder, store=tmp_path / "store")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALLOWED)
 def test_allowed_name_makes_an_archive(name: str, model_folder: Path, tmp_path: Path):
     store = tmp_path / "store"
