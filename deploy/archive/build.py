@@ -23,7 +23,7 @@ from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
 from deploy.archive.tokenizer import tokenizer_files, with_tokenizer
 from deploy.archive.verify import verify
 from deploy.common.paths import MODEL_STORE, UserError, link_or_copy, shown, temporary_folder
-from deploy.weights.checkpoint import check_checkpoint
+from deploy.weights.checkpoint import check_checkpoint, check_type
 from deploy.weights.config_json import names_no_end, read_object
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import RANDOM, check_folder, left_out, source_of, weight_files
@@ -118,8 +118,9 @@ def prepare(
     """
     app_yaml(name, local=True)  # a mistake in it is found sooner than one in the weights
     check_folder(weights)
+    check_type(weights)
+    config, settings = model_config(name, weights, engine)  # may refuse the type
     check_checkpoint(weights)
-    config, settings = model_config(name, weights, engine)
     if names_no_end(weights) and not settings.stop_tokens:
         print(
             f"{shown(weights)}: names no eos_token_id, so a completion ends only at max_new_tokens "

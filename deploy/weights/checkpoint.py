@@ -40,31 +40,53 @@ _SHOWN = 3
 """Tensors that a message names."""
 
 
-def check_checkpoint(folder: Path) -> None:
-    """Make sure that transformers loads the model as it was saved: all tensors, and no others.
+def check_type(folder: Path) -> None:
+    """Make sure that transformers knows the type of the model, and that it generates text.
 
     Args:
         folder: one that `check_folder` accepts.
 
     Raises:
-        UserError: the model is unknown, generates no text or lacks tensors; the message names them
-            and a remedy.
+        UserError: the message names the type and a remedy.
     """
-    passed = CHECKED / _key(folder)
+    if not _passed(folder).is_file():
+        path = folder / "config.json"
+        with _printable_errors():
+            _check_type(path, read_object(path))
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Make sure that transformers loads the model as it was saved: all tensors, and no others.
+
+    Args:
+        folder: one that `check_type` accepts.
+
+    Raises:
+        UserError: the model cannot be loaded or lacks tensors; the message names them and a remedy.
+    """
+    passed = _passed(folder)
     if passed.is_file():
         return
-    try:
+    with _printable_errors():
         _check(folder)
-    except UserError as error:
-        raise UserError(printable(str(error))) from error
     CHECKED.mkdir(parents=True, exist_ok=True)
     passed.touch()
 
 
+def _passed(folder: Path) -> Path:
+    """Return the file that exists if the folder, as it is, has passed."""
+    return CHECKED / _key(folder)
+
+
+@contextmanager
+def _printable_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(printable(str(error))) from error
+
+
 def _check(folder: Path) -> None:
-    path = folder / "config.json"
-    config = read_object(path)
-    _check_type(path, config)
     for index in (p for p in weight_files(folder) if p.name.endswith(".index.json")):
         if not isinstance(read_object(index).get("metadata"), dict):
             raise UserError(

@@ -18,6 +18,7 @@ def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     transformers takes seconds to import and would miss most tensors, so archives of it are made
     without asking it.
     """
+    monkeypatch.setattr(build, "check_type", lambda _: None)
     monkeypatch.setattr(build, "check_checkpoint", lambda _: None)
     monkeypatch.setattr(
         build, "tokenizer_files", lambda weights: sorted(weights.glob("tokenizer*.json"))
