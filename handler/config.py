@@ -210,8 +210,8 @@ _LONGEST_NAME = 50
 """With our prefix it is then a whole resource ID of Vertex AI (63 characters), not the beginning of
 one that another name has too."""
 _RESERVED = {
-    "models": "TorchServe cannot start a model of that name",
-    "defaults": "handler/apps/defaults.yaml holds what all apps share",
+    "models": "TorchServe cannot start a model with this name",
+    "defaults": "handler/apps/defaults.yaml has the settings that all apps share",
 }
 
 
@@ -224,7 +224,7 @@ def check_name(name: str) -> str:
     if why := _RESERVED.get(name.lower()):
         raise ConfigError(f"APP={name}: {why}; choose another name")
     if name.lower().endswith(".mar"):
-        raise ConfigError(f"APP={name}: ends in .mar, as the files of archives do; leave that out")
+        raise ConfigError(f"APP={name}: ends in .mar, the extension of archives; leave it out")
     if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
         shown = name if name.isprintable() and len(name) <= 60 else show(name)[1:-1]
         raise ConfigError(

@@ -72,7 +72,7 @@ def _chat(instance: Instance, chat_template: ChatTemplate, field: str) -> str:
     except TemplateSyntaxError as error:
         message = (
             f"{field}: this model's chat template has an error in line {error.lineno}: "
-            f"{error.message}; it reads plain prompts"
+            f"{error.message}; use a plain prompt instead"
         )
         raise RequestError(400, message, field) from error
     except Exception as error:  # a template may reject, for example, two user messages in a row

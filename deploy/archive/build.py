@@ -138,7 +138,7 @@ def prepare(
             shutil.rmtree(target, ignore_errors=True)
             if settings.chosen == NAMED:
                 raise UserError(f"{error}; {OTHER_ENGINE}") from error
-            print(f"{error}; the transformers engine serves it instead", flush=True)
+            print(f"{error}; using the transformers engine instead", flush=True)
             settings = settings.model_copy(update={"name": "transformers", "chosen": str(error)})
             config["app"]["engine"].update(name="transformers", chosen=str(error))
     if settings.name == "transformers":
@@ -209,7 +209,7 @@ def _usual_context(weights: Path, where: str) -> int:
     config = AutoConfig.from_pretrained(weights, local_files_only=True, trust_remote_code=False)
     length, source = positions(config.to_dict()), f"the default of model_type {config.model_type}"
     if length is None:
-        length, source = CONTEXT, "as it has no limit"
+        length, source = CONTEXT, "our default"
         file = weights / "tokenizer_config.json"
         stored = read_object(file).get("model_max_length") if file.is_file() else None
         if isinstance(stored, int) and 2 <= stored < _NO_LENGTH:

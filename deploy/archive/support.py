@@ -25,11 +25,11 @@ SERVED = frozenset(
 
 LEFT_OUT = {
     "mpt": "OpenVINO GenAI loses its ALiBi positions",
-    "granitemoehybrid": "OpenVINO GenAI generates other text if several layers have attention",
-    **dict.fromkeys(("gpt_neox_japanese", "xglm"), "OpenVINO GenAI cannot page its attention"),
+    "granitemoehybrid": "OpenVINO GenAI generates different text if several layers have attention",
+    **dict.fromkeys(("gpt_neox_japanese", "xglm"), "OpenVINO GenAI has no paged attention for it"),
     **dict.fromkeys(
         ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "mbart", "pegasus"),
-        "it is an encoder and a decoder",
+        "it is an encoder-decoder",
     ),
 }
 """Types that optimum-intel exports, and why they are not served."""
@@ -53,7 +53,10 @@ def unsupported(weights: Path, max_context: int | None) -> str | None:
         return "the openvino engine does not serve Falcon with alibi: OpenVINO GenAI loses it"
     heads = config.get("num_attention_heads")
     if kind == "phi" and config.get("num_key_value_heads", heads) not in (None, heads):
-        return "the openvino engine does not serve Phi with shared keys: num_key_value_heads"
+        return (
+            "the openvino engine does not serve Phi with num_key_value_heads below "
+            "num_attention_heads"
+        )
     if kind == "qwen3_moe" and not config.get("head_dim"):
         return "the openvino engine does not serve Qwen3-MoE without head_dim in config.json"
     if kind == "gpt_neo" and _has_local_attention(config):

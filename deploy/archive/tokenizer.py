@@ -39,7 +39,7 @@ _OTHER_SOURCES = {"vocab.json", "vocab.txt", "vocab.bpe"}
 _OBJECTS = {"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
 _OBJECTS |= {"chat_template.json", "vocab.json"}
 
-_COPY = "copy the tokenizer.json of the same model into it"
+_COPY = "copy the tokenizer.json of the same model into the folder"
 
 _PROBES = [
     "Hello world",
@@ -159,8 +159,8 @@ def _make(weights: Path, sources: list[Path], target: Path) -> None:
         shutil.rmtree(target / "additional_chat_templates", ignore_errors=True)
         if not (target / "tokenizer.json").is_file():
             raise UserError(
-                f"{where}: {_name(tokenizer)} is written in Python, and the engines read "
-                "tokenizer.json; choose a model that has one"
+                f"{where}: its tokenizer, {_name(tokenizer)}, cannot be saved as tokenizer.json, "
+                "which the engines read; choose a model that has one"
             )
         found = difference(ModelFolder(target), tokenizer)
     except UserError:
@@ -176,8 +176,8 @@ def _make(weights: Path, sources: list[Path], target: Path) -> None:
         logging.set_verbosity(level)
     if found:
         raise UserError(
-            f"{where}: tokenizer.json cannot express what {_name(tokenizer)} of transformers does: "
-            f"{found}; choose another model"
+            f"{where}: the engines would read its tokenizer.json differently than transformers' "
+            f"{_name(tokenizer)}: {found}; choose another model"
         )
     chat = weights / "chat_template.json"
     if tokenizer.chat_template is None and chat.is_file():
@@ -200,8 +200,8 @@ def _load(where: str, folder: Path) -> Any:
         settings = folder / "tokenizer_config.json"
         if settings.is_file() and "auto_map" in read_object(settings):
             raise UserError(
-                f"{where}: its tokenizer is code of its repository (auto_map in "
-                "tokenizer_config.json), which is not run here; choose a model without"
+                f"{where}: its tokenizer needs code from its repository (auto_map in "
+                "tokenizer_config.json), which never runs here; choose a model that needs none"
             ) from error
         if not _read_plainly(folder)[1]:
             raise
@@ -214,12 +214,13 @@ def _load(where: str, folder: Path) -> Any:
         plain, kept_by_plain = _read_plainly(folder)
         if kept_by_plain > kept:
             print(
-                f"{where}: reading tokenizer.json as it is, without {_name(tokenizer)}", flush=True
+                f"{where}: using tokenizer.json without {_name(tokenizer)}, which loses text",
+                flush=True,
             )
             tokenizer = plain
         elif plain is None and _PROBES[0] not in kept:
             raise UserError(
-                f"{where}: the tokenizer that transformers makes of its files loses text; {_COPY}"
+                f"{where}: the tokenizer that transformers makes from its files loses text; {_COPY}"
             )
     _check_vocabulary(where, folder, tokenizer)
     return tokenizer
@@ -241,14 +242,14 @@ def _check_vocabulary(where: str, folder: Path, tokenizer: Any) -> None:
     ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(
-            f"{where}: its tokenizer makes no token of 'Hello', so it is empty; {_COPY}"
+            f"{where}: its tokenizer returns no token for 'Hello', so it is empty; {_COPY}"
         )
     config = read_object(folder / "config.json")
     size = config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
     if isinstance(size, int) and max(ids) >= size:
         raise UserError(
-            f"{where}: its tokenizer makes token {max(ids)} of 'Hello', but vocab_size in "
-            f"config.json is {size}, so it is another model's; {_COPY}"
+            f"{where}: its tokenizer returns token {max(ids)} for 'Hello', but vocab_size in "
+            f"config.json is {size}, so it belongs to another model; {_COPY}"
         )
 
 
@@ -275,9 +276,9 @@ def difference(folder: ModelFolder, tokenizer: Any) -> str:
     for text in _PROBES:
         ids = tokenizer(text)["input_ids"]
         if folder.encode(text) != ids:
-            return f"{text!r} has other tokens"
+            return f"{text!r} has different tokens"
         if folder.decode(ids) != tokenizer.decode(ids, skip_special_tokens=True):
-            return f"the tokens of {text!r} are other text"
+            return f"the tokens of {text!r} decode to different text"
     if tokenizer.chat_template is None:
         return ""
     options = {"add_generation_prompt": True, "return_dict": False}
@@ -287,11 +288,11 @@ def difference(folder: ModelFolder, tokenizer: Any) -> str:
         # Again, because a template may write the time.
         texts += [_result(tokenizer.apply_chat_template, messages, tokenize=False, **options)]
         if prompt not in texts:
-            return "the chat template gives another text"
+            return "the chat template renders different text"
         if prompt is not None:
             ids = tokenizer(str(prompt), add_special_tokens=False)["input_ids"]
             if folder.encode(prompt) != ids:
-                return "a chat has other tokens"
+                return "a chat has different tokens"
     return ""
 
 

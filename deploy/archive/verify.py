@@ -90,8 +90,8 @@ def _run(folders: list[Path], config: EngineConfig, record: Path) -> None:
         raise SelfCheckError(run.stdout.strip())
     last = (log.read_text().strip() or f"exit status {run.returncode}").splitlines()[-1]
     raise UserError(
-        f"{shown(folders[0])}: the self-check after the export failed ({last}; the full log is "
-        f"{shown(log)}). app.engine.self_check: false in the app's YAML switches it off"
+        f"{shown(folders[0])}: the self-check after the export could not run ({last}; the full log "
+        f"is {shown(log)}); app.engine.self_check: false in the app's YAML turns it off"
     )
 
 

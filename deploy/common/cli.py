@@ -122,7 +122,7 @@ def run(app: typer.Typer, program: str, arguments: list[str] | None = None) -> i
             args=arguments, prog_name=f"python -m {program}", standalone_mode=False
         )
     except click.NoSuchOption as error:
-        hint = "; APP: a name begins with a letter or a digit"
+        hint = "; an APP's name begins with a letter or a digit"
         text = error.format_message().rstrip(".")
         print(f"error: {text}{hint if _instead_of_app(app, arguments) else ''}", file=sys.stderr)
         return 2

@@ -160,13 +160,14 @@ def _check_types(folder: Path, model: Any, stored: dict[str, Any]) -> None:
         if weight and dtype is not None and dtype not in usual:
             raise UserError(
                 f"{shown(folder)}: the tensor {name} is stored as {str(dtype).split('.')[-1]}, "
-                "and config.json has no quantization_config that says what its numbers mean; use "
+                "and config.json has no quantization_config that says how to dequantize it; use "
                 "the model's checkpoint in float16, bfloat16 or float32"
             )
 
 
 _SAME_SOURCE = (
-    "config.json and the weights should be one model's, so download both again from one repository"
+    "config.json and the weights should come from one model, so download both again from one "
+    "repository"
 )
 
 
@@ -179,10 +180,9 @@ def _check_type(path: Path, config: dict[str, Any]) -> None:
     if isinstance(kind, str) and kind and kind not in KNOWN:
         if "auto_map" in config:
             raise UserError(
-                f"{shown(path)}: model_type {kind} needs the model's own code (auto_map), and "
-                "trust_remote_code is not offered, because code from a download would run with "
-                "the server's rights and is not part of the archive; use a model that "
-                f"{ours} knows by itself"
+                f"{shown(path)}: model_type {kind} needs code from the model's repository "
+                "(auto_map), and trust_remote_code is not offered; use a model that "
+                f"{ours} knows without such code"
             )
         close = difflib.get_close_matches(kind, KNOWN, 1, 0.8)
         alike = f" (if the architecture is that of {close[0]}, write {close[0]})" if close else ""
@@ -211,7 +211,7 @@ def _check_type(path: Path, config: dict[str, Any]) -> None:
     if kind not in classes:
         raise UserError(f"{what}, which {ours} does not load as a model that generates text; {use}")
     if config.get("is_encoder_decoder"):
-        raise UserError(f"{what}, an encoder and a decoder, which are not served; {use}")
+        raise UserError(f"{what}, an encoder-decoder, which is not served; {use}")
     decoder = config.get("is_decoder") or config.get("causal")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
         raise UserError(f"{what}, an encoder, which fills gaps in a text; {use}")
@@ -236,7 +236,7 @@ def _check_tensors(folder: Path, model: Any, found: dict[str, Any]) -> None:
         more = f" (and {len(shapes) - 1} more)" if len(shapes) > 1 else ""
         raise UserError(
             f"{shown(folder)}: the tensor {name}{more} has the shape {_shape(stored)} in the "
-            f"weights and {_shape(wanted)} by config.json; {_SAME_SOURCE}"
+            f"weights, but {_shape(wanted)} by config.json; {_SAME_SOURCE}"
         )
     unexpected = sorted(found["unexpected_keys"])
     if missing := sorted(found["missing_keys"]):
@@ -247,7 +247,7 @@ def _check_tensors(folder: Path, model: Any, found: dict[str, Any]) -> None:
                 "it with save_pretrained, or rename the tensors"
             )
         others = (
-            f", while {_some(unexpected)} {_are(unexpected)} not {kind}'s" if unexpected else ""
+            f", and {_some(unexpected)} {_are(unexpected)} not part of it" if unexpected else ""
         )
         raise UserError(
             f"{shown(folder)}: {_some(missing)} of {kind} {_are(missing)} missing in the weights"
@@ -268,7 +268,7 @@ def _hidden(folder: Path) -> str:
     read, *others = [name for name in forms if (folder / name).is_file()]
     if not others:
         return ""
-    return f"remove {read} if {others[0]} is the complete one, which is not read beside it, or "
+    return f"remove {read} if {others[0]} is complete (transformers reads only {read}), or "
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str:

@@ -13,7 +13,7 @@ them, on a CPU too, with the locked packages. The `openvino` engine cannot expor
 
 _UNQUANTIZED = (
     "which needs packages or hardware that this server does not have; use the model's checkpoint "
-    "without quantization (float16 or bfloat16), of which `make archive` makes int8 or int4 weights"
+    "without quantization (float16 or bfloat16); `make archive` can make int8 or int4 weights of it"
 )
 
 _OTHER_FILES = {
@@ -191,7 +191,7 @@ def _check_architectures(path: Path, config: dict[str, Any]) -> None:
 
 
 def _not_text(path: Path, names: list[str], does: str = "") -> str:
-    what = f"{does}does not generate text" if does else "is not served as a model of text alone"
+    what = f"{does}does not generate text" if does else "is not served as a text-generation model"
     return (
         f"{shown(path)}: architectures is {', '.join(names)}, which {what}; use a model whose "
         "architecture ends in ForCausalLM or LMHeadModel"
@@ -235,10 +235,10 @@ def _check_end(path: Path, config: dict[str, Any]) -> None:
         if token is None and not isinstance(value, list):
             return
         if type(token) is not int or token < 0 or (limit and token >= limit):
-            most = f" below vocab_size, which is {limit}" if limit else ""
+            most = f" and below vocab_size, which is {limit}" if limit else ""
             raise UserError(
-                f"{shown(path)}: eos_token_id is {_brief(value)}; it should be the id of the token "
-                f"that ends a text, from 0{most}, a list of such ids, or null; correct the field "
+                f"{shown(path)}: eos_token_id is {_brief(value)}; it should be a token id (an "
+                f"integer, at least 0{most}), a list of such ids, or null; correct the field "
                 "or remove it"
             )
 

@@ -250,14 +250,14 @@ def _check_index(index: Path) -> None:
         or not all(isinstance(name, str) and name for name in names.values())
     ):
         raise UserError(
-            f"{shown(index)}: weight_map should be an object with the file of each tensor; "
+            f"{shown(index)}: weight_map should be an object that maps each tensor to its file; "
             "download the file again"
         )
     for name in sorted({*names.values()}):
         if Path(name).name != name:
             raise UserError(
-                f"{shown(index)}: names {name}; all weights should be beside the index: move the "
-                "file there and correct its name in weight_map"
+                f"{shown(index)}: names {name}, but all weights should be in the folder of the "
+                "index; move the file there and correct its name in weight_map"
             )
     missing = [name for name in sorted({*names.values()}) if not (index.parent / name).is_file()]
     if missing:
@@ -324,7 +324,7 @@ def _check_tensors(paths: list[Path]) -> None:
         for name in names:
             if name in place:
                 raise UserError(
-                    f"{shown(path)}: holds the tensor {name}, which {place[name]} holds too; "
-                    "shards of two checkpoints are mixed, so download the folder again"
+                    f"{shown(path)}: holds the tensor {name}, which {place[name]} holds too, so "
+                    "shards of two checkpoints are mixed; download the folder again"
                 )
             place[name] = path.name

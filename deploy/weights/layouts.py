@@ -31,14 +31,14 @@ _FORMATS = {
     + _ORIGINAL
     + ", which `make archive` exports itself",
     "*.onnx": "holds only an ONNX model ({file}); " + _ORIGINAL,
-    "tf_model*.h5": "holds only TensorFlow weights ({file}), which this transformers does not "
-    "read; " + _ORIGINAL,
+    "tf_model*.h5": "holds only TensorFlow weights ({file}), which this version of "
+    "transformers does not read; " + _ORIGINAL,
     "*.weights.h5": "holds only Keras weights ({file}); " + _ORIGINAL,
     "*.keras": "holds only a Keras model ({file}); " + _ORIGINAL,
     "saved_model.pb": "holds only a TensorFlow model ({file}); " + _ORIGINAL,
     "*.ckpt.index": "holds only a TensorFlow checkpoint ({file}); " + _ORIGINAL,
-    "flax_model*.msgpack": "holds only Flax weights ({file}), which this transformers does not "
-    "read; " + _ORIGINAL,
+    "flax_model*.msgpack": "holds only Flax weights ({file}), which this version of "
+    "transformers does not read; " + _ORIGINAL,
     "_CHECKPOINT_METADATA": "holds only an Orbax checkpoint of JAX ({file}); " + _ORIGINAL,
     "zero_to_fp32.py": "holds a checkpoint of DeepSpeed, in pieces ({file}); join them with "
     "`python {file} . OUT --safe_serialization` there, and put config.json and the tokenizer "
@@ -59,17 +59,17 @@ _FORMATS = {
     "with save_pretrained",
     "lit_model.pth": "holds a model of LitGPT ({file}); convert it with "
     "`litgpt convert_from_litgpt`, and put config.json and the tokenizer beside the result",
-    "*.mar": "holds a finished archive ({file}); name the folder of the model that it was made of",
-    "*.zip": "holds a packed file ({file}); unpack it and name the folder with config.json",
-    "*.tar*": "holds a packed file ({file}); unpack it and name the folder with config.json",
-    "*.tgz": "holds a packed file ({file}); unpack it and name the folder with config.json",
+    "*.mar": "holds a finished archive ({file}); name the model's folder that it was made from",
+    "*.zip": "holds a compressed file ({file}); unpack it and name the folder with config.json",
+    "*.tar*": "holds a compressed file ({file}); unpack it and name the folder with config.json",
+    "*.tgz": "holds a compressed file ({file}); unpack it and name the folder with config.json",
     "*.incomplete": "holds an incomplete download ({file}); run the download again",
     "*.part": "holds an incomplete download ({file}); run the download again",
     "*.crdownload": "holds an incomplete download ({file}); run the download again",
-    "*.pth": "holds weights without a layout ({file}); load them in the program that wrote them "
-    "and write the model with save_pretrained",
-    "*.pt": "holds weights without a layout ({file}); load them in the program that wrote them "
-    "and write the model with save_pretrained",
+    "*.pth": "holds weights in an unknown layout ({file}); load them in the program that wrote "
+    "them and write the model with save_pretrained",
+    "*.pt": "holds weights in an unknown layout ({file}); load them in the program that wrote "
+    "them and write the model with save_pretrained",
 }
 """What the files of a folder without a model in Hugging Face layout say, most telling first."""
 
@@ -104,9 +104,10 @@ def adapter(folder: Path) -> str | None:
         what += ", which cannot be merged into its model; " + _ORIGINAL
     else:
         what += (
-            ", which is not a model of its own; merge it with peft (AutoPeftModelForCausalLM"
-            ".from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)), copy the "
-            "tokenizer's files into NEW_FOLDER, and name that"
+            ", which cannot be served without its model; merge it with peft ("
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+            ".save_pretrained(NEW_FOLDER)), copy the tokenizer's files into NEW_FOLDER, "
+            "and name that folder"
         )
     weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     beside = any(not path.name.startswith("adapter_model") for path in weights)

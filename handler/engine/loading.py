@@ -79,12 +79,12 @@ def _check_tensors(name: str, found: dict[str, Any]) -> None:
     """Make sure that the weights had every tensor: transformers makes up those that they lack."""
     missing = sorted(found["missing_keys"])
     shapes = sorted(name for name, *_ in found["mismatched_keys"])
-    for tensors, problem in ((missing, "are missing in"), (shapes, "have another shape in")):
+    for tensors, problem in ((missing, "are missing in"), (shapes, "have a different shape in")):
         if tensors:
             more = f" and {len(tensors) - _SHOWN} more" if len(tensors) > _SHOWN else ""
             raise ValueError(
                 f"tensors of {name} {problem} the weights: {', '.join(tensors[:_SHOWN])}{more}; "
-                "config.json and all files of weights must be of one model"
+                "config.json and all weights must come from one model"
             )
 
 

@@ -191,18 +191,18 @@ def compare(
             )
         if gap > TOLERANCES.get(precision, math.inf):
             raise SelfCheckError(
-                f"self-check: this engine generates other text than the model: after the prompt "
-                f"{place}, token {i + 1} is {decode([completion.generated[i]])!r}, which is "
+                f"self-check: this engine generates different text than the model: after the "
+                f"prompt {place}, token {i + 1} is {decode([completion.generated[i]])!r}, which is "
                 f"{gap:.1f} standard deviations of the logits below the model's choice; "
                 f"{TOLERANCES[precision]} are allowed in {precision}"
             )
     mean = sum(gaps) / len(gaps)
     if mean > MEAN_TOLERANCES.get(precision, math.inf):
         raise SelfCheckError(
-            f"self-check: the weights in {precision} generate other text than the model: after the "
-            f"prompt {place}, {decode(completion.generated)!r} is {mean:.1f} standard deviations "
-            f"of the logits below the model's choices, in the mean; {MEAN_TOLERANCES[precision]} "
-            "are allowed"
+            f"self-check: the weights in {precision} generate different text than the model: after "
+            f"the prompt {place}, the tokens of {decode(completion.generated)!r} are on average "
+            f"{mean:.1f} standard deviations of the logits below the model's choices; "
+            f"{MEAN_TOLERANCES[precision]} are allowed"
         )
 
 
@@ -247,15 +247,16 @@ def check_record(engine: Engine, encode: Callable[[str], list[int]], record: Rec
     for mine, recorded, margins in zip(found, record.completions, record.margins, strict=True):
         if mine.prompt != recorded.prompt:
             raise SelfCheckError(
-                f"self-check: the tokenizer reads {_shown(mine.text)} as {mine.prompt}, and did as "
-                f"{recorded.prompt} when the archive was made"
+                f"self-check: the tokens of the prompt {_shown(mine.text)} are {mine.prompt}, but "
+                f"were {recorded.prompt} when the archive was made; run make archive again"
             )
         for i, (token, expected) in enumerate(zip(mine.generated, recorded.generated, strict=True)):
             if token != expected and margins[i] > _OTHER_PROCESSOR[record.precision]:
                 raise SelfCheckError(
-                    "self-check: this engine generates other tokens than when the archive was "
+                    "self-check: this engine generates different tokens than when the archive was "
                     f"made: after the prompt {_shown(mine.text)} ({len(mine.prompt)} tokens, "
-                    f"{mine.beside}), token {i + 1} is {token}, and was {expected}"
+                    f"{mine.beside}), token {i + 1} is {token}, but was {expected}; run make "
+                    "archive again"
                 )
             if token != expected:
                 break

@@ -110,8 +110,8 @@ def new_sequence(
         raise PromptError("is empty: give at least one token of text")
     if vocabulary and (highest := max(token_ids)) >= vocabulary:
         raise PromptError(
-            f"has the token {folder.token(highest)!r} with the id {highest}, which this model "
-            f"cannot read: its ids end at {vocabulary - 1}; leave the token out"
+            f"has the token {folder.token(highest)!r} with the id {highest}, but this model's ids "
+            f"end at {vocabulary - 1}; leave the token out"
         )
     if len(token_ids) >= max_context:
         raise PromptError(

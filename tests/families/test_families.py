@@ -20,7 +20,7 @@ PROMPTS = ["Hello", PROMPT, "Pack my box with five dozen liquor jugs. " * 4]
 MAX_PREFILL = 48
 
 REFUSED = {
-    "generates other text than the model": {
+    "generates different text than the model": {
         # `generate` gives them positions that differ from those of the model itself.
         *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"),
         *("xlm-roberta-xl", "xmod"),

@@ -38,10 +38,10 @@ ALLOWED = [
 ALLOWED += ["x.jar", "x.tar.gz", "weights", "handler", "build", "a" * 50, "smollm2-135m"]
 
 RESERVED = {
-    "models": "TorchServe cannot start a model of that name; choose another name",
+    "models": "TorchServe cannot start a model with this name; choose another name",
     "Models": "TorchServe cannot start",
-    "defaults": "handler/apps/defaults.yaml holds what all apps share; choose another name",
-    "x.mar": "ends in .mar, as the files of archives do; leave that out",
+    "defaults": "handler/apps/defaults.yaml has the settings that all apps share; choose",
+    "x.mar": "ends in .mar, the extension of archives; leave it out",
     "x.MAR": "ends in .mar",
 }
 RULE = "use letters, digits and . _ - only: at most 50 characters, each . _ - between letters"

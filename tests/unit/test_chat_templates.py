@@ -242,7 +242,7 @@ def test_template_with_an_error_breaks_chat_alone(tmp_path: Path, source: str):
     for _ in range(2):
         with pytest.raises(RequestError, match="chat template has an error in line 2: ") as refused:
             render(instance(talk("Hi")), CHAT, folder.chat_prompt, "instances[0]")
-        assert refused.value.code == 400 and "reads plain prompts" in str(refused.value)
+        assert refused.value.code == 400 and "use a plain prompt" in str(refused.value)
     with pytest.raises(TemplateSyntaxError):
         folder.chat_prompt(talk("Hi"))
 

@@ -107,7 +107,7 @@ def failing(*_: object) -> Path:
 
 
 def differing(*_: object, **__: object) -> Path:
-    raise SelfCheckError("self-check: this engine generates other text")
+    raise SelfCheckError("self-check: this engine generates different text")
 
 
 @pytest.mark.parametrize("part", ["export", "verify"])
@@ -125,7 +125,7 @@ def test_auto_takes_transformers_if_the_export_fails_or_is_wrong(
     assert any(name.endswith(".safetensors") for name in names)
     assert not {EXPORTED, "self_check.json"} & names
     with pytest.raises(
-        UserError, match=r"(log is x\)|other text); serve it .*ENGINE=transformers$"
+        UserError, match=r"(log is x\)|different text); serve it .*ENGINE=transformers$"
     ):
         build.prepare("mine", tiny_llama, tmp_path / "prepared", engine={"name": "openvino"})
 

@@ -64,7 +64,7 @@ def test_head_that_is_tied_to_the_embedding_is_not_missing(weights):
 
 def test_tensors_of_another_shape_are_named(weights):
     write(weights / "config.json", intermediate_size=64)
-    with pytest.raises(ValueError, match=r"have another shape .*: model\.layers\.0\.mlp"):
+    with pytest.raises(ValueError, match=r"have a different shape .*: model\.layers\.0\.mlp"):
         load(weights)
 
 
@@ -114,7 +114,7 @@ def test_token_without_an_embedding_is_rejected_and_nobody_else_is_affected(
     )
     engine.submit("other", "Hello", Sampling(max_new_tokens=5, ignore_eos=True), stream=False)
     engine.advance(0)
-    rejected = r"has the token '<\|think\|>' with the id 96, .* its ids end at 95"
+    rejected = r"has the token '<\|think\|>' with the id 96, .* ids end at 95"
     with pytest.raises(PromptError, match=rejected):
         engine.submit("bad", "<|think|> hi", Sampling(), stream=False)
     while not (done := [p for p in engine.advance(0.1) if p.finish_reason]):

@@ -104,9 +104,9 @@ def keep(folder: Path, *names: str) -> None:
         ("rust_model.ot", "weights for Rust"),
         ("epoch=3.ckpt", "training checkpoint"),
         ("lit_model.pth", "LitGPT"),
-        ("model.pt", "weights without a layout"),
-        ("model.zip", "packed file (model.zip); unpack"),
-        ("model.tar.gz", "packed file (model.tar.gz); unpack"),
+        ("model.pt", "weights in an unknown layout"),
+        ("model.zip", "compressed file (model.zip); unpack"),
+        ("model.tar.gz", "compressed file (model.tar.gz); unpack"),
         ("model.safetensors.incomplete", "incomplete download"),
         ("model.safetensors.part", "incomplete download"),
         ("mine.mar", "finished archive"),
@@ -424,8 +424,8 @@ def test_accepts_quantization_that_is_null(model_folder: Path):
         ("../x.safetensors", "names ../x.safetensors; all weights should be beside the index"),
         ("/etc/passwd", "names /etc/passwd; all weights should be beside"),
         ("shards/x.safetensors", "names shards/x.safetensors; all weights should be beside"),
-        ("", "weight_map should be an object with the file of each tensor"),
-        (7, "weight_map should be an object with the file of each tensor"),
+        ("", "weight_map should be an object that maps each tensor to its file"),
+        (7, "weight_map should be an object that maps each tensor to its file"),
     ],
 )
 def test_rejects_index_that_names_other_folders(name: object, words: str, model_folder: Path):
@@ -627,7 +627,7 @@ def test_names_complete_weights_that_are_hidden_by_others(form: str, llama: Path
         torch.save(load_file(llama / "model.safetensors"), llama / "pytorch_model.bin")
     rewrite(llama, lambda tensors: {k: v for k, v in tensors.items() if "lm_head" not in k})
     other = INDEX if form == "shards" else "pytorch_model.bin"
-    assert f"remove model.safetensors if {other} is the complete one" in refusal(llama)
+    assert f"remove model.safetensors if {other} is complete" in refusal(llama)
     (llama / "model.safetensors").unlink()
     assert accepted(llama)
 
@@ -725,9 +725,9 @@ def test_checkpoint_of_pickles(sharded: bool, damage: str, llama: Path, capfd, t
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"intermediate_size": 160}, "(and 5 more) has the shape 64 x 128 in the weights and"),
-        ({"vocab_size": 400}, "in the weights and 400 x 64 by config.json"),
-        ({"num_key_value_heads": 4}, "has the shape 32 x 64 in the weights and 64 x 64 by"),
+        ({"intermediate_size": 160}, "(and 5 more) has the shape 64 x 128 in the weights, but"),
+        ({"vocab_size": 400}, "in the weights, but 400 x 64 by config.json"),
+        ({"num_key_value_heads": 4}, "has the shape 32 x 64 in the weights, but 64 x 64 by"),
         ({"num_hidden_layers": 3}, "tensors model.layers.2.input_layernorm.weight, "),
         ({"num_hidden_layers": 1}, "are in the weights, but LlamaForCausalLM by config.json does"),
         ({"attention_bias": True}, "layers.0.self_attn.k_proj.bias, "),
@@ -834,7 +834,7 @@ def test_rejects_the_models_own_code(llama: Path, monkeypatch, capfd):
     (llama / "my.py").write_text("raise SystemExit('ran')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run the code"))
     text = refusal(llama, capfd)
-    assert "needs the model's own code (auto_map), and trust_remote_code is not offered, " in text
+    assert "needs code from the model's repository (auto_map), and trust_remote_code is" in text
     assert "because code from a download would run with the server's rights" in text
 
 
@@ -862,7 +862,7 @@ def test_code_of_a_known_type_does_not_run(llama: Path, capsys):
         ({"model_type": "llava", "architectures": None}, "does not load as a model that generates"),
         (
             {"model_type": "clip", "architectures": ["CLIPModel"]},
-            "is not served as a model of text alone",
+            "is not served as a text-generation model",
         ),
         ({"model_type": "whisper", "architectures": None, "is_encoder_decoder": True}, "decoder"),
         ({"model_type": "bart", "architectures": None, "is_encoder_decoder": True}, "decoder"),

@@ -444,7 +444,7 @@ def test_file_is_read_as_it_is_where_transformers_loses_text(
     for text in TEXTS:
         assert ours.encode(text) == plain.encode(text).ids
         assert ours.decode(ours.encode(text)) == plain.decode(plain.encode(text).ids)
-    assert "reading tokenizer.json as it is, without" in capsys.readouterr().out
+    assert "using tokenizer.json without" in capsys.readouterr().out
 
 
 def test_deepseek_is_read_as_transformers_reads_it(tmp_path: Path):
@@ -542,7 +542,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
                 str(folder / "tokenizer.json")
             ),
         ),
-        "makes no token of 'Hello', so it is empty",
+        "returns no token for 'Hello', so it is empty",
     ),
     "unknown token that the vocabulary lacks": (
         layout(
@@ -555,7 +555,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
     ),
     "tokenizer of a larger model": (
         layout(byte_level, settings_of("config.json", vocab_size=60)),
-        "vocab_size in config.json is 60, so it is another model's",
+        "vocab_size in config.json is 60, so it belongs to another model",
     ),
     "tokenizer of a larger model, in text_config": (
         layout(
@@ -584,7 +584,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
             model_type="own",
             auto_map={"AutoTokenizer": ["own.OwnTokenizer", None]},
         ),
-        "is code of its repository .auto_map in tokenizer_config.json., which is not run here",
+        "needs code from its repository .auto_map in tokenizer_config.json., which never runs",
     ),
 }
 
@@ -663,12 +663,15 @@ def test_remedy_for_a_class_that_cannot_read_its_folder_works(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (stored(lambda t: setattr(t, "normalizer", normalizers.Lowercase())), "has other tokens"),
-        (stored(lambda t: setattr(t, "decoder", decoders.Fuse())), "are other text"),
-        (settings_of("tokenizer_config.json", chat_template="x"), "gives another text"),
+        (
+            stored(lambda t: setattr(t, "normalizer", normalizers.Lowercase())),
+            "has different tokens",
+        ),
+        (stored(lambda t: setattr(t, "decoder", decoders.Fuse())), "different text"),
+        (settings_of("tokenizer_config.json", chat_template="x"), "renders different text"),
         (
             lambda folder: (folder / "chat_template.jinja").write_text("{% for m in x %}"),
-            "gives another text",
+            "renders different text",
         ),
     ],
 )
