@@ -181,8 +181,8 @@ def _check_type(path: Path, config: dict[str, Any]) -> None:
         if "auto_map" in config:
             raise UserError(
                 f"{shown(path)}: model_type {kind} needs code from the model's repository "
-                "(auto_map), and trust_remote_code is not offered; use a model that "
-                f"{ours} knows without such code"
+                "(auto_map), and trust_remote_code is not offered, because that code would run "
+                f"with the server's permissions; use a model that {ours} knows without such code"
             )
         close = difflib.get_close_matches(kind, KNOWN, 1, 0.8)
         alike = f" (if the architecture is that of {close[0]}, write {close[0]})" if close else ""

@@ -421,9 +421,9 @@ def test_accepts_quantization_that_is_null(model_folder: Path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("../x.safetensors", "names ../x.safetensors; all weights should be beside the index"),
-        ("/etc/passwd", "names /etc/passwd; all weights should be beside"),
-        ("shards/x.safetensors", "names shards/x.safetensors; all weights should be beside"),
+        ("../x.safetensors", "names ../x.safetensors, but all weights should be in the folder"),
+        ("/etc/passwd", "names /etc/passwd, but all weights should be in"),
+        ("shards/x.safetensors", "names shards/x.safetensors, but all weights should be in"),
         ("", "weight_map should be an object that maps each tensor to its file"),
         (7, "weight_map should be an object that maps each tensor to its file"),
     ],
@@ -835,7 +835,7 @@ def test_rejects_the_models_own_code(llama: Path, monkeypatch, capfd):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run the code"))
     text = refusal(llama, capfd)
     assert "needs code from the model's repository (auto_map), and trust_remote_code is" in text
-    assert "because code from a download would run with the server's rights" in text
+    assert "because that code would run with the server's permissions" in text
 
 
 @pytest.mark.slow
