@@ -6,6 +6,7 @@ The archive is self-contained: the handler's package, the app's completed YAML a
 
 import math
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,11 @@ def _usual_context(weights: Path, where: str) -> int:
     """Return the context for a model whose config.json names none, and print it."""
     from transformers import AutoConfig  # its classes have defaults
 
-    config = AutoConfig.from_pretrained(weights, local_files_only=True, trust_remote_code=False)
-    length, source = positions(config.to_dict()), f"the default of model_type {config.model_type}"
+    length, source = None, ""
+    with suppress(Exception):  # of a wrong value, which check_checkpoint will name
+        config = AutoConfig.from_pretrained(weights, local_files_only=True, trust_remote_code=False)
+        length = positions(config.to_dict())
+        source = f"the default of model_type {config.model_type}"
     if length is None:
         length, source = CONTEXT, "our default"
         file = weights / "tokenizer_config.json"

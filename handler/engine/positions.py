@@ -53,9 +53,10 @@ def positions(config: dict[str, Any]) -> int | None:
             continue
         lengths = [part[name] for name in _NAMES if isinstance(part.get(name), int)]
         lengths = [length for length in lengths if length > 0][:1]
-        rope = part.get("rope_parameters") or part.get("rope_scaling") or {}
-        for rules in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-            if "long_factor" in rules:
+        rope = part.get("rope_parameters") or part.get("rope_scaling")
+        parts = [rope, *rope.values()] if isinstance(rope, dict) else []
+        for rules in parts:
+            if isinstance(rules, dict) and "long_factor" in rules:
                 name = "original_max_position_embeddings"
                 original = rules.get(name) or part.get(name)
                 lengths += [original] if isinstance(original, int) else []

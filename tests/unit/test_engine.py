@@ -295,6 +295,20 @@ def small_cache_engine(request, tiny_llama, tmp_path_factory):
     return engine
 
 
+def test_model_without_an_end_token_generates_up_to_the_limit(tmp_path: Path):
+    """Its GenAI reads an empty set of stop tokens as the token -1, and then every request fails."""
+    weights = tiny.random_model(tmp_path / "no-end", tiny.LLAMA)
+    for name, field in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
+        content = json.loads((weights / name).read_text()) | {field: None}
+        (weights / name).write_text(json.dumps(content))
+    config = engine_config(name="openvino", openvino={"precision": "fp16"})
+    engine = create_engine(export(weights, config, tmp_path / "cache"), config)
+    assert engine.end_tokens == set()
+    for sampling in (Sampling(max_new_tokens=5), Sampling(max_new_tokens=5, temperature=1.0)):
+        texts, reasons = run(engine, ["one", "three"], sampling)
+        assert all(texts) and reasons == ["length", "length"]
+
+
 def test_context_is_what_the_cache_holds(small_cache_engine):
     engine = small_cache_engine
     assert engine.cache_tokens == 5 * 32
