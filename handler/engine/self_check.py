@@ -48,17 +48,18 @@ _SENTENCES = (
     "After {} days of wind the old bridge was closed to all cars.",
 )
 
-TOLERANCES = {"float32": 0.05, "float16": 0.1, "fp16": 0.1, "bfloat16": 0.2}
+TOLERANCES = {"float32": 0.05, "float16": 0.1, "fp16": 0.2, "bfloat16": 0.2}
 """How far below the model's first choice a token may be, by precision, in standard deviations of
-the logits at that place. Over 40 tiny models rounding made at most 0.01 in float16 and 0.02 in
-bfloat16, and a lost part of the model at least 0.48 (LOG.md)."""
+the logits at that place. `fp16` is the `openvino` engine's, whose KV cache has 8 bits. In tiny
+models of many families, rounding made at most 0.11 there, 0.01 in float16 and 0.02 in bfloat16, and
+a lost part of the model at least 0.48 (LOG.md)."""
 
 MEAN_TOLERANCES = {"int8": 0.5, "int4": 2.0}
 """The same for quantized weights, as a mean over all tokens. Their rounding hides a lost part of
 the model: in tiny mixtures of experts it made up to 0.12 in int8 and 1.0 in int4 (LOG.md). So it
 is the model before quantization that is held to `TOLERANCES`, and this finds gross errors."""
 
-_OTHER_PROCESSOR = {"fp16": 0.2, "int8": 0.7, "int4": 3.0}
+_OTHER_PROCESSOR = {"fp16": 0.4, "int8": 0.7, "int4": 3.0}
 """Below which difference between the model's first and second choice, by precision, another
 processor may choose another token than the one that was recorded."""
 
