@@ -34,10 +34,10 @@ from handler.engine.self_check import RECORD, SelfCheckError
 from handler.request import RequestError, default_parameters
 
 CONTEXT = 2048
-"""Tokens of a sequence if nothing names a limit: models with ALiBi or states have none."""
+"""Tokens of a sequence if nothing names a limit. Models with ALiBi or with states have none."""
 
 _NO_LENGTH = 1_000_000
-"""Tokenizers write a larger model_max_length if they know none."""
+"""Tokens. A tokenizer that knows no limit has a larger model_max_length."""
 
 TICK_SECONDS = 15
 """What a tick may take with a small model; usually it takes a tenth of a second."""
@@ -158,7 +158,7 @@ def _place_export(
 
     Raises:
         UserError: the model cannot be exported or checked.
-        SelfCheckError: the export generates other text than the model.
+        SelfCheckError: the export generates different text than the model.
     """
     exported = export(weights, settings)
     place(with_tokenizer(exported_files(exported), tokenizer), target)

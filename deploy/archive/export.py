@@ -44,11 +44,11 @@ _COMPRESS = Path(__file__).with_name("compress.py")
 def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) -> tuple[str, str]:
     """Return the engine for `name: auto`, and the reason.
 
-    `openvino` on a CPU if it is installed, serves the model right, and the export fits into memory;
-    `transformers` on a GPU, with `max_memory`, and in all other cases.
+    `openvino` on a CPU if it is installed, serves the model correctly, and the export fits into
+    memory; `transformers` on a GPU, with `max_memory`, and in all other cases.
 
     Raises:
-        UserError: the configuration names `openvino`, which does not serve this model right.
+        UserError: the configuration names `openvino`, which does not serve this model correctly.
     """
     if config.name != "auto":
         if config.name == "openvino" and (why := unsupported(weights, config.max_context)):
@@ -126,7 +126,7 @@ def trace(weights: Path, cache: Path = EXPORTS) -> Path:
     with _unfinished(folder) as unfinished:
         command: list[str | Path] = [sys.executable, "-m", "deploy.archive.trace"]
         _run_exporter([*command, weights.resolve(), unfinished], unfinished, cache)
-        for path in unfinished.iterdir():  # what optimum makes of the model's own files
+        for path in unfinished.iterdir():  # optimum's versions of the model's own files
             if path.name in TEXT_FILES - {"tokenizer.json"}:
                 path.unlink()
         for name in choose_files([p.name for p in weights.iterdir() if p.suffix != ".safetensors"]):

@@ -1,9 +1,9 @@
-"""Which models the `openvino` engine serves right, by config.json alone.
+"""Which models the `openvino` engine serves correctly, by config.json alone.
 
-OpenVINO GenAI replaces a model's attention by its paged attention, and can lose what it does not
-recognize, without any error. So only those model types are served that `tests/families` compares
-with transformers. It also shows, after an update of the libraries, which entries can change. What
-it found holds for optimum-intel 2.2, openvino-genai 2026.4 and transformers 5.5.
+OpenVINO GenAI replaces a model's attention with its paged attention, and can lose what it does not
+recognize, without any error. So the engine serves only the model types that `tests/families`
+compares with transformers. After an update of the libraries, those tests also show which entries
+can change. The tables hold for optimum-intel 2.2, openvino-genai 2026.4 and transformers 5.5.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ SERVED = frozenset(
         *("qwen3", "qwen3_moe", "smollm3", "stablelm", "starcoder2"),
     }
 )
-"""Types that are right, except for what `unsupported` names."""
+"""Types that are served correctly, except for the cases that `unsupported` names."""
 
 LEFT_OUT = {
     "mpt": "OpenVINO GenAI loses its ALiBi positions",
@@ -36,7 +36,7 @@ LEFT_OUT = {
 
 
 def unsupported(weights: Path, max_context: int | None) -> str | None:
-    """Return why the `openvino` engine cannot serve a model right; None if it can.
+    """Return why the `openvino` engine cannot serve a model correctly; None if it can.
 
     Args:
         weights: the model's folder.

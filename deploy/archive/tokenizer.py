@@ -1,13 +1,13 @@
-"""Prepare a model's tokenizer: one for both engines, which reads text as transformers does.
+"""Prepare a model's tokenizer: one for both engines, which tokenizes text as transformers does.
 
-An engine reads tokenizer.json, tokenizer_config.json and the chat template, and nothing else.
-transformers reads more: it adds the tokens and start tokens that other files name, converts older
-formats, and builds some tokenizers anew from their vocabulary. So the archive carries what
-transformers made of the folder, and both engines read text as `AutoTokenizer` does.
+An engine reads only tokenizer.json, tokenizer_config.json and the chat template. transformers reads
+more: it adds the tokens and start tokens that other files name, converts older formats, and
+rebuilds some tokenizers from their vocabulary. So the archive contains the tokenizer that
+`AutoTokenizer` makes from the folder.
 
-`LlamaTokenizer` is built anew. The result differs from a Llama 2 repository's tokenizer.json in
-text with a leading space or after a special token, where that file agrees with SentencePiece. We
-still follow transformers: `generate` and most other servers read prompts so today.
+`LlamaTokenizer` is rebuilt. The result differs from a Llama 2 repository's tokenizer.json in text
+with a leading space or after a special token, where that file agrees with SentencePiece. We still
+follow transformers, so that prompts have the same tokens as in `generate`.
 """
 
 import hashlib
@@ -83,7 +83,7 @@ def with_tokenizer(files: list[Path], tokenizer: list[Path]) -> list[Path]:
 
 
 def _sources(weights: Path) -> list[Path]:
-    """Return what transformers may read: no links, which could lead out of the folder."""
+    """Return the files that transformers may read. Links in subfolders could lead out: left out."""
     files = [weights / name for name in sorted({*TOKENIZER_FILES, "config.json"})]
     more = sorted(weights.glob("additional_chat_templates/*.jinja"))
     more = [path for path in more if not path.is_symlink() and not path.parent.is_symlink()]
@@ -185,9 +185,9 @@ def _make(weights: Path, sources: list[Path], target: Path) -> None:
 
 
 def _load(where: str, folder: Path) -> Any:
-    """Load the tokenizer, by transformers' rules or, where they lose text, as its file says.
+    """Load the tokenizer by transformers' rules; if they lose text, from tokenizer.json alone.
 
-    transformers gives some vocabularies of bytes, such as DeepSeek-R1-Distill-Llama's, to
+    transformers loads some byte-level vocabularies, such as DeepSeek-R1-Distill-Llama's, with
     `LlamaTokenizer`, which drops their spaces (huggingface/transformers#45488).
     """
     from transformers import AutoTokenizer
@@ -227,18 +227,18 @@ def _load(where: str, folder: Path) -> Any:
 
 
 def _read_plainly(folder: Path) -> tuple[Any, set[str]]:
-    """Read tokenizer.json as it is; return the tokenizer, if there is one, and what it keeps."""
+    """Read tokenizer.json alone; return the tokenizer, or None, and the probes that it keeps."""
     from transformers import PreTrainedTokenizerFast
 
     if (folder / "tokenizer.json").is_file():
-        with suppress(Exception):  # a file that only the model's own class reads
+        with suppress(Exception):  # only the model's own class can read the file
             plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
             return plain, _kept(plain)
     return None, set()
 
 
 def _check_vocabulary(where: str, folder: Path, tokenizer: Any) -> None:
-    """Reject a tokenizer that reads nothing, or has tokens that the model cannot have."""
+    """Reject a tokenizer that returns no tokens, or tokens beyond the model's vocabulary."""
     ids = tokenizer("Hello", add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError(
@@ -254,7 +254,7 @@ def _check_vocabulary(where: str, folder: Path, tokenizer: Any) -> None:
 
 
 def _kept(tokenizer: Any) -> set[str]:
-    """Return the probes of which a tokenizer keeps all letters and spaces."""
+    """Return the probes whose letters and spaces a tokenizer keeps."""
 
     def plain(text: str) -> str:
         decomposed = unicodedata.normalize("NFKD", text.casefold())
@@ -268,10 +268,10 @@ def _kept(tokenizer: Any) -> set[str]:
 
 
 def difference(folder: ModelFolder, tokenizer: Any) -> str:
-    """Compare what the engines read with transformers; return a difference, or nothing.
+    """Compare what the engines read with transformers; return a difference, or an empty text.
 
-    A difference is refused and not only reported: it gives wrong text with status 200, and nobody
-    who reads that text can see why.
+    The caller refuses the model: a difference would cause wrong completions with status 200, which
+    do not show the cause.
     """
     for text in _PROBES:
         ids = tokenizer(text)["input_ids"]
@@ -297,7 +297,7 @@ def difference(folder: ModelFolder, tokenizer: Any) -> str:
 
 
 def _result(function: Callable, *arguments: Any, **options: Any) -> Any:
-    """Return a text, or None if the template rejects the messages or is wrong."""
+    """Return a text, or None if the template rejects the messages or has an error."""
     try:
         return function(*arguments, **options)
     except Exception:

@@ -2,12 +2,12 @@
 
     python -m deploy.archive.verify WEIGHTS TRACED FOLDER RECORD < engine.json
 
-The graph in float16 has to generate what the model does, because rounding in 8 or 4 bits would hide
-a lost part of it. The quantized weights are checked for gross errors, and what they generate is
+The graph in float16 has to generate what the model does, because rounding to 8 or 4 bits would hide
+a lost part of the model. The quantized weights are checked for gross errors, and their tokens are
 recorded.
 
-It runs as a separate process, because it needs torch and much memory. The record that it writes
-goes into the archive, and each start of the server repeats the check against it.
+The check runs in a separate process, because it needs torch and a lot of memory. Its record goes
+into the archive, and each start of the server repeats the check against it.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _GRAPH = (EXPORTED, "openvino_model.bin")
 
 _FULL_PRECISION = 4e9
 """Bytes of a checkpoint up to which the reference is computed in float32. Larger ones keep their
-dtype, to need no more memory than the export did."""
+dtype, so that the check needs no more memory than the export."""
 
 
 def verify(
@@ -49,14 +49,14 @@ def verify(
 
     Args:
         weights: the model's own folder.
-        folder: what the archive has for the engine: the export, and the tokenizer.
+        folder: what the archive has for the engine: the export and the tokenizer.
         config: the engine's settings.
         exported: what `export` returned; the record is kept beside it.
         traced: what `trace` returned.
 
     Raises:
-        SelfCheckError: the engine generates other text than the model.
-        UserError: the check itself failed.
+        SelfCheckError: the engine generates different text than the model.
+        UserError: the check could not run.
     """
     settings = config.model_dump_json(exclude={"chosen", "name", "transformers", "self_check"})
     tokenizer = (folder / "tokenizer.json").read_bytes()

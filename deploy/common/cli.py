@@ -100,7 +100,7 @@ def _hang_up(number: int, frame: FrameType | None) -> None:
 
 
 def _instead_of_app(app: typer.Typer, arguments: list[str] | None) -> bool:
-    """Return whether an option stands where the APP should: `make archive APP=-x`."""
+    """Return whether there is an option in place of the APP, as in `make archive APP=-x`."""
     place = 1 if len(app.registered_commands) > 1 else 0
     words = sys.argv[1:] if arguments is None else arguments
     return words[place : place + 1] != [] and words[place].startswith("-")

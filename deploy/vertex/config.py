@@ -192,10 +192,10 @@ class VertexSettings(_Strict):
 
 
 def _plain(app: str) -> str:
-    """Return an APP's name in the characters of IDs and labels, different for different names.
+    """Return an APP's name in the characters of IDs and labels, unique for each APP.
 
-    `a.b` and `a-b` would share an endpoint, and `cleanup` of one would remove the other. So a name
-    that has to be changed ends in a digest.
+    `a.b` and `a-b` would share an endpoint, and `cleanup` of one would remove the other. So a
+    changed name ends in a digest.
     """
     plain = re.sub(r"[^a-z0-9]+", "-", app.lower()).strip("-")
     if plain == app and len(plain) <= _PLAIN:

@@ -1,10 +1,10 @@
 """Check a checkpoint with transformers: it knows the model, and it finds every tensor.
 
 transformers fills missing tensors with random numbers and ignores those that it does not expect.
-Both give a model that answers nonsense. So this module loads the model onto the `meta` device,
-which reads names and shapes but no tensors, and compares.
+Either way, the model generates nonsense. So this module loads the model onto the `meta` device,
+which needs names and shapes but no data, and compares.
 
-transformers takes seconds to import, so a folder that has passed is not checked again before its
+transformers takes seconds to import, so a folder that has passed is not checked again until its
 files, a version or this module changes.
 """
 
@@ -23,7 +23,7 @@ from deploy.weights.config_json import printable, read_object
 from deploy.weights.folder import weight_files
 
 CHECKED = BUILD / "checked"
-"""Where the folders that passed are remembered: empty files named after a digest."""
+"""The folder of empty files, each named after the digest of a folder that passed."""
 
 _NOT_PARAMETERS = re.compile(
     r"(inv_freq|(cos|sin)_cached|masked_bias|causal_mask|\.(attn|attention)\.bias"
@@ -32,7 +32,7 @@ _NOT_PARAMETERS = re.compile(
 """Buffers that older programs saved: constants, not what the model learned."""
 
 _SILENT = 100
-"""A level of Python's logging above all that are used."""
+"""A level of Python's logging above all others."""
 
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
@@ -114,7 +114,7 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
     class EqualWithoutData(TorchFunctionMode):
         """Call tensors without data equal: transformers ties a head only to an equal embedding.
 
-        Both answers load all tensors.
+        Either result loads all tensors.
         """
 
         def __torch_function__(
@@ -150,7 +150,7 @@ def _stored_types(folder: Path) -> dict[str, Any]:
 
 
 def _check_types(folder: Path, model: Any, stored: dict[str, Any]) -> None:
-    """Refuse weights that are not floating point: transformers would cast them as they are."""
+    """Refuse weights that are not floating point: transformers would cast them without scales."""
     import torch
 
     usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -263,7 +263,7 @@ def _check_tensors(folder: Path, model: Any, found: dict[str, Any]) -> None:
 
 
 def _hidden(folder: Path) -> str:
-    """Say what to remove if a folder has other weights, which transformers reads only then."""
+    """Return which weights to remove, if transformers ignores others because of them."""
     forms = [f"{name}{end}" for name in _SINGLE for end in ("", ".index.json")]
     read, *others = [name for name in forms if (folder / name).is_file()]
     if not others:
@@ -272,7 +272,7 @@ def _hidden(folder: Path) -> str:
 
 
 def _prefix(missing: list[str], unexpected: list[str]) -> str:
-    """Return what all unexpected names have before a missing name; empty if that is not so."""
+    """Return the prefix that turns each missing name into an unexpected one; empty if none does."""
     first = next((name for name in unexpected if name.endswith(missing[0])), "")
     prefix = first.removesuffix(missing[0])
     return prefix if prefix and {prefix + name for name in missing} <= {*unexpected} else ""
@@ -281,8 +281,8 @@ def _prefix(missing: list[str], unexpected: list[str]) -> str:
 def _belongs(name: str, model: Any, parts: set[str]) -> bool:
     """Return whether an unexpected tensor is a part of the model that config.json leaves out.
 
-    It is if the model has its layer, its module, or a layer of the same form with another number.
-    Heads, vision towers and layers for the prediction of several tokens are no such parts.
+    It is if the model has its module, its layer, or the same kind of layer with other numbers.
+    Heads, vision towers and layers that predict several tokens are not parts of the model.
     """
     if _NOT_PARAMETERS.search(name):
         return False

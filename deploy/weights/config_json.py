@@ -21,7 +21,7 @@ _OTHER_FILES = {
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
 }
-"""Where programs write the method besides config.json."""
+"""Other files in which programs write the method."""
 
 _LONGEST = 1000
 """Characters of a message."""
@@ -33,7 +33,7 @@ _SIZES = (
 """Fields of config.json that count something."""
 
 _MOST_LAYERS = 1000
-"""More than any model has; transformers makes them one by one before it looks at the weights."""
+"""More than any model has. transformers creates all layers before it looks at the weights."""
 
 _SWITCHES = frozenset({"do_sample", "ignore_eos", "include_stop_str_in_output"})
 _NUMBERS = frozenset(
@@ -61,7 +61,7 @@ _NOT_TEXT = {
     "ForTextEncoding": "makes embeddings",
     "EncoderModel": "makes embeddings",
 }
-"""Ends of the names of architectures that have no head for text, and what those do."""
+"""Ends of the names of architectures that do not generate text, and what these models do."""
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_config(folder: Path) -> None:
-    """Refuse what config.json alone shows not to be served.
+    """Refuse a model if its configuration files alone show that it is not served.
 
     Raises:
         UserError: the message names the field, its value and a remedy.
@@ -113,7 +113,7 @@ def quantization(folder: Path) -> str | None:
 
 
 def names_no_end(folder: Path) -> bool:
-    """Return whether no file names a token that ends a completion."""
+    """Return whether no file names an end token."""
     for name, field in (
         ("generation_config.json", "eos_token_id"),
         ("config.json", "eos_token_id"),

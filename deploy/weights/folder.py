@@ -135,8 +135,8 @@ def left_out(folder: Path, used: list[Path]) -> str:
 def check_folder(folder: Path) -> Path:
     """Make sure the folder holds a model in Hugging Face layout that is complete, and return it.
 
-    Takes milliseconds: it reads the JSON files and the headers of the weights. Whether transformers
-    knows the model and finds all of its tensors is the question of `checkpoint.py`.
+    Takes milliseconds: it reads the JSON files and the headers of the weights. `checkpoint.py`
+    checks whether transformers knows the model and finds all of its tensors.
 
     Raises:
         UserError: it holds none; the message says what is missing and how to get it.
@@ -179,7 +179,7 @@ def _check(folder: Path) -> None:
 
 
 def check_kind(folder: Path) -> None:
-    """Refuse what the names of the files and config.json show not to be a model that is served.
+    """Refuse a folder if its file names and config.json show that the model is not served.
 
     `hub.py` calls it before the weights are there, with empty files in their place.
 
@@ -204,7 +204,7 @@ def check_kind(folder: Path) -> None:
 
 
 def _file(path: Path) -> str:
-    """Say what to do with a file that was named instead of a folder."""
+    """Return what to do with a file that was named instead of a folder."""
     if (path.parent / "config.json").is_file():
         return f"is a file; name the folder that holds the model, {shown(path.parent)}"
     if path.suffix == ".gguf":
@@ -213,7 +213,7 @@ def _file(path: Path) -> str:
 
 
 def _no_folder(folder: Path) -> str:
-    """Say that a folder does not exist, and how to name a repository of the Hub instead."""
+    """Return that a folder does not exist, and how to name a repository on the Hub instead."""
     text = str(folder)
     if match := _REPOSITORY.search(text):
         return (
@@ -269,7 +269,7 @@ def _check_index(index: Path) -> None:
 
 
 def _unread(tensors: list[Path]) -> str:
-    """Say why transformers does not read these weights: their names."""
+    """Return why transformers does not read weights with these names."""
     single, first = f"model{tensors[0].suffix}", tensors[0].name
     if first.startswith(_NOT_MODEL):
         return without_model(tensors[0].parent, _WEIGHTS)
@@ -309,7 +309,7 @@ def _check_link(path: Path, folder: Path) -> None:
 def _check_tensors(paths: list[Path]) -> None:
     """Compare each file's list of tensors with its size, without reading the tensors.
 
-    A tensor in two shards is an error: which of the two is loaded depends on the reader.
+    A tensor in two shards is an error: which copy is loaded depends on the reader.
     """
     place: dict[str, str] = {}
     for path in paths:

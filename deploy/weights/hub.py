@@ -32,7 +32,7 @@ _DECIDING = (
     "adapter_config.json",
     "model_index.json",
 )
-"""The small files that show whether a repository is served."""
+"""Small files that show whether a repository is served."""
 
 
 def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
@@ -85,9 +85,9 @@ def fetch_snapshot(weights: HubWeights, folder: Path) -> None:
 
 
 def _check_kind(weights: HubWeights, names: list[str]) -> None:
-    """Refuse a repository that is not served before its gigabytes are downloaded.
+    """Refuse a repository that is not served, before its weights are downloaded.
 
-    Makes a folder with the JSON files that decide, and an empty file for each of the others.
+    Makes a folder with the JSON files that decide, and an empty file for each other file.
     """
     wanted = [name for name in names if name in _DECIDING]
     snapshot = snapshot_download(

@@ -71,7 +71,8 @@ _FORMATS = {
     "*.pt": "holds weights in an unknown layout ({file}); load them in the program that wrote "
     "them and write the model with save_pretrained",
 }
-"""What the files of a folder without a model in Hugging Face layout say, most telling first."""
+"""Messages about folders without a model in Hugging Face layout, by file. The first match counts,
+so the most specific files come first."""
 
 _OF_TRAINING = ("optimizer", "scheduler", "rng_state", "training_args")
 """Beginnings of the names of files beside a model that only its training reads."""
@@ -88,8 +89,8 @@ _SHOWN = 3
 def adapter(folder: Path) -> str | None:
     """Return why a folder with an adapter of peft is refused; None without one.
 
-    An adapter beside a complete model is refused, too. transformers without peft would serve the
-    base model alone, and nobody would see that.
+    An adapter beside a complete model is refused, too. Without peft, transformers would silently
+    serve the base model.
     """
     path = folder / "adapter_config.json"
     files = sorted(p.name for p in folder.glob("adapter_model*.*"))
@@ -117,7 +118,7 @@ def adapter(folder: Path) -> str | None:
 
 
 def other_kind(folder: Path) -> str | None:
-    """Return why a folder is refused whose own index file says that it generates no text."""
+    """Return why a folder is refused if its index file shows that it generates no text."""
     if (folder / "model_index.json").is_file():
         name = _object(folder / "model_index.json").get("_class_name", "a pipeline")
         return f"holds a pipeline of diffusers ({name} in model_index.json), which makes images; "
@@ -127,11 +128,11 @@ def other_kind(folder: Path) -> str | None:
 
 
 def without_model(folder: Path, missing: str) -> str:
-    """Say what a folder holds that has no model in Hugging Face layout, and what to do.
+    """Return what a folder without a model in Hugging Face layout holds, and what to do.
 
     Args:
         folder: an existing folder.
-        missing: what a model's folder has and this one lacks, such as "config.json".
+        missing: what this folder lacks and a model's folder has, such as "config.json".
     """
     if inner := _nested(folder):
         more = f" (or {', '.join(map(shown, inner[1:_SHOWN]))})" if len(inner) > 1 else ""
