@@ -207,8 +207,8 @@ class ConfigError(ValueError):
 
 _NAME = re.compile(r"[A-Za-z0-9]+(?:[._-][A-Za-z0-9]+)*")
 _LONGEST_NAME = 50
-"""With our prefix it is then a whole resource ID of Vertex AI (63 characters), not the beginning of
-one that another name has too."""
+"""Characters. With our prefix, a name is then a complete resource ID on Vertex AI (63 characters).
+A longer one would be cut, and two names could share an ID."""
 _RESERVED = {
     "models": "TorchServe cannot start a model with this name",
     "defaults": "handler/apps/defaults.yaml has the settings that all apps share",
@@ -216,10 +216,10 @@ _RESERVED = {
 
 
 def check_name(name: str) -> str:
-    """Return an APP's name if it can be a file, a part of a URL, an image and an endpoint.
+    """Return an APP's name if it is valid for files, URLs, images and endpoints.
 
     Raises:
-        ConfigError: it cannot; the message names the rule.
+        ConfigError: it is not; the message names the rule.
     """
     if why := _RESERVED.get(name.lower()):
         raise ConfigError(f"APP={name}: {why}; choose another name")

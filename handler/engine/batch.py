@@ -75,9 +75,9 @@ class Batch:
 
 
 def can_batch(cache: DynamicCache) -> bool:
-    """Whether the cache is [B, H, n, D] tensors in every layer, which `join` relies on.
+    """Return whether each layer's cache is [B, H, n, D] tensors, which `join` relies on.
 
-    n is T, or less in layers with a sliding window. State-space layers hold something else.
+    n is T, or less in layers with a sliding window. State-space layers hold other tensors.
     """
     plain = (DynamicLayer, DynamicSlidingWindowLayer)
     return all(type(layer) in plain and layer.get_seq_length() > 0 for layer in _layers(cache))
@@ -92,6 +92,6 @@ def _left_pad(tensor: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _set_length(layer: DynamicLayer, length: int) -> None:
-    """Tell a layer how many positions there are. Those with a sliding window hold only the last."""
+    """Set the number of positions of a layer with a sliding window, which holds only the last."""
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = length

@@ -26,15 +26,15 @@ SPECIAL_TOKENS = (
     "cls_token",
     "mask_token",
 )
-"""The names by which every template may write a special token, if the model has it."""
+"""Names of special tokens that every template may use, if the model has them."""
 
 
 class ChatTemplate:
     """A compiled chat template.
 
     Args:
-        source: the template's text. With an error in it, only `render` fails: the model still
-            reads plain prompts.
+        source: the template's text. If it has an error, only `render` fails, so plain prompts
+            still work.
     """
 
     def __init__(self, source: str) -> None:
@@ -53,12 +53,12 @@ class ChatTemplate:
         """
         if self._error is not None:
             raise self._error.with_traceback(None)
-        # None rather than undefined: templates ask `tools is not none`.
+        # None, not undefined: templates test `tools is not none`.
         options = {"tools": None, "documents": None, "add_generation_prompt": True}
         return self._template.render(messages=messages, **options, **special_tokens)
 
     def reads(self, token: str) -> bool:
-        """Whether the template looks for a token in messages, as for `</think>` in answers."""
+        """Return whether the template looks for a token in messages, such as `</think>`."""
         quoted = rf"""(?:'{re.escape(token)}'|"{re.escape(token)}")"""
         return bool(re.search(rf"{quoted}\s+(not\s+)?in\b|\.\w+\(\s*{quoted}", self._source))
 
@@ -66,8 +66,8 @@ class ChatTemplate:
 def read_chat_template(folder: Path, settings: dict[str, Any]) -> ChatTemplate | None:
     """Find a model's chat template; None if it has none.
 
-    Files come before the entry in tokenizer_config.json. Of several templates the one named
-    `default` counts. Last comes the file from which transformers' processors read a template.
+    Files take precedence over the entry in tokenizer_config.json. Of several templates, the one
+    named `default` counts. chat_template.json, which transformers' processors read, comes last.
 
     Args:
         folder: the model's.
@@ -93,8 +93,8 @@ def read_chat_template(folder: Path, settings: dict[str, Any]) -> ChatTemplate |
 def special_tokens(settings: dict[str, Any]) -> dict[str, str]:
     """Return the special tokens that a template may write, by name.
 
-    Besides the usual ones these are the model's own, such as `image_token`. A name without a token
-    stays undefined, because templates ask `pad_token is defined`.
+    They are the usual ones and the model's own, such as `image_token`. A name without a token
+    stays undefined, because templates test `pad_token is defined`.
 
     Args:
         settings: the content of tokenizer_config.json, and what special_tokens_map.json overrides.
@@ -116,7 +116,7 @@ def text_of(token: Any) -> Any:
 class _Generation(Extension):
     """`{% generation %}` marks what the assistant writes, for training. It renders its content.
 
-    The content is the body of a call, as in transformers: what it sets is not seen after it.
+    The content is the body of a call, as in transformers, so variables set there end with it.
     """
 
     tags = {"generation"}
@@ -151,7 +151,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON; Jinja's own filter writes `<` as an escape, for HTML."""
+    """Write JSON. Jinja's own filter escapes `<`, for HTML."""
     return json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

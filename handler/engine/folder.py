@@ -33,10 +33,10 @@ class ModelFolder:
         self.config = self._read_json("config.json")
         self._tokenizer_config = self._read_tokenizer_config()
         self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        # Settings of a training run; transformers ignores them unless a caller asks for them.
+        # Settings of a training run. transformers ignores them unless a caller enables them.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        # Then special tokens in a text are text, also those that a template wrote.
+        # With this setting, special tokens are plain text, even those that a template wrote.
         self._splits_special = bool(self._tokenizer_config.get("split_special_tokens"))
         self._tokenizer.encode_special_tokens = self._splits_special
         cleans = bool(self._tokenizer_config.get("clean_up_tokenization_spaces"))
@@ -54,8 +54,8 @@ class ModelFolder:
     def encode(self, text: str) -> list[int]:
         """Return token ids, with the start token if the tokenizer adds one.
 
-        In a `TemplatedPrompt` control tokens count only where the template wrote them. To a
-        `complete` one the tokenizer adds no token.
+        In a `TemplatedPrompt`, control tokens count only where the template wrote them. The
+        tokenizer adds no token to a `complete` one.
         """
         if isinstance(text, TemplatedPrompt):
             if not self._splits_special:
@@ -85,7 +85,7 @@ class ModelFolder:
         return self._template.render(messages, self._special_tokens)
 
     def token(self, token_id: int) -> str | None:
-        """Return the text of one token, also of a special one; None if there is no such token."""
+        """Return the text of one token, special or not; None if there is no such token."""
         return self._tokenizer.id_to_token(token_id)
 
     def vocabulary(self) -> int | None:

@@ -1,8 +1,8 @@
 """One sequence in transformers' own generation loop, one forward pass at a time.
 
-For models that cannot share a forward pass with others, because they keep other things than keys
-and values: the states of Mamba and of convolutions, or a cache under another name. `generate`
-prepares the inputs and the cache that a model needs, so the text equals that of `generate`.
+For models whose sequences cannot share a forward pass, because they cache more than keys and
+values: the states of Mamba and of convolutions, or a cache under another name. `generate` prepares
+the inputs and the cache that a model needs, so the completion equals that of `generate`.
 """
 
 from collections.abc import Generator
@@ -15,7 +15,7 @@ _Steps = Generator[torch.Tensor, torch.Tensor, None]
 
 
 class GenerationLoop:
-    """Holds what one sequence of a model has in memory."""
+    """The state of one sequence in `generate`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -26,10 +26,10 @@ class GenerationLoop:
         if self._steps:
             return self._steps.send(ids)
         config = GenerationConfig(
-            # Against what generation_config.json may ask for: beams, or caches of a fixed size.
+            # generation_config.json may ask for beams or for a cache of a fixed size.
             **{"do_sample": False, "num_beams": 1, "use_cache": True},
             cache_implementation="dynamic",
-            # No limit here: `_steps` ignores it. But some configurations have an invalid one.
+            # `_steps` ignores this limit, but some configurations have an invalid one.
             max_new_tokens=1,
             pad_token_id=0,
         )

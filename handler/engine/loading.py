@@ -20,14 +20,14 @@ from handler.memory import check_memory
 logger = logging.getLogger(__name__)
 
 _WEIGHTS = ("model*.safetensors", "*.safetensors", "*.bin")
-"""Files with tensors; transformers reads the first kind that there is."""
+"""Files with tensors. transformers reads the first kind that exists."""
 
 _PACKED = {"mxfp4": 4}
-"""Bytes that a stored byte becomes in memory, by quantization method: 4-bit to bfloat16."""
+"""Bytes in memory for each stored byte, by quantization method: 4 bits become bfloat16."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
 _DTYPES |= {"BF16": torch.bfloat16, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
-"""Names of types in safetensors. All others count as `torch.int64`, which takes most."""
+"""Names of types in safetensors. All others count as `torch.int64`, the largest."""
 
 _SHOWN = 3
 """Tensors that a message names."""
@@ -76,7 +76,7 @@ def load_model(weights: Path, config: TransformersConfig) -> PreTrainedModel:
 
 
 def _check_tensors(name: str, found: dict[str, Any]) -> None:
-    """Make sure that the weights had every tensor: transformers makes up those that they lack."""
+    """Make sure that no tensor was missing: transformers would fill it with random numbers."""
     missing = sorted(found["missing_keys"])
     shapes = sorted(name for name, *_ in found["mismatched_keys"])
     for tensors, problem in ((missing, "are missing in"), (shapes, "have a different shape in")):

@@ -302,7 +302,7 @@ class OpenVINOEngine:
         return out
 
     def _self_check(self, record: Path) -> str:
-        """Compare with what was recorded after the export; return what came, for the log."""
+        """Repeat the check that was recorded after the export; return the result for the log."""
         if not record.is_file():
             return "no self-check, because the archive was made without it"
         return check_record(self, self.folder.encode, Record.read(record))
@@ -330,7 +330,7 @@ def _generation(
 ) -> genai.GenerationConfig:
     config = genai.GenerationConfig()
     config.max_new_tokens = max_new_tokens
-    # An empty set would mean the end token of the model's files, or -1, which GenAI then rejects.
+    # GenAI takes an empty set for the end token of the model's files, or for -1, which it rejects.
     config.stop_token_ids = set(end_tokens) or {0}
     config.eos_token_id = min(config.stop_token_ids)
     config.ignore_eos = not end_tokens

@@ -1,4 +1,4 @@
-"""How many tokens a sequence can have, by a model's config.json."""
+"""Find how many tokens a sequence can have in a model's config.json."""
 
 from typing import Any, NamedTuple
 
@@ -11,11 +11,11 @@ _NAMES = (
     "model_max_length",
     "context_length",
 )
-"""What configurations call the positions that the model was made for."""
+"""Names for the number of positions that a model was made for."""
 
 
 class Context(NamedTuple):
-    """The most tokens of a sequence. `note` says why there are fewer than the settings ask for."""
+    """The most tokens of a sequence. `note` says why there are fewer than the settings request."""
 
     tokens: int
     note: str = ""
@@ -26,7 +26,7 @@ def context(config: dict[str, Any], wanted: int | None) -> Context:
 
     Args:
         config: the content of `config.json`.
-        wanted: `app.engine.max_context`; None for all that the model can.
+        wanted: `app.engine.max_context`; None for all positions of the model.
 
     Raises:
         ValueError: neither names a length.
@@ -44,8 +44,8 @@ def context(config: dict[str, Any], wanted: int | None) -> Context:
 def positions(config: dict[str, Any]) -> int | None:
     """Return the positions the model was made for; None if its configuration names none.
 
-    A model with longrope has other frequencies for the range beyond its original one. They depend
-    on the longest sequence of a batch, and are wrong for what the KV cache already holds. So only
+    A model with longrope has other frequencies for sequences beyond its original range. Which ones
+    apply depends on the longest sequence of a batch, and a change makes the KV cache wrong. So only
     the original range counts.
     """
     for part in (config, config.get("text_config")):

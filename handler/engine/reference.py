@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 class Scores(NamedTuple):
     """How generated tokens compare with the model's choices, in standard deviations of the logits.
 
-    `gaps` says how far each token is below the first choice, `margins` how far the second one is.
+    `gaps` says how far each token is below the model's first choice, and `margins` how far the
+    second choice is.
     """
 
     gaps: list[float]

@@ -1,12 +1,12 @@
 """Check that an engine generates what its model says, before anyone is served.
 
-An export can lose a part of a model, and a cache can be wrong for a family of models. Nothing fails
-then: the server answers with other text. So an engine generates some tokens, for a short and a long
-prompt, together and alone, and each token is compared with the model's choice at that place.
+An export can lose a part of a model, and a cache can be wrong for a family of models. Neither
+raises an error: the server generates wrong text. So an engine generates a few tokens for a short
+and a long prompt, in a batch and alone, and each token is compared with the model's choice there.
 
 The model's choice comes from one forward pass over the whole text, without a cache and without a
 batch (`reference.py`), which needs torch. The `openvino` engine is compared with it when the
-archive is made (`deploy/archive/verify.py`). Its archive has a record of that, and at each start
+archive is made (`deploy/archive/verify.py`). The archive has a record of that, and at each start
 the engine has to generate the recorded tokens.
 """
 
@@ -21,16 +21,16 @@ from typing import Any
 from handler.engine import Engine, Sampling
 
 RECORD = "self_check.json"
-"""The file in an archive's weights that has the result of the check after the export."""
+"""The file in an archive's weights with the result of the check after the export."""
 
 TOKENS = (16, 8)
 """Tokens that are generated for the short and the long prompt: the first by prefill, the others by
-decode steps. The short prompt's last ones are decoded beside those of the long prompt, although its
-prefill takes some steps."""
+decode steps. The short prompt gets more, so that its last tokens are decoded beside those of the
+long prompt, whose prefill takes some steps."""
 
 _SHORT = "Once upon a time"
 _USUAL_LENGTH = 128
-"""Tokens of the long prompt of a model without a window. Several blocks of every cache."""
+"""Tokens of the long prompt for a model without a window: several blocks of each engine's cache."""
 _LONGEST = 1024
 _PAST_THE_WINDOW = 32
 _OPERATIONS = 1e11
@@ -60,17 +60,17 @@ the model: in tiny mixtures of experts it made up to 0.12 in int8 and 1.0 in int
 is the model before quantization that is held to `TOLERANCES`, and this finds gross errors."""
 
 _OTHER_PROCESSOR = {"fp16": 0.4, "int8": 0.7, "int4": 3.0}
-"""Below which difference between the model's first and second choice, by precision, another
-processor may choose another token than the one that was recorded."""
+"""By precision: the difference between the model's first and second choice, in standard deviations,
+below which another processor may generate a different token than the recorded one."""
 
 
 class SelfCheckError(ValueError):
-    """An engine generates other text than its model."""
+    """An engine generates different text than its model."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """The tokens of one prompt: `prompt` and `generated` are ids, `beside` says what else ran."""
+    """The ids of one prompt and of the generated tokens. `beside` is "alone" or "in a batch"."""
 
     text: str
     prompt: list[int]
@@ -83,13 +83,13 @@ def prompts(
 ) -> tuple[list[str], str]:
     """Return a short and a long prompt, and what they do not cover.
 
-    The long one is longer than the attention window, if that is affordable.
+    The long one exceeds the attention window, unless that would take too many operations.
 
     Args:
         encode: text -> token ids.
         config: the content of `config.json`.
         max_context: the most tokens of a sequence.
-        parameters: of the model; large models get shorter prompts.
+        parameters: how many the model has; large models get shorter prompts.
     """
     window = _window(config, max_context)
     wanted = window + _PAST_THE_WINDOW if window else _USUAL_LENGTH
@@ -133,7 +133,7 @@ def _cut(text: str, encode: Callable[[str], list[int]], max_context: int) -> str
 def complete(
     engine: Engine, texts: Sequence[str], encode: Callable[[str], list[int]], *, together: bool
 ) -> list[Completion]:
-    """Generate the tokens of prompts, all at once or one prompt after the other.
+    """Generate tokens for each prompt: for all in one batch, or for one prompt at a time.
 
     Raises:
         SelfCheckError: the engine fails on a prompt.
@@ -172,7 +172,7 @@ def compare(
     precision: str,
     decode: Callable[[list[int]], str],
 ) -> None:
-    """Make sure that each generated token is the model's choice, or nearly so.
+    """Make sure that each generated token is the model's choice, or within the tolerance.
 
     Args:
         completion: what an engine generated.
@@ -181,7 +181,7 @@ def compare(
         decode: token ids -> text.
 
     Raises:
-        SelfCheckError: names the first token that is not.
+        SelfCheckError: a token is not; the message names the first.
     """
     place = f"{_shown(completion.text)} ({len(completion.prompt)} tokens, {completion.beside})"
     for i, gap in enumerate(gaps):
@@ -211,8 +211,8 @@ def compare(
 class Record:
     """The result of the check after an export, and what an engine has to generate at a start.
 
-    `largest_gap` is of the model before quantization. `margins[i]` is how far the model's second
-    choice is below its first at token i of a completion.
+    `largest_gap` is that of the model before quantization. `margins[c][i]` is how far the model's
+    second choice is below its first at token i of completion c.
     """
 
     engine: str
@@ -239,7 +239,7 @@ def check_record(engine: Engine, encode: Callable[[str], list[int]], record: Rec
     """Make sure that an engine generates the recorded tokens; return one line for the log.
 
     Raises:
-        SelfCheckError: names the first token that differs.
+        SelfCheckError: a token differs; the message names the first.
     """
     begin = time.monotonic()
     texts = list(dict.fromkeys(completion.text for completion in record.completions))

@@ -93,10 +93,10 @@ def new_sequence(
     """Tokenize a prompt and check that the model can read it.
 
     Args:
-        key: of the sequence, as in `Engine.submit`; so are the next three.
-        prompt: the text.
-        sampling: how it is decoded.
-        stream: whether text is reported as soon as it exists.
+        key: of the sequence, as in `Engine.submit`.
+        prompt: its text.
+        sampling: the request's parameters.
+        stream: whether text is reported as soon as it is certain.
         folder: the model's.
         max_context: the most tokens of prompt and completion.
         vocabulary: the number of ids that the model has an embedding for, if known.

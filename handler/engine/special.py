@@ -22,8 +22,8 @@ class TemplatedPrompt(str):
 
     Args:
         parts: texts by the template and by users, in turn; the template's is the first.
-        complete: the template wrote every special token, so the tokenizer must add none. A chat
-            template does so; a template around an instruction leaves the start token out.
+        complete: whether the template wrote every special token, so that the tokenizer adds none.
+            True for chat templates; a template around an instruction leaves out the start token.
     """
 
     parts: tuple[str, ...]
@@ -35,7 +35,7 @@ class TemplatedPrompt(str):
         return prompt
 
     def trusting_users(self) -> "TemplatedPrompt":
-        """Return this prompt with control tokens also where users wrote them."""
+        """Return this prompt, in which control tokens of users count, too."""
         return TemplatedPrompt(str(self), complete=self.complete)
 
 
@@ -49,8 +49,8 @@ class ControlTokens:
         tokenizer: the model's.
         named: tokens that other files of the model call special.
         rendered: some texts by the chat template, to see which tokens it writes.
-        reads: whether the chat template looks for a token in messages. Then it must see the token,
-            such as `</think>`, unless that is special.
+        reads: whether the chat template looks for a token in messages, as for `</think>`. Then the
+            template has to see the token, unless it is special.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Shield:
 
     def __init__(self, control: ControlTokens) -> None:
         self._control = control
-        # ASCII alone, which `tojson(ensure_ascii=True)` leaves as it is.
+        # ASCII only, which `tojson(ensure_ascii=True)` does not change.
         self._key = f"{secrets.randbits(64)}:"
         self._hidden: list[str] = []
 

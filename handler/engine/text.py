@@ -15,8 +15,8 @@ class Decoder:
 
     Args:
         tokenizer: the model's.
-        clean_up: remove spaces before punctuation and in contractions. tokenizer_config.json asks
-            for it (`clean_up_tokenization_spaces`); it dates from tokenizers of words.
+        clean_up: remove spaces before punctuation and in contractions, as older tokenizers of
+            words need it: `clean_up_tokenization_spaces` in tokenizer_config.json.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, clean_up: bool = False) -> None:
@@ -36,10 +36,10 @@ class Decoder:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def may_change(self, token_id: int) -> bool:
-        """Whether tokens that follow this one can still change the text before them.
+        """Return whether the tokens after this one can still change the text before them.
 
-        A tokenizer with byte fallback reads a row of bytes as a whole: one wrong byte turns all of
-        them into U+FFFD, also complete characters. Tokens without text do not end the row.
+        With byte fallback, a tokenizer decodes a run of bytes as a whole: one wrong byte turns all
+        of them into U+FFFD, even complete characters. Tokens without text do not end the run.
         """
         return bool(self._bytes) and (
             token_id in self._bytes
@@ -56,8 +56,8 @@ class TextStream:
     decoding everything at once would give, cut before the first stop string.
 
     Args:
-        decode: token ids -> text, special tokens left out. Of a `Decoder` the stream also knows
-            which text later tokens can change.
+        decode: token ids -> text, without special tokens. A `Decoder` also says which text later
+            tokens can change.
         prompt_ids: the prompt's token ids.
         stop: strings that end the completion; they are not part of it.
         at_once: return text only at `finish`, if there are no stop strings.
@@ -113,12 +113,12 @@ class TextStream:
         return "".join(self._text or []) + text + ("" if self.stopped else self._held)
 
     def _new(self) -> str:
-        """Decode what has not been read: compare with the same tokens before it."""
+        """Return the text of the tokens after those already read."""
         before = self._decode(self._ids[self._prefix : self._read])
         return self._decode(self._ids[self._prefix :])[len(before) :]
 
     def _clean(self, new: str, *, last: bool = False) -> str:
-        """Clean up, apart from an end that later text may clean up differently."""
+        """Clean up text, except for an end that depends on what follows."""
         if not self._cleans_up:
             return new
         text = self._raw + new
@@ -142,7 +142,7 @@ _CLEANED = {text: text[1:] for text in (" .", " ?", " !", " ,")}
 _CLEANED |= {" ' ": "'"} | {text: text[1:] for text in (" n't", " 'm", " 's", " 've", " 're")}
 
 _UNSETTLED = re.compile(r" [ 'n]*[vr]?\Z")
-"""An end of a text that is the beginning of one of `_CLEANED`, or of several."""
+"""An end of a text that could be the beginning of a key of `_CLEANED`."""
 
 
 def clean_up(text: str) -> str:

@@ -8,8 +8,8 @@ continuous batching does not; LOG.md compares the two.
 A prompt of more than `max_prefill_tokens` is prefilled in chunks, with a decode step for the others
 after each. So no forward pass takes long, and short prompts may go between the chunks.
 
-Models that keep other things than keys and values, such as Mamba, run one sequence at a time, in
-transformers' own loop (`generation.py`). What a model does in a short trial decides, not its name.
+Models that cache more than keys and values, such as Mamba, run one sequence at a time, in
+transformers' own loop (`generation.py`). A short trial decides which models do, not their names.
 
 Not here: paged attention, speculative decoding.
 """
@@ -297,7 +297,7 @@ class TransformersEngine:
         self._done += sequences
 
     def _self_check(self) -> str:
-        """Compare with the model's own choices; return what came, for the log.
+        """Compare with the model's own choices; return the result for the log.
 
         Raises:
             SelfCheckError: the engine is wrong even with one sequence at a time.
@@ -334,9 +334,9 @@ class TransformersEngine:
         self._alone, self._max_batch, self._max_prefill = True, 1, math.inf
 
     def _can_batch(self) -> bool:
-        """Return whether a sequence gets the same logits beside another one as in `generate`.
+        """Return whether a sequence gets the same logits in a batch as in `generate`.
 
-        It is padded, and its prompt comes in two chunks.
+        In the batch, it is padded, and its prompt comes in two chunks.
 
         Raises:
             ValueError: the model cannot generate, or its logits are not numbers.
@@ -371,7 +371,7 @@ class TransformersEngine:
 
 
 def _distance(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return how far logits are from others, in standard deviations of these."""
+    """Return how far logits are from the expected ones, in standard deviations of these."""
     finite = expected.isfinite()  # some models give minus infinity to ids that are no tokens
     difference = (logits - expected)[finite].float()
     return float(difference.square().mean().sqrt() / expected[finite].float().std())

@@ -1,9 +1,9 @@
 """Tiny checkpoints of many architectures, with real configurations and random weights.
 
-A family is a model type of transformers and what its configuration needs to be small and to use
-what is special about it: a sliding window shorter than the prompts, state-space layers, ALiBi.
-The weights are drawn so that the greedy text is diverse: an error in a position, a mask or a state
-shows as another text. They are exact in float16, so that every engine can have the same weights.
+A family is a model type of transformers, with a configuration that is small and uses what is
+special about the type: a sliding window shorter than the prompts, state-space layers, ALiBi. The
+weights make greedy completions diverse, so that an error in a position, a mask or a state changes
+them. The weights are exact in float16, so that every engine can have the same ones.
 """
 
 import math
@@ -45,11 +45,11 @@ _SMALL: dict[str, Any] = {
     **{"use_mamba_kernels": False},
     **{"sliding_window": WINDOW, "is_decoder": True, "tie_word_embeddings": False},
 }
-"""What every configuration gets that has a field of this name."""
+"""Values for every configuration that has a field with this name."""
 
 
 class Family(NamedTuple):
-    """A model type, and what its configuration has beside `_SMALL`."""
+    """A model type, and its configuration's values besides `_SMALL`."""
 
     model_type: str
     values: dict[str, Any] = {}
@@ -72,7 +72,7 @@ _LATENT = _MULTI_HEAD | {"head_dim": 8}
 _MAMBA = {"layers_block_type": ["mamba", "attention", "mamba"]}
 
 FAMILIES: dict[str, Family] = {
-    # The same name as the model type, and no more than `_SMALL`.
+    # Named after the model type; `_SMALL` is the whole configuration.
     **{
         name: Family(name)
         for name in (

@@ -21,14 +21,14 @@ MAX_PREFILL = 48
 
 REFUSED = {
     "generates different text than the model": {
-        # `generate` gives them positions that differ from those of the model itself.
+        # `generate` passes positions that differ from the model's own.
         *("camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta"),
         *("xlm-roberta-xl", "xmod"),
-        # `generate` gives them other inputs than one forward pass over the text.
+        # `generate` passes different inputs than one forward pass over the text does.
         *("moshi", "prophetnet", "xlm", "xlnet", "glm_moe_dsa"),
     },
 }
-"""Families that the engine does not serve, by what it says."""
+"""Families that the engine does not serve, by its error message."""
 
 ALONE = {
     # States instead of keys and values, or beside them.

@@ -1,6 +1,6 @@
-"""The openvino engine on each family that its table says is right, and on those it leaves out.
+"""The openvino engine on each family that its table lists as correct, and on those it leaves out.
 
-The model is exported in float16, which is exact for these weights, and the KV cache rounds.
+The model is exported in float16, which is exact for these weights. The KV cache rounds.
 """
 
 from pathlib import Path
@@ -27,10 +27,10 @@ PROMPTS = ["Hello", PROMPT, _LONG, f"{_LONG}And then", f"{_LONG}But not"]
 """Shorter and longer than a sliding window; the last three share what the prefix cache keeps."""
 
 WRONG = ["falcon-alibi", "gpt_neo", "gpt_neox_japanese", "granitemoehybrid-rope", "mpt", "xglm"]
-"""Families that are exported, but then fail or generate other text."""
+"""Families that can be exported, but then fail or generate different text."""
 
 NOT_EXPORTED = ["phi-groups"]
-"""Variants that optimum-intel fails on. It then leaves torch changed, so it is not tried here."""
+"""Variants that optimum-intel cannot export. They are not tried: a failure leaves torch changed."""
 
 RIGHT = [
     name
@@ -39,8 +39,8 @@ RIGHT = [
 ]
 
 TOLERANCE = 0.2
-"""In standard deviations of the logits. The largest gap of a right family was 0.11, by the KV cache
-in 8 bits; the smallest of a wrong one was 0.5."""
+"""In standard deviations of the logits. The largest gap of a correct family was 0.11, from the KV
+cache in 8 bits; the smallest gap of a wrong one was 0.5."""
 
 
 def write(folder: Path, name: str) -> tuple[Path, PreTrainedModel]:

@@ -15,8 +15,8 @@ from deploy.archive import build
 def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in Hugging Face layout, made without torch. It can be archived, but not served.
 
-    transformers takes seconds to import and would miss most tensors, so archives of it are made
-    without asking it.
+    transformers takes seconds to import and would report missing tensors, so archives of this
+    folder are made without its checks.
     """
     monkeypatch.setattr(build, "check_type", lambda _: None)
     monkeypatch.setattr(build, "check_checkpoint", lambda _: None)

@@ -111,7 +111,7 @@ def test_command_lines_say_the_rule(program: str, name: str, capsys):
     assert REJECTED.get(name, "begins with a letter or a digit") in error
 
 
-def test_hint_about_names_only_where_the_name_belongs(capsys):
+def test_hint_about_names_appears_only_for_the_app(capsys):
     assert deploy.archive.__main__.main(["a", "--port", "1"]) == 2
     assert "APP" not in capsys.readouterr().err
 

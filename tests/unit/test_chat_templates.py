@@ -1,7 +1,7 @@
 """Chat templates: rendered as transformers renders them, to the same text and token ids.
 
 The templates are our own for each feature, those in the code of locked packages, and trl's, which
-are those of the models that are trained most. trl is installed for its files; nothing imports it.
+come from the most widely trained models. trl is installed for its files; nothing imports it.
 """
 
 import ast
@@ -203,7 +203,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_renders_as_transformers(model: tuple[Path, Any], name: str):
-    """The same text and ids; a conversation that transformers rejects is rejected."""
+    """The text and ids are equal. If transformers rejects a conversation, so do we."""
     folder, theirs = model
     (folder / "chat_template.jinja").write_text(TEMPLATES[name], "utf-8", newline="")
     theirs.chat_template = (folder / "chat_template.jinja").read_text("utf-8")
@@ -215,7 +215,7 @@ def test_renders_as_transformers(model: tuple[Path, Any], name: str):
         except Exception as error:
             with pytest.raises(TemplateError) as rejected:
                 ours.chat_prompt(messages)
-            # The name of our function for `tojson` is another.
+            # Our function for `tojson` has a different name.
             assert str(rejected.value).split("() ")[-1] == str(error).split("() ")[-1]
             continue
         ids = theirs.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
@@ -235,8 +235,8 @@ def test_finds_all_templates():
 @pytest.mark.parametrize(
     "source", [s for n, s in FEATURES.items() if n in ("do", "unknown tag", "unfinished")]
 )
-def test_template_with_an_error_breaks_chat_alone(tmp_path: Path, source: str):
-    """The model loads and reads plain prompts; a chat is 400 and names the error and its line."""
+def test_template_with_an_error_breaks_only_chats(tmp_path: Path, source: str):
+    """Plain prompts work. A chat gets 400 with the error and its line."""
     folder = ModelFolder(write_tokenizer(tmp_path / "m", byte_level(), template="\n" + source))
     assert folder.encode("Hi")
     for _ in range(2):
@@ -247,7 +247,7 @@ def test_template_with_an_error_breaks_chat_alone(tmp_path: Path, source: str):
         folder.chat_prompt(talk("Hi"))
 
 
-def test_other_error_of_a_template_breaks_chat_alone(tmp_path: Path):
+def test_other_error_of_a_template_breaks_only_chats(tmp_path: Path):
     folder = ModelFolder(write_tokenizer(tmp_path / "m", byte_level(), template="{% break %}"))
     with pytest.raises(RequestError, match="rejected by the chat template: 'break' outside loop"):
         render(instance(talk("Hi")), CHAT, folder.chat_prompt, "instances[0]")
@@ -306,7 +306,7 @@ def test_template_is_found_where_transformers_finds_it(
 
 
 @pytest.mark.slow
-def test_template_of_a_processor_is_the_last_that_counts(tmp_path: Path):
+def test_template_of_a_processor_counts_last(tmp_path: Path):
     """transformers' processors read chat_template.json; a tokenizer alone has no template then."""
     from deploy.archive.tokenizer import tokenizer_files
 
@@ -320,7 +320,7 @@ def test_template_of_a_processor_is_the_last_that_counts(tmp_path: Path):
 
 
 def test_instruct_template_gets_the_tokens_that_the_tokenizer_adds(tmp_path: Path):
-    """As in transformers' pipeline, for which the whole prompt is text; a chat gets none."""
+    """As in transformers' pipeline, for which the whole prompt is text. A chat gets no tokens."""
     tokenizer = byte_level(start=True, end=True)
     folder = ModelFolder(write_tokenizer(tmp_path / "m", tokenizer))
     instruct = {"style": "instruct", "template": "### Instruction: {prompt}\n### Response:"}

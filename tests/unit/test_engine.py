@@ -296,7 +296,7 @@ def small_cache_engine(request, tiny_llama, tmp_path_factory):
 
 
 def test_model_without_an_end_token_generates_up_to_the_limit(tmp_path: Path):
-    """Its GenAI reads an empty set of stop tokens as the token -1, and then every request fails."""
+    """Without stop tokens, OpenVINO GenAI uses the token -1, and every request fails."""
     weights = tiny.random_model(tmp_path / "no-end", tiny.LLAMA)
     for name, field in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
         content = json.loads((weights / name).read_text()) | {field: None}

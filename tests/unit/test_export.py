@@ -111,7 +111,7 @@ def differing(*_: object, **__: object) -> Path:
 
 
 @pytest.mark.parametrize("part", ["export", "verify"])
-def test_auto_takes_transformers_if_the_export_fails_or_is_wrong(
+def test_auto_uses_transformers_if_the_export_fails_or_is_wrong(
     part: str, monkeypatch: pytest.MonkeyPatch, tiny_llama: Path, tmp_path: Path
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -210,7 +210,7 @@ def test_start_token_of_the_chat_template_is_not_added_twice(tiny_llama: Path, t
 def test_model_without_a_context_length_gets_one_that_is_printed(
     config: dict, stored: int | None, length: int, tmp_path: Path, capsys
 ):
-    """A MODEL_DIR needs no YAML; one that has app.engine.max_context is followed."""
+    """A MODEL_DIR needs no YAML. If there is one, its app.engine.max_context counts."""
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": stored}))
     complete, settings = build.model_config("mine", tmp_path, {"name": "openvino"})

@@ -46,7 +46,7 @@ def load(weights, **settings):
         ("model.embed_tokens", "are missing in the weights: model.embed_tokens.weight"),
     ],
 )
-def test_missing_tensors_are_not_made_up(weights, removed, named):
+def test_load_rejects_missing_tensors(weights, removed, named):
     def remove(tensors):
         for name in [name for name in tensors if name.startswith(removed)]:
             del tensors[name]
@@ -102,9 +102,7 @@ def test_memory_is_checked_for_the_size_after_loading(weights, monkeypatch, layo
 
 
 @pytest.mark.parametrize("name", ["transformers", "openvino"])
-def test_token_without_an_embedding_is_rejected_and_nobody_else_is_affected(
-    weights, tmp_path, name
-):
+def test_token_without_an_embedding_fails_only_its_request(weights, tmp_path, name):
     tokenizer = tiny.ascii_tokenizer()
     tokenizer.add_tokens(["<|think|>"])  # and nobody resized the model
     tokenizer.save_pretrained(weights)
@@ -137,7 +135,7 @@ def test_chat_template_that_writes_a_token_without_an_embedding_fails_only_chat(
 
 
 def test_ids_that_the_tokenizer_does_not_know_have_no_text(weights):
-    """Many models have more rows than tokens, for speed. Nothing keeps them from being sampled."""
+    """Many models have more rows than tokens, for speed, and any row can be sampled."""
     rows = torch.zeros(32, 64)
 
     def pad(tensors):

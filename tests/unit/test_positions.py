@@ -23,7 +23,7 @@ def test_configurations_have_several_names_for_the_positions(name: str):
 
 
 @pytest.mark.parametrize("value", [None, 0, -1, "512", [512], 512.5])
-def test_other_values_are_no_number_of_positions(value: object):
+def test_ignores_values_that_are_not_numbers_of_positions(value: object):
     assert positions({"max_position_embeddings": value, "n_positions": None}) is None
     assert positions({"max_position_embeddings": value, "n_positions": 64}) == 64
 

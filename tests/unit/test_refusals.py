@@ -1,6 +1,6 @@
 """Folders that are not served: refused before any export, with a remedy that works.
 
-The first part needs no torch. The second part asks transformers and is slow to import.
+The first part needs no torch. The second part imports transformers, which takes seconds.
 """
 
 import json
@@ -183,7 +183,7 @@ def test_names_a_model_whose_only_links_are_broken(model_folder: Path, tmp_path:
         ("/nowhere/model", "/nowhere/model: there is no such model folder; check the path"),
     ],
 )
-def test_says_how_to_name_what_is_no_folder(given: str, words: str, capsys):
+def test_says_what_to_name_instead_of_a_missing_folder(given: str, words: str, capsys):
     from deploy.weights.__main__ import main
 
     assert main(["mine", "--model-dir", given]) == 1
@@ -267,7 +267,7 @@ def test_rejects_empty_files(name: str, model_folder: Path):
     assert f"{name}: is empty; download it again" in refusal(model_folder)
 
 
-def test_rejects_bytes_that_are_no_text(model_folder: Path):
+def test_rejects_json_that_is_not_text(model_folder: Path):
     (model_folder / "config.json").write_bytes(b"\xff\xfe{\0}\0")
     assert "config.json: is not a JSON object" in refusal(model_folder)
 
@@ -282,7 +282,7 @@ def test_rejects_a_file_that_cannot_be_read(model_folder: Path, monkeypatch):
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
 @pytest.mark.parametrize("value", [-1, 4, 10**9, "2", "</s>", 1.5, True, [1, -1], [9], ["a"], {}])
-def test_rejects_end_tokens_that_are_no_ids(file: str, value: object, model_folder: Path):
+def test_rejects_end_tokens_that_are_not_ids(file: str, value: object, model_folder: Path):
     edit(model_folder / "config.json", vocab_size=4)
     edit(model_folder / file, eos_token_id=value)
     text = refusal(model_folder)
@@ -341,7 +341,7 @@ def test_rejects_sizes_below_one(field: str, value: int, model_folder: Path):
 
 
 def test_rejects_more_layers_than_any_model_has(model_folder: Path):
-    """transformers would make them for hours."""
+    """transformers would spend hours creating them."""
     edit(model_folder / "config.json", num_hidden_layers=10**7)
     assert "num_hidden_layers is 10000000; it should be at least 1 and at most 1000" in (
         refusal(model_folder)
@@ -488,7 +488,7 @@ def test_files_of_training_are_not_called_weights(model_folder: Path):
     assert "has no *.safetensors and no *.bin file; download the weights" in refusal(model_folder)
 
 
-def test_the_command_for_a_pointer_can_be_copied(model_folder: Path):
+def test_quotes_the_command_for_a_git_lfs_pointer(model_folder: Path):
     folder = model_folder.rename(model_folder.with_name("it's my model"))
     (folder / SHARD).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     command = shlex.split(refusal(folder).partition("run: ")[2])
@@ -502,7 +502,7 @@ def test_recognizes_ctranslate2(model_folder: Path):
     assert "holds a model for CTranslate2 (model.bin); " in refusal(model_folder)
 
 
-def test_weights_that_are_a_folder(model_folder: Path):
+def test_rejects_weights_that_are_a_folder(model_folder: Path):
     keep(model_folder, "config.json", "tokenizer.json")
     (model_folder / "model.safetensors").mkdir()
     assert "has no *.safetensors and no *.bin file; download the weights" in refusal(model_folder)
@@ -543,13 +543,15 @@ def test_leaves_out_weights_that_transformers_does_not_read(model_folder: Path):
         ("T5EncoderModel", "makes embeddings"),
     ],
 )
-def test_rejects_heads_that_generate_no_text(architecture: str, does: str, model_folder: Path):
+def test_rejects_architectures_that_generate_no_text(
+    architecture: str, does: str, model_folder: Path
+):
     edit(model_folder / "config.json", architectures=[architecture])
     assert f"architectures is {architecture}, which {does} and does not" in refusal(model_folder)
 
 
 @pytest.mark.parametrize("value", ["LlamaForCausalLM", {"a": 1}, [1]])
-def test_rejects_architectures_that_are_no_list_of_names(value: object, model_folder: Path):
+def test_rejects_architectures_that_are_not_a_list_of_names(value: object, model_folder: Path):
     edit(model_folder / "config.json", architectures=value)
     assert "it should be a list of names" in refusal(model_folder)
 
@@ -743,7 +745,7 @@ def test_rejects_config_of_another_model(fields: dict, words: str, llama: Path, 
     "name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.self_attn.q_norm.weight"]
 )
 def test_rejects_tensors_that_the_model_would_ignore(name: str, llama: Path):
-    """A bias or a norm that config.json does not name: the text would be wrong in silence."""
+    """A bias or a norm that config.json does not name: completions would be silently wrong."""
     rewrite(llama, lambda tensors: tensors | {name: tensors["model.norm.weight"].clone()})
     assert f"tensor {name} is in the weights, but LlamaForCausalLM by" in refusal(llama)
 
@@ -763,7 +765,7 @@ def test_rejects_tensors_that_the_model_would_ignore(name: str, llama: Path):
         "score.weight",
     ],
 )
-def test_accepts_tensors_that_are_no_part_of_the_model(name: str, llama: Path):
+def test_accepts_tensors_that_are_not_part_of_the_model(name: str, llama: Path):
     rewrite(llama, lambda tensors: tensors | {name: tensors["model.norm.weight"].clone()})
     assert accepted(llama)
 
@@ -805,8 +807,8 @@ def test_rejects_type_that_transformers_does_not_know(names: list | None, llama:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", ["llama\n\nTraceback", "\x1b[31mred", "x" * 10_000, "\u202eab"])
-def test_values_cannot_break_the_line(value: str, llama: Path):
-    """Nor control the terminal: the folder may be a download."""
+def test_message_stays_on_one_line(value: str, llama: Path):
+    """A value from a download can neither break the line nor control the terminal."""
     for fields in ({"model_type": value}, {"architectures": [f"{value}ForMaskedLM"]}):
         shutil.copy(llama / "config.json", llama.parent / "config.json")
         edit(llama / "config.json", **fields)
@@ -916,7 +918,7 @@ def test_accepts_tied_head_that_is_stored_too(pickled: bool, equal: bool, llama:
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("dtype", ["int8", "uint8", "bool", "float8_e4m3fn", "int64"])
 def test_rejects_weights_that_are_not_floating_point(dtype: str, pickled: bool, llama: Path):
-    """transformers would cast the numbers as they are: nonsense without their scales."""
+    """transformers would cast the numbers without their scales."""
     import torch
     from safetensors.torch import load_file
 
@@ -950,7 +952,7 @@ def test_accepts_floating_point_of_any_size(dtype: str, llama: Path):
     ],
 )
 def test_rejects_type_and_architecture_that_differ(kind: str, name: str, llama: Path):
-    """Some have the same tensors: Gemma's weights would load as Llama's and answer nonsense."""
+    """Some have the same tensors: Gemma's weights would load as Llama's and generate nonsense."""
     edit(llama / "config.json", model_type=kind, architectures=[name])
     assert f"model_type is {kind} ({name}), but the class of model_type {kind} is " in (
         refusal(llama)

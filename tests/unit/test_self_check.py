@@ -1,4 +1,4 @@
-"""The check that an engine generates what its model says, after an export and at each start."""
+"""The check that an engine generates what its model chooses, after an export and at each start."""
 
 import shutil
 from pathlib import Path
@@ -50,7 +50,7 @@ def characters(text: str) -> list[int]:
         ({}, 18, 10**6, 1, ""),
     ],
 )
-def test_long_prompt_goes_past_the_window_where_that_is_affordable(
+def test_long_prompt_exceeds_the_window_if_affordable(
     config: dict, context: int, parameters: int, length: int, note: str
 ):
     (short, long), uncovered = prompts(characters, config, context, parameters)
@@ -138,7 +138,7 @@ def test_start_repeats_the_recorded_check(checked: Path):
 
 
 def test_start_with_damaged_weights_is_refused(checked: Path, tmp_path: Path):
-    """Where the damage is in a shape of the graph, OpenVINO itself finds it."""
+    """If a shape of the graph is damaged, OpenVINO itself reports it."""
     damaged = shutil.copytree(checked, tmp_path / "weights")
     path = damaged / "openvino_model.bin"
     content = path.read_bytes()

@@ -143,7 +143,7 @@ def user(*contents: str) -> Messages:
 
 
 def plain_ids(folder: ModelFolder, prompt: str) -> list[int]:
-    """Return the ids of a chat's text if nothing in it is protected: as transformers."""
+    """Return the ids of a chat's text without protection, as in transformers."""
     return folder._tokenizer.encode(str(prompt), add_special_tokens=False).ids
 
 

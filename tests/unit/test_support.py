@@ -41,7 +41,7 @@ def folder_of(folder: Path, config: dict) -> Path:
         ),
     ],
 )
-def test_models_that_openvino_serves_wrong_go_to_transformers_or_are_refused(
+def test_unsupported_models_use_transformers_or_are_refused(
     config: dict, reason: str, tmp_path: Path
 ):
     folder = folder_of(tmp_path, config)
@@ -66,7 +66,7 @@ def test_models_that_openvino_serves_wrong_go_to_transformers_or_are_refused(
         GPT_NEO | LOCAL | {"window_size": 2048},
     ],
 )
-def test_models_that_openvino_serves_right(config: dict, tmp_path: Path):
+def test_accepts_models_that_openvino_serves_correctly(config: dict, tmp_path: Path):
     assert unsupported(folder_of(tmp_path, config), None) is None
 
 
@@ -77,7 +77,7 @@ def test_gpt_neo_is_served_within_its_window(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_table_has_what_the_exporter_exports_with_these_versions():
+def test_table_lists_each_type_that_the_exporter_supports():
     """After an update, compare the new types with transformers, and add them to the table."""
     import optimum.exporters.openvino  # noqa: F401  (registers the types)
     from optimum.exporters.tasks import TasksManager

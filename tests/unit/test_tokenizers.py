@@ -1,4 +1,4 @@
-"""The tokenizer in an archive: read as transformers reads its folder, or refused in seconds."""
+"""The tokenizer in an archive: equal to transformers' for its folder, or refused in seconds."""
 
 import base64
 import json
@@ -409,7 +409,7 @@ def test_archive_reads_and_decodes_as_transformers(folder: Path):
 
 
 def test_archive_has_no_other_file_of_the_tokenizer(tmp_path: Path):
-    """An engine that finds vocab.json or an older tokenizer beside ours could prefer it."""
+    """An engine could prefer another tokenizer in the folder, such as vocab.json, to ours."""
     folder = write_tokenizer(tmp_path / "m", byte_level())
     for name in ("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"):
         (folder / name).write_text("{}")
@@ -435,10 +435,10 @@ LOST: dict[str, Write] = {
 
 
 @pytest.mark.parametrize("write", LOST.values(), ids=LOST)
-def test_file_is_read_as_it_is_where_transformers_loses_text(
+def test_uses_tokenizer_json_alone_if_transformers_loses_text(
     tmp_path: Path, write: Write, capsys: pytest.CaptureFixture
 ):
-    """As DeepSeek-R1-Distill-Llama's, of which transformers drops every space."""
+    """transformers drops every space of such files, for example of DeepSeek-R1-Distill-Llama."""
     write(folder := tmp_path / "model")
     ours, plain = archived(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
     for text in TEXTS:
@@ -448,7 +448,7 @@ def test_file_is_read_as_it_is_where_transformers_loses_text(
 
 
 def test_deepseek_is_read_as_transformers_reads_it(tmp_path: Path):
-    """transformers knows of this model type that it is not SentencePiece."""
+    """transformers knows that this model type does not use SentencePiece."""
     settings = {"tokenizer_class": "LlamaTokenizerFast", "model_type": "deepseek_v3"}
     folder = write_tokenizer(tmp_path / "model", byte_level(), **settings)
     ours, theirs = archived(folder), reference(folder)
@@ -593,7 +593,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
 def test_refuses_before_any_export(
     tmp_path: Path, write: Write, message: str, monkeypatch: pytest.MonkeyPatch
 ):
-    """In one line that names the folder and a remedy."""
+    """The message is one line that names the folder and a remedy."""
     write(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")
     monkeypatch.setattr("deploy.archive.build.export", None)
@@ -627,7 +627,7 @@ def test_second_call_reads_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(
     "name", ["tokenizer.json", "tokenizer_config.json", "config.json", "special_tokens_map.json"]
 )
-def test_change_of_a_file_makes_the_tokenizer_again(tmp_path: Path, name: str):
+def test_makes_the_tokenizer_again_after_a_change(tmp_path: Path, name: str):
     folder = write_tokenizer(tmp_path / "m", byte_level())
     first = tokenizer_files(folder, tmp_path / "cache")
     path = folder / name
