@@ -50,9 +50,9 @@ _SENTENCES = (
 
 TOLERANCES = {"float32": 0.05, "float16": 0.1, "fp16": 0.2, "bfloat16": 0.2}
 """How far below the model's first choice a token may be, by precision, in standard deviations of
-the logits at that place. `fp16` is the `openvino` engine's, whose KV cache has 8 bits. In tiny
-models of many families, rounding made at most 0.11 there, 0.01 in float16 and 0.02 in bfloat16, and
-a lost part of the model at least 0.48 (LOG.md)."""
+the logits at that place. `fp16` is the `openvino` engine's, whose KV cache is in 16 bits too. In
+tiny models of many families, rounding made at most 0.11 there, 0.01 in float16 and 0.02 in
+bfloat16, and a lost part of the model at least 0.48 (LOG.md)."""
 
 MEAN_TOLERANCES = {"int8": 0.5, "int4": 2.0}
 """The same for quantized weights, as a mean over all tokens. Their rounding hides a lost part of

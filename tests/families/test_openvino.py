@@ -39,8 +39,8 @@ RIGHT = [
 ]
 
 TOLERANCE = 0.2
-"""In standard deviations of the logits. The largest gap of a correct family was 0.11, from the KV
-cache in 8 bits; the smallest gap of a wrong one was 0.5."""
+"""In standard deviations of the logits. The largest gap of a correct family was 0.11; the
+smallest gap of a wrong one was 0.5."""
 
 
 def write(folder: Path, name: str) -> tuple[Path, PreTrainedModel]:
