@@ -15,12 +15,12 @@ import yaml
 from deploy.archive.export import (
     NAMED,
     OTHER_ENGINE,
+    ExportError,
     choose_engine,
     export,
     exported_files,
-    trace,
 )
-from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, pack_prepared, place
+from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, check_format, pack_prepared, place
 from deploy.archive.tokenizer import tokenizer_files, with_tokenizer
 from deploy.archive.verify import verify
 from deploy.common.paths import MODEL_STORE, UserError, link_or_copy, shown, temporary_folder
@@ -29,6 +29,7 @@ from deploy.weights.config_json import names_no_end, read_object
 from deploy.weights.fetch import get_weights
 from deploy.weights.folder import RANDOM, check_folder, left_out, source_of, weight_files
 from handler.config import EngineConfig, app_yaml, check_engine, parse_app
+from handler.engine.folder import ModelFolder
 from handler.engine.positions import positions
 from handler.engine.self_check import RECORD, SelfCheckError
 from handler.request import RequestError, default_parameters
@@ -97,6 +98,7 @@ def build_archive(
     Raises:
         UserError: the app's YAML is wrong, or torch-model-archiver failed.
     """
+    check_format(archive_format)  # before anything is exported
     with temporary_folder() as temporary:
         prepared = prepare(name, weights, temporary / name, engine=engine)
         return pack_prepared(name, prepared, archive_format=archive_format, store=store)
@@ -135,7 +137,7 @@ def prepare(
     if settings.name == "openvino":
         try:
             _place_export(weights, settings, tokenizer, target / WEIGHTS)
-        except (UserError, SelfCheckError) as error:
+        except (ExportError, SelfCheckError) as error:
             shutil.rmtree(target, ignore_errors=True)
             if settings.chosen == NAMED:
                 raise UserError(f"{error}; {OTHER_ENGINE}") from error
@@ -144,6 +146,11 @@ def prepare(
             config["app"]["engine"].update(name="transformers", chosen=str(error))
     if settings.name == "transformers":
         place(with_tokenizer(weight_files(weights), tokenizer), target / WEIGHTS)
+    try:
+        ModelFolder(target / WEIGHTS).end_tokens(settings.stop_tokens)
+    except ValueError as error:
+        shutil.rmtree(target)
+        raise UserError(f"handler/apps/{name}.yaml: {error}") from error
     if config["responseTimeout"] is None:
         size = sum(path.stat().st_size for path in (target / WEIGHTS).iterdir())
         config["responseTimeout"] = tick_seconds(settings.name, size)
@@ -163,7 +170,7 @@ def _place_export(
     exported = export(weights, settings)
     place(with_tokenizer(exported_files(exported), tokenizer), target)
     if settings.self_check:
-        record = verify(weights, target, settings, exported=exported, traced=trace(weights))
+        record = verify(weights, target, settings, exported)
         link_or_copy(record, target / RECORD)
 
 

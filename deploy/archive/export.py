@@ -37,6 +37,15 @@ NAMED = "the configuration names it"
 
 OTHER_ENGINE = "serve it with the other engine: ENGINE=transformers"
 
+_NAME = 40
+"""Letters of a model's name in the names of our folders. A letter has up to four bytes, and a file
+system allows 255 for a name."""
+
+
+class ExportError(UserError):
+    """The `openvino` engine cannot have this model; the other engine may."""
+
+
 _TRACE = Path(__file__).with_name("trace.py")
 _COMPRESS = Path(__file__).with_name("compress.py")
 
@@ -76,7 +85,7 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
     """Return the folder that the `openvino` engine loads; make it if it does not exist.
 
     Raises:
-        UserError: the model cannot be exported; the message names the log.
+        ExportError: the model cannot be exported; the message names the log.
     """
     folder = _exported_file(weights, config, cache).parent
     if not (folder / EXPORTED).is_file():
@@ -89,7 +98,7 @@ def export(weights: Path, config: EngineConfig, cache: Path = EXPORTS) -> Path:
 def _make(folder: Path, weights: Path, config: EngineConfig, cache: Path) -> None:
     for stale in cache.glob("*.unfinished"):  # of a program that was killed; we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
-    traced = trace(weights, cache)
+    traced = _trace(weights, cache)
     print(f"making its weights {config.openvino.precision} ...", flush=True)
     with _unfinished(folder) as unfinished:
         command: list[str | Path] = [sys.executable, "-m", "deploy.archive.compress"]
@@ -104,7 +113,13 @@ def _exported_file(weights: Path, config: EngineConfig, cache: Path) -> Path:
     """Return the path of the file that `export` makes."""
     recipe = [_TRACE.read_text(), version("nncf"), _COMPRESS.read_text()]
     recipe += _compress_arguments(config)
-    return cache / f"{weights.name}-{config.openvino.precision}-{_key(weights, recipe)}" / EXPORTED
+    name = f"{_short(weights)}-{config.openvino.precision}-{_key(weights, recipe)}"
+    return cache / name / EXPORTED
+
+
+def _short(weights: Path) -> str:
+    """Return the name of a model's folder, cut so that ours are not too long for a file system."""
+    return weights.name[:_NAME]
 
 
 def _compress_arguments(config: EngineConfig) -> list[str]:
@@ -117,9 +132,14 @@ def trace(weights: Path, cache: Path = EXPORTS) -> Path:
     """Return a folder with the model as OpenVINO's graph, weights in float16: compress's input.
 
     Raises:
-        UserError: as `export`.
+        ExportError: as `export`.
     """
-    folder = cache / f"{weights.name}-traced-{_key(weights, [_TRACE.read_text()])}"
+    with one_at_a_time(cache):
+        return _trace(weights, cache)
+
+
+def _trace(weights: Path, cache: Path) -> Path:
+    folder = cache / f"{_short(weights)}-traced-{_key(weights, [_TRACE.read_text()])}"
     if (folder / EXPORTED).is_file():
         return folder
     print("exporting for OpenVINO ...", flush=True)
@@ -157,7 +177,9 @@ def _run_exporter(command: list[str | Path], target: Path, cache: Path) -> None:
         run = subprocess.run(command, env=environment, stderr=stream, cwd=ROOT)
     if run.returncode != 0 or not (target / EXPORTED).is_file():
         why = _reason(log.read_text()) if run.returncode >= 0 else _KILLED
-        raise UserError(f"OpenVINO cannot export this model ({why}; the full log is {shown(log)})")
+        raise ExportError(
+            f"OpenVINO cannot export this model ({why}; the full log is {shown(log)})"
+        )
 
 
 _KILLED = "the exporter was killed, perhaps because the memory was full"

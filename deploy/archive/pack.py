@@ -54,8 +54,7 @@ def pack(
     Raises:
         UserError: torch-model-archiver failed; the message includes its reason.
     """
-    if archive_format not in FORMATS:
-        raise UserError(f"format {archive_format!r}: use one of {', '.join(FORMATS)}")
+    check_format(archive_format)
     store.mkdir(parents=True, exist_ok=True)
     as_directory = archive_format == DIRECTORY
     target = archive_path(name, archive_format, store)
@@ -76,6 +75,16 @@ def pack(
             place(weights, made / WEIGHTS)
         _replace(made, target)
     return target
+
+
+def check_format(archive_format: str) -> None:
+    """Make sure that there is such a format.
+
+    Raises:
+        UserError: names those that there are.
+    """
+    if archive_format not in FORMATS:
+        raise UserError(f"format {archive_format!r}: use one of {', '.join(FORMATS)}")
 
 
 def archive_path(name: str, archive_format: str, store: Path = MODEL_STORE) -> Path:

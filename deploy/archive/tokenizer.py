@@ -66,7 +66,7 @@ def tokenizer_files(weights: Path, cache: Path = TOKENIZERS) -> list[Path]:
         UserError: the folder has no tokenizer, or one that the engines cannot read.
     """
     sources = _sources(weights)
-    folder = cache / f"{weights.name}-{_key(sources)}"
+    folder = cache / f"{weights.name[:40]}-{_key(sources)}"  # names of 255 bytes at most
     if not folder.is_dir():
         _check_sources(weights, {path.name for path in sources})
         with one_at_a_time(cache), temporary_folder() as temporary:

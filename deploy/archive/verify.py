@@ -14,10 +14,11 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.archive.export import EXPORTED
+from deploy.archive.export import EXPORTED, ExportError, trace
 from deploy.archive.pack import place
 from deploy.common.locks import one_at_a_time
 from deploy.common.paths import ROOT, UserError, shown, temporary_folder
@@ -25,6 +26,7 @@ from deploy.weights.folder import weight_files
 from handler.config import EngineConfig
 from handler.engine.self_check import (
     Completion,
+    DamagedModelError,
     Record,
     SelfCheckError,
     compare,
@@ -37,14 +39,19 @@ if TYPE_CHECKING:
 
 _GRAPH = (EXPORTED, "openvino_model.bin")
 
+_ENGINE = ROOT / "handler" / "engine"
+_CHECKED = [Path(__file__), *(_ENGINE / name for name in ("self_check.py", "openvino_engine.py"))]
+"""Code whose change makes a new record."""
+
+_WRONG, _DAMAGED = 3, 4
+"""Exit statuses of this program: what an engine generates differs; the model is damaged."""
+
 _FULL_PRECISION = 4e9
 """Bytes of a checkpoint up to which the reference is computed in float32. Larger ones keep their
 dtype, so that the check needs no more memory than the export."""
 
 
-def verify(
-    weights: Path, folder: Path, config: EngineConfig, *, exported: Path, traced: Path
-) -> Path:
+def verify(weights: Path, folder: Path, config: EngineConfig, exported: Path) -> Path:
     """Return the record of the check; make it if it does not exist.
 
     Args:
@@ -52,20 +59,22 @@ def verify(
         folder: what the archive has for the engine: the export and the tokenizer.
         config: the engine's settings.
         exported: what `export` returned; the record is kept beside it.
-        traced: what `trace` returned.
 
     Raises:
         SelfCheckError: the engine generates different text than the model.
-        UserError: the check could not run.
+        ExportError: the check could not run.
+        UserError: the model is damaged, so no engine can serve it.
     """
     settings = config.model_dump_json(exclude={"chosen", "name", "transformers", "self_check"})
     tokenizer = (folder / "tokenizer.json").read_bytes()
-    key = hashlib.sha256(settings.encode() + tokenizer).hexdigest()[:12]
+    recipe = [settings, *(version(name) for name in ("openvino-genai", "transformers", "torch"))]
+    recipe += [source.read_text() for source in _CHECKED]
+    key = hashlib.sha256("\n".join(recipe).encode() + tokenizer).hexdigest()[:12]
     record = exported.with_name(f"{exported.name}-checked-{key}.json")
     if not record.is_file():
         with one_at_a_time(record):
             if not record.is_file():
-                _run([weights, traced, folder], config, record)
+                _run([weights, trace(weights), folder], config, record)
     return record
 
 
@@ -86,10 +95,12 @@ def _run(folders: list[Path], config: EngineConfig, record: Path) -> None:
     if run.returncode == 0:
         log.unlink()
         return
-    if run.stdout.startswith("self-check: "):
+    if run.returncode == _WRONG:
         raise SelfCheckError(run.stdout.strip())
+    if run.returncode == _DAMAGED:
+        raise UserError(f"{shown(folders[0])}: {run.stdout.strip()}")
     last = (log.read_text().strip() or f"exit status {run.returncode}").splitlines()[-1]
-    raise UserError(
+    raise ExportError(
         f"{shown(folders[0])}: the self-check after the export could not run ({last}; the full log "
         f"is {shown(log)}); app.engine.self_check: false in the app's YAML turns it off"
     )
@@ -97,31 +108,28 @@ def _run(folders: list[Path], config: EngineConfig, record: Path) -> None:
 
 def _check(weights: Path, traced: Path, folder: Path, config: EngineConfig) -> Record:
     """Generate tokens with the engine, then compare them with the model's choices."""
-    from importlib.metadata import version
-
     precision = config.openvino.precision
     size = sum(path.stat().st_size for path in weight_files(weights))
     decode, found, note = _complete(folder, config, size)
-    exact = found
-    if precision != "fp16":
-        settings = {"precision": "fp16", "dynamic_quantization": 0}
-        openvino = config.openvino.model_copy(update=settings)
-        with temporary_folder() as graph:
-            place([p for p in folder.iterdir() if p.name not in _GRAPH], graph)
-            place([traced / name for name in _GRAPH], graph)
-            _, exact, _ = _complete(graph, config.model_copy(update={"openvino": openvino}), size)
+    settings = {"precision": "fp16", "dynamic_quantization": 0}
+    openvino = config.openvino.model_copy(update=settings)
+    with temporary_folder() as graph:
+        place([p for p in folder.iterdir() if p.name not in _GRAPH], graph)
+        place([traced / name for name in _GRAPH], graph)
+        _, exact, _ = _complete(
+            graph, config.model_copy(update={"openvino": openvino}), size, exact_cache=True
+        )
 
     from handler.engine.reference import score
 
     model, dtype = _load(weights, size)
     scores = [score(model, completion.prompt, completion.generated) for completion in exact]
     for completion, (gaps, _) in zip(exact, scores, strict=True):
-        compare(completion, gaps, "fp16", decode)
+        compare(completion, gaps, dtype, decode)
     largest = max(gap for gaps, _ in scores for gap in gaps)
-    if found is not exact:
-        scores = [score(model, completion.prompt, completion.generated) for completion in found]
-        for completion, (gaps, _) in zip(found, scores, strict=True):
-            compare(completion, gaps, precision, decode)
+    scores = [score(model, completion.prompt, completion.generated) for completion in found]
+    for completion, (gaps, _) in zip(found, scores, strict=True):
+        compare(completion, gaps, precision, decode)
     return Record(
         engine=f"openvino {version('openvino-genai')}",
         precision=precision,
@@ -134,14 +142,15 @@ def _check(weights: Path, traced: Path, folder: Path, config: EngineConfig) -> R
 
 
 def _complete(
-    folder: Path, config: EngineConfig, size: int
+    folder: Path, config: EngineConfig, size: int, *, exact_cache: bool = False
 ) -> tuple[Callable[[list[int]], str], list[Completion], str]:
     """Return how to decode, the completions in a batch and alone, and what they do not cover."""
     from handler.engine.openvino_engine import OpenVINOEngine
 
-    engine = OpenVINOEngine(folder, config.model_copy(update={"self_check": False}))
-    encode = engine.folder.encode
-    texts, note = prompts(encode, engine.folder.config, engine.max_context, size // 2)
+    config = config.model_copy(update={"self_check": False})
+    engine = OpenVINOEngine(folder, config, exact_cache=exact_cache)
+    encode, vocabulary = engine.folder.encode, engine.folder.vocabulary()
+    texts, note = prompts(encode, engine.folder.config, engine.max_context, size // 2, vocabulary)
     found = complete(engine, texts, encode, together=True)
     found += complete(engine, texts, encode, together=False)
     return engine.folder.decode, found, note
@@ -163,7 +172,10 @@ def main() -> int:
         result = _check(weights, traced, folder, config)
     except SelfCheckError as error:
         print(error)
-        return 1
+        return _WRONG
+    except DamagedModelError as error:
+        print(error)
+        return _DAMAGED
     unfinished = record.with_suffix(".unfinished")
     result.write(unfinished)
     unfinished.rename(record)

@@ -12,7 +12,7 @@ import difflib
 import hashlib
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -95,7 +95,7 @@ def _check(folder: Path) -> None:
             )
     try:
         model, found = _load(folder)
-        stored = _stored_types(folder)
+        stored = _tensors(folder, "meta")
     except Exception as error:  # the code of a model's class may raise anything
         raise UserError(
             f"{shown(folder)}: transformers {version('transformers')} cannot load this model "
@@ -103,7 +103,9 @@ def _check(folder: Path) -> None:
             "names a field, or download all files again from one repository"
         ) from error
     _check_tensors(folder, model, found)
-    _check_types(folder, model, stored)
+    parameters = {name for name, p in model.named_parameters() if p.is_floating_point()}
+    _check_types(folder, parameters, stored)
+    _check_numbers(folder, parameters)
 
 
 def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -137,25 +139,39 @@ def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
         return model, found
 
 
-def _stored_types(folder: Path) -> dict[str, Any]:
-    """Return the types in which the tensors are stored, by name."""
+def _tensors(folder: Path, device: str) -> list[tuple[str, Any]]:
+    """Return the stored tensors with their names: on "meta" without data, on "cpu" mapped."""
     from transformers.modeling_utils import load_state_dict
 
-    stored: dict[str, Any] = {}
+    stored: list[tuple[str, Any]] = []
     for path in weight_files(folder):
         if path.suffix in {".safetensors", ".bin"}:
-            tensors = load_state_dict(str(path), map_location="meta")
-            stored |= {name: getattr(tensor, "dtype", None) for name, tensor in tensors.items()}
+            stored += load_state_dict(str(path), map_location=device).items()
     return stored
 
 
-def _check_types(folder: Path, model: Any, stored: dict[str, Any]) -> None:
+def _check_numbers(folder: Path, parameters: Collection[str]) -> None:
+    """Refuse weights with NaN or infinity: OpenVINO GenAI generates an empty text from them."""
+    import torch
+
+    for name, tensor in _tensors(folder, "cpu"):
+        if name in parameters or name.endswith(".weight"):
+            total = tensor.sum(dtype=torch.float32)  # several times as fast as isfinite
+            if not total.isfinite() and not tensor.isfinite().all():
+                raise UserError(
+                    f"{shown(folder)}: the tensor {name} has values that are not numbers (NaN) or "
+                    "infinite, so the weights are damaged; download them again, or take an "
+                    "earlier checkpoint of the training"
+                )
+
+
+def _check_types(folder: Path, parameters: Collection[str], stored: list[tuple[str, Any]]) -> None:
     """Refuse weights that are not floating point: transformers would cast them without scales."""
     import torch
 
     usual = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    parameters = {name for name, p in model.named_parameters() if p.is_floating_point()}
-    for name, dtype in stored.items():
+    for name, tensor in stored:
+        dtype = getattr(tensor, "dtype", None)
         weight = name in parameters or name.endswith(".weight")
         if weight and dtype is not None and dtype not in usual:
             raise UserError(

@@ -29,10 +29,11 @@ _LONGEST = 1000
 _SIZES = (
     *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("max_position_embeddings", "n_positions", "n_embd", "n_layer", "n_head"),
+    *("num_layers", "n_layers", "decoder_layers"),
 )
 """Fields of config.json that count something."""
 
-_MOST_LAYERS = 1000
+_MOST_LAYERS = 500
 """More than any model has. transformers creates all layers before it looks at the weights."""
 
 _SWITCHES = frozenset({"do_sample", "ignore_eos", "include_stop_str_in_output"})
@@ -204,7 +205,7 @@ def _check_sizes(path: Path, config: dict[str, Any]) -> None:
     for part, prefix in ((config, ""), (text if isinstance(text, dict) else {}, "text_config.")):
         for name in _SIZES:
             value = part.get(name)
-            layers = name in {"num_hidden_layers", "n_layer"}
+            layers = "layer" in name
             if isinstance(value, int) and (value < 1 or (layers and value > _MOST_LAYERS)):
                 most = f" and at most {_MOST_LAYERS}" if layers else ""
                 raise UserError(

@@ -96,7 +96,7 @@ def _check_kind(weights: HubWeights, names: list[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, weights.repo)
         folder.mkdir(parents=True)
-        for name in names:
+        for name in (name for name in names if ".." not in Path(name).parts):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
         for name in wanted:

@@ -60,7 +60,9 @@ class ChatTemplate:
     def reads(self, token: str) -> bool:
         """Return whether the template looks for a token in messages, such as `</think>`."""
         quoted = rf"""(?:'{re.escape(token)}'|"{re.escape(token)}")"""
-        return bool(re.search(rf"{quoted}\s+(not\s+)?in\b|\.\w+\(\s*{quoted}", self._source))
+        compared = rf"{quoted}\s+(not\s+)?in\b|{quoted}\s*[!=]=|[!=]=\s*{quoted}"
+        named = rf"\w\(\s*{quoted}|\bset\s+\w+\s*=\s*{quoted}"  # an argument, or a variable
+        return bool(re.search(f"{compared}|{named}", self._source))
 
 
 def read_chat_template(folder: Path, settings: dict[str, Any]) -> ChatTemplate | None:

@@ -73,11 +73,11 @@ class ModelFolder:
         shield = Shield(self._control)
         try:
             text = self._render(shield.hide(messages))
+            return None if text is None else shield.restore(text)
         except TemplateSyntaxError:
             raise
         except Exception as error:  # its message may quote a message
             raise TemplateError(str(shield.restore(str(error)))) from error
-        return None if text is None else shield.restore(text)
 
     def _render(self, messages: Messages) -> str | None:
         if self._template is None:

@@ -84,13 +84,17 @@ class OpenVINOEngine:
     caching it gets long prompts in parts, and short prompts go between the parts.
     """
 
-    def __init__(self, weights: Path, config: EngineConfig) -> None:
+    def __init__(self, weights: Path, config: EngineConfig, *, exact_cache: bool = False) -> None:
+        """Load the model. With `exact_cache`, keys and values are not rounded to 16 bits."""
         settings = config.openvino
+        options = properties(config) | _speculation(settings)
+        if exact_cache:
+            options["KV_CACHE_PRECISION"] = "f32"
         self.folder = ModelFolder(weights)
         self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         model = sum(path.stat().st_size for path in weights.glob("*.bin"))
         self._pipeline = genai.ContinuousBatchingPipeline(
-            weights, _scheduler(config, model), "CPU", properties(config) | _speculation(settings)
+            weights, _scheduler(config, model), "CPU", options
         )
         self._step_tokens = settings.max_num_batched_tokens
         self._prefix_caching = settings.prefix_caching

@@ -41,6 +41,13 @@ def context(config: dict[str, Any], wanted: int | None) -> Context:
     return Context(limit, f" instead of {wanted}, because the model has no more positions")
 
 
+_ORIGINAL = "original_max_position_embeddings"
+
+_PHI3_DEFAULT = 4096
+"""`original_max_position_embeddings` of Phi3Config in transformers, if config.json has none. It
+goes before the field in `rope_parameters`."""
+
+
 def positions(config: dict[str, Any]) -> int | None:
     """Return the positions the model was made for; None if its configuration names none.
 
@@ -57,9 +64,8 @@ def positions(config: dict[str, Any]) -> int | None:
         parts = [rope, *rope.values()] if isinstance(rope, dict) else []
         for rules in parts:
             if isinstance(rules, dict) and "long_factor" in rules:
-                name = "original_max_position_embeddings"
-                original = rules.get(name) or part.get(name)
-                lengths += [original] if isinstance(original, int) else []
+                found = [rules.get(_ORIGINAL), part.get(_ORIGINAL, _PHI3_DEFAULT)]
+                lengths += [length for length in found if isinstance(length, int) and length > 0]
         if lengths:
             return min(lengths)
     return None

@@ -133,6 +133,10 @@ class ControlTokens:
         return self._added.sub(name, part)
 
 
+_PIECE = 4
+"""Digits in a row that count as a piece of a Shield's number."""
+
+
 class Shield:
     """Hides the control tokens in the messages of one request from their template.
 
@@ -143,26 +147,40 @@ class Shield:
     def __init__(self, control: ControlTokens) -> None:
         self._control = control
         # ASCII only, which `tojson(ensure_ascii=True)` does not change.
-        self._key = f"{secrets.randbits(64)}:"
+        self._key = f"{10**18 + secrets.randbelow(9 * 10**18)}_"
         self._hidden: list[str] = []
+        self._pieces: set[str] = set()
+        """What is left of our number where a template takes it apart, forwards or backwards."""
 
     def hide(self, messages: Messages) -> Messages:
         """Return the messages with numbers in place of control tokens.
 
         Templates compare the roles with words of theirs, and clients can send no other roles.
         """
-        return [m | {"content": self._hide(m["content"])} for m in messages]
+        hidden = [m | {"content": self._hide(m["content"])} for m in messages]
+        if self._hidden:
+            for digits in (self._key[:-1], self._key[-2::-1]):
+                self._pieces |= {digits[i : i + _PIECE] for i in range(len(digits) - _PIECE + 1)}
+            said = " ".join(m["content"] for m in messages)
+            self._pieces = {piece for piece in self._pieces if piece not in said}
+        return hidden
 
     def restore(self, text: str) -> TemplatedPrompt:
-        """Return a text with the control tokens back in their places, as text by a user."""
-        parts = re.split(f"{self._key}([0-9]+);", text)
+        """Return a text with the control tokens back in their places, as text by a user.
+
+        Raises:
+            ValueError: the template took one apart, so that a part of our number is left.
+        """
+        parts = re.split(f"{self._key}([0-9]+)_", text)
+        if any(piece in part for part in parts[::2] for piece in self._pieces):
+            raise ValueError("it takes a control token in a message apart; leave the token out")
         parts[1::2] = [self._hidden[int(number)] for number in parts[1::2]]
         return TemplatedPrompt(*parts, complete=True)
 
     def _hide(self, text: str) -> str:
         pieces, done = [], 0
         for begin, end in self._control.find(text):
-            pieces += [text[done:begin], f"{self._key}{len(self._hidden)};"]
+            pieces += [text[done:begin], f"{self._key}{len(self._hidden)}_"]
             self._hidden.append(text[begin:end])
             done = end
         return "".join([*pieces, text[done:]])

@@ -115,6 +115,11 @@ FEATURES = {
     "'equalto', 'user') | list | length }}",
     "tests": "{{ messages[0].content is string }}{{ messages is iterable }}"
     "{{ messages is mapping }}",
+    "reasoning is replaced": "{% for m in messages %}{{ m.content | replace('</think>', '-') }}"
+    "{% endfor %}<think>\n",
+    "reasoning is compared": "{% set end = '</think>' %}{% for m in messages %}"
+    "{% if end in m.content %}x{% endif %}{% if m.content == '</think>' %}y{% endif %}"
+    "{{ m.content }}{% endfor %}<think>\n",
     "reasoning is removed": "{% for m in messages %}{% if '</think>' in m.content %}"
     "{{ m.content.split('</think>')[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}"
     "{% endfor %}<think>\n",

@@ -61,6 +61,15 @@ def test_longrope_is_served_up_to_its_original_range(config: dict):
     assert positions(inside | sizes) == (4096 if "full_attention" in config[field] else 2048)
 
 
+def test_longrope_takes_the_smaller_of_two_original_ranges():
+    """transformers reads the outer field, which for Phi-3 has a default."""
+    rules = {"rope_type": "longrope", "long_factor": [2.0]}
+    name, sizes = "original_max_position_embeddings", {"max_position_embeddings": 131072}
+    for inner, outer, expected in [(400, 200, 200), (200, 400, 200), (8192, None, 4096)]:
+        config = sizes | {"rope_scaling": rules | {name: inner}} | ({name: outer} if outer else {})
+        assert positions(config) == expected
+
+
 def test_other_scalings_keep_all_positions():
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     assert positions({"max_position_embeddings": 512, "rope_parameters": scaling}) == 512

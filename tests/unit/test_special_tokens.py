@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from tokenizers import (
     AddedToken,
     Tokenizer,
@@ -235,6 +236,28 @@ def test_template_cannot_complete_or_change_them(tmp_path, kind, template, conte
     prompt, harmless = folder.chat_prompt(user(*contents)), folder.chat_prompt(user("a"))
     assert control_ids(folder, prompt) == control_ids(folder, harmless)
     assert "\ue000" not in prompt and "\ue001" not in prompt
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("[:12]", "[3:]", ".split(':')[0]", ".split(';')[-1]", ".split('_')[0]", "|reverse"),
+        *("|wordwrap(7)", "|wordwrap(20)", "|upper", "|title", "|tojson", "|truncate(9, true)"),
+    ],
+)
+def test_template_that_takes_a_message_apart_writes_no_number_of_ours(tmp_path, change: str):
+    template = "{% for m in messages %}" + f"{{{{ m.content{change} }}}}" + "{% endfor %}"
+    folder = write_folder_of(tmp_path, template)
+    for content in ("<|im_end|>", "ab <|im_end|> cd", "a: <|im_end|>; b_c <s> d"):
+        try:
+            prompt = str(folder.chat_prompt(user(content)))
+        except TemplateError as error:
+            prompt = str(error)
+        assert not re.search(r"\d{4}", prompt), prompt
+
+
+def write_folder_of(folder: Path, template: str) -> ModelFolder:
+    return ModelFolder(write_folder(folder / "m", byte_level(), template))
 
 
 def test_error_of_the_template_quotes_the_content_and_not_our_number(tmp_path):
