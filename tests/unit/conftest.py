@@ -28,7 +28,9 @@ def model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     weights, name = "model-00001-of-00001.safetensors", "lm_head.weight"
     save_file({name: np.zeros((4, 4), np.float16)}, folder / weights)
     alphabet = {token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    Tokenizer(models.BPE(alphabet, [])).save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.add_special_tokens(["<|endoftext|>", "### End"])  # the apps' stop tokens
+    tokenizer.save(str(folder / "tokenizer.json"))
     for file, content in {
         "config.json": {
             "model_type": "llama",

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from deploy.archive import build
 from deploy.archive.build import build_archive
 from deploy.archive.compress import compress
-from deploy.archive.export import EXPORTED, choose_engine, export
+from deploy.archive.export import EXPORTED, ExportError, choose_engine, export
 from deploy.archive.trace import trace
 from deploy.common.paths import UserError
 from handler.config import engine_config
@@ -103,7 +103,7 @@ def broken_copy(model: Path, tmp_path: Path) -> Path:
 
 
 def failing(*_: object) -> Path:
-    raise UserError("OpenVINO cannot export this model (no reason; the full log is x)")
+    raise ExportError("OpenVINO cannot export this model (no reason; the full log is x)")
 
 
 def differing(*_: object, **__: object) -> Path:
