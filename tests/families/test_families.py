@@ -46,7 +46,7 @@ ALONE = {
     *("qwen3_5_text", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"),
     # Positions that count the padding.
     *("bart", "blenderbot", "marian", "mbart", "mvp", "pegasus", "plbart", "roformer", "trocr"),
-    "whisper",
+    *("llama4_text", "whisper"),
     # Masks that are wrong for a chunk of a prompt, or no cache.
     *("deepseek_v2", "doge", "openai-gpt", "reformer"),
 }
