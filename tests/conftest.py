@@ -54,6 +54,12 @@ def slow_imports() -> set[str]:
     return {"torch", "transformers", "openvino", "google.cloud.aiplatform"}
 
 
+def remove_exports(name: str) -> None:
+    """Remove the exports of a test's model, with the records of their checks."""
+    for path in EXPORTS.glob(f"{name}-*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The real model's folder."""
@@ -111,5 +117,4 @@ def tiny_openvino_server(tiny_llama: Path, serve: Serve) -> Iterator[Server]:
     """A tiny model with the openvino engine."""
     with serve("tiny", tiny_llama, "openvino", 7220) as server:
         yield server
-    for folder in EXPORTS.glob(f"{tiny_llama.name}-*"):
-        shutil.rmtree(folder)
+    remove_exports(tiny_llama.name)

@@ -5,18 +5,17 @@ answers, each followed by "### End", so that responses can be compared exactly.
 """
 
 import os
-import shutil
 
 import httpx
 import pytest
 import yaml
 
 from deploy.archive.build import build_archive
-from deploy.archive.export import EXPORTS
 from deploy.torchserve.client import predict, stream
 from deploy.torchserve.server import Server
 from handler.config import load_app
 from tests import tiny
+from tests.conftest import remove_exports
 
 pytestmark = pytest.mark.served
 
@@ -42,8 +41,7 @@ def dolly_server(request, tmp_path_factory: pytest.TempPathFactory):
     assert config["prompt"] == app.prompt.model_dump() and config["engine"]["name"] == request.param
     with Server(archive, port=7200) as server:
         yield server
-    for folder in EXPORTS.glob(f"{weights.name}-*"):
-        shutil.rmtree(folder)
+    remove_exports(weights.name)
 
 
 def post(server, *questions, **parameters):

@@ -73,8 +73,16 @@ def test_each_kill_in_a_row_is_followed_by_a_new_worker(tiny_openvino_server: Se
         (worker,) = server.workers()
         killed.add(worker["pid"])
         os.kill(worker["pid"], signal.SIGKILL)
-        wait_until(lambda: httpx.post(server.url, json=OK, timeout=60).is_success, timeout=20)
+        wait_until(lambda: responds(server), timeout=20)
     assert len(killed) == kills
+
+
+def responds(server: Server) -> bool:
+    """Whether a request succeeds. TorchServe can lose one that it sends to a dying worker."""
+    try:
+        return httpx.post(server.url, json=OK, timeout=5).is_success
+    except httpx.TimeoutException:
+        return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
