@@ -74,7 +74,7 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def _passed(folder: Path) -> Path:
-    """Return the file that exists if the folder, as it is, has passed."""
+    """Return the file that exists if the folder has passed and has not changed since."""
     return CHECKED / _key(folder)
 
 

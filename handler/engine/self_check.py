@@ -50,8 +50,8 @@ _SENTENCES = (
 
 TOLERANCE = 0.1
 """How far below the model's first choice a token may be where all is computed in float32, in
-standard deviations of the logits at that place. In tiny models of many families, rounding made at
-most 0.01, and a lost part of the model at least 0.48 (LOG.md)."""
+standard deviations of the logits at that place. Over 58 exports of tiny models, even with keys and
+values in 16 bits, 52 were within 0.01, and those that had lost a part at 0.48 or more (LOG.md)."""
 
 MEAN_TOLERANCES = {"float16": 0.3, "fp16": 0.3, "bfloat16": 0.5, "int8": 0.5, "int4": 2.0}
 """The same for other precisions, as a mean over all tokens. Their rounding hides a lost part of a

@@ -78,7 +78,7 @@ def test_each_kill_in_a_row_is_followed_by_a_new_worker(tiny_openvino_server: Se
 
 
 def responds(server: Server) -> bool:
-    """Whether a request succeeds. TorchServe can lose one that it sends to a dying worker."""
+    """Whether a request succeeds. In one run, one sent to a dying worker got no response."""
     try:
         return httpx.post(server.url, json=OK, timeout=5).is_success
     except httpx.TimeoutException:
