@@ -89,15 +89,15 @@ class ActiveRequest:
     def update(self, progress: Progress) -> None:
         """Record what the engine reports on one of the completions."""
         completion = self.completions[progress.key]
-        now = time.monotonic()
         if completion.first_token_at is None and progress.completion_tokens:
-            completion.first_token_at = now
+            completion.first_token_at = progress.first_token_at or time.monotonic()
             completion.queue_seconds = progress.queue_seconds
         completion.completion_tokens = progress.completion_tokens
         completion.text += progress.text
         completion.unsent += progress.text
         if progress.finish_reason:
-            completion.finish_reason, completion.finished_at = progress.finish_reason, now
+            completion.finish_reason = progress.finish_reason
+            completion.finished_at = time.monotonic()
 
     @property
     def deadline(self) -> float:

@@ -20,8 +20,13 @@ FinishReason = Literal["stop", "length", "timeout", "error"]
 """Why a completion ended: by an end token or a stop string; at `max_new_tokens` or the end of the
 context; at the request's deadline; by a failure."""
 
-Messages = list[dict[str, str]]
-"""The turns of a conversation, each with `role` and `content`."""
+Messages = list[dict[str, Any]]
+"""The turns of a conversation in OpenAI's shape: each has `role` and `content`, a text. A turn of
+the assistant may have `tool_calls` whose `arguments` are objects; one of a tool has `tool_call_id`.
+"""
+
+Tools = list[dict[str, Any]]
+"""The functions that a model may call, as OpenAI's `tools` and chat templates have them."""
 
 
 class SequenceKey(NamedTuple):
@@ -39,16 +44,25 @@ class Sampling:
     `top_k` 0 keeps the whole vocabulary. Without a `seed` every run draws other tokens. With
     `ignore_eos` the model's end token does not end the completion, so every completion has
     `max_new_tokens` tokens: for benchmarks.
+
+    `logprobs` is the number of likeliest tokens to report at each step besides the chosen one;
+    None reports nothing. `json_schema` is the text of a JSON schema that the completion fulfills;
+    None leaves the text free, and "{}" allows any JSON value.
     """
 
     max_new_tokens: int = 50
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    logprobs: int | None = None
+    json_schema: str | None = None
 
     @property
     def random_state(self) -> int:
@@ -64,6 +78,19 @@ class Sampling:
         return lower ^ (upper * 0x9E3779B1 % 2**32)  # 2^32 divided by the golden ratio
 
 
+class TokenLogprob(NamedTuple):
+    """A generated token, its natural-log probability, and the likeliest tokens at its step.
+
+    `text` is what the tokenizer makes of this token alone. `top` is empty unless the request asked
+    for it; each entry's own `top` is empty.
+    """
+
+    token_id: int
+    text: str
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
 @dataclass
 class Progress:
     """What happened to one sequence in one call of `advance`.
@@ -72,7 +99,9 @@ class Progress:
     key; all texts of a key joined are its completion. `completion_tokens` is the total so far.
     `queue_seconds` is the time between `submit` and the first forward pass. `finish_reason` is None
     while the sequence runs; "error" means that the engine failed on it and has logged why.
-    `token_ids` are the generated tokens that no earlier `Progress` of the key had.
+    `token_ids` are the generated tokens that no earlier `Progress` of the key had, and `logprobs`
+    has one entry for each of them if the request asked for it. `first_token_at` is when the
+    first one existed, on the clock of `time.monotonic`, whether or not its text was reported.
     """
 
     key: Any
@@ -81,10 +110,40 @@ class Progress:
     finish_reason: FinishReason | None = None
     queue_seconds: float = 0.0
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    first_token_at: float | None = None
 
 
 class PromptError(ValueError):
     """A prompt that the engine cannot run: without tokens, or longer than the context."""
+
+
+class ParameterError(ValueError):
+    """A parameter that this engine or this model cannot fulfill, such as a wrong schema.
+
+    Args:
+        parameter: the name of a field of `Sampling`.
+        message: what is wrong with it; it completes a sentence that begins with the field's name.
+    """
+
+    def __init__(self, parameter: str, message: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class EngineLoad(NamedTuple):
+    """How busy an engine is.
+
+    `cache_use` is the part of its KV cache that sequences hold, from 0 to 1; 0 if it has no limit.
+    `cached_prompt_tokens` counts, since the start, prompt tokens that the prefix cache had; None
+    if the engine does not know.
+    """
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    cache_use: float = 0.0
+    cached_prompt_tokens: int | None = None
 
 
 class Engine(Protocol):
@@ -106,6 +165,11 @@ class Engine(Protocol):
         """The prompt tokens of the sequences that wait for their prefill to begin."""
         ...
 
+    @property
+    def load(self) -> EngineLoad:
+        """How busy the engine is now."""
+        ...
+
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         """Queue one sequence and return its prompt length in tokens.
 
@@ -113,6 +177,7 @@ class Engine(Protocol):
 
         Raises:
             PromptError: the prompt is empty or does not fit; nothing is queued.
+            ParameterError: the engine cannot fulfill a parameter; nothing is queued.
         """
         ...
 
@@ -135,7 +200,7 @@ class Engine(Protocol):
         """Return False if the engine cannot recover and its process should be replaced."""
         ...
 
-    def chat_prompt(self, messages: Messages) -> str | None:
+    def chat_prompt(self, messages: Messages, tools: Tools | None = None) -> str | None:
         """Write messages in the model's chat template; None if it has none."""
         ...
 

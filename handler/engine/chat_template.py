@@ -15,7 +15,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from handler.engine import Messages
+from handler.engine import Messages, Tools
 
 SPECIAL_TOKENS = (
     "bos_token",
@@ -45,7 +45,9 @@ class ChatTemplate:
         except Exception as error:  # also SyntaxError, as for `{% break %}` outside of a loop
             self._error = error
 
-    def render(self, messages: Messages, special_tokens: dict[str, str]) -> str:
+    def render(
+        self, messages: Messages, special_tokens: dict[str, str], tools: Tools | None = None
+    ) -> str:
         """Return the text of a conversation, up to the assistant's turn.
 
         Raises:
@@ -54,7 +56,7 @@ class ChatTemplate:
         if self._error is not None:
             raise self._error.with_traceback(None)
         # None, not undefined: templates test `tools is not none`.
-        options = {"tools": None, "documents": None, "add_generation_prompt": True}
+        options = {"tools": tools, "documents": None, "add_generation_prompt": True}
         return self._template.render(messages=messages, **options, **special_tokens)
 
     def reads(self, token: str) -> bool:

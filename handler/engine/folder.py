@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer
 
-from handler.engine import Messages
+from handler.engine import Messages, Tools
 from handler.engine.chat_template import read_chat_template, special_tokens, text_of
 from handler.engine.special import ControlTokens, Shield, TemplatedPrompt
 from handler.engine.text import Decoder
@@ -63,7 +63,7 @@ class ModelFolder:
             return self._tokenizer.encode(text, add_special_tokens=not text.complete).ids
         return self._tokenizer.encode(text).ids
 
-    def chat_prompt(self, messages: Messages) -> TemplatedPrompt | None:
+    def chat_prompt(self, messages: Messages, tools: Tools | None = None) -> TemplatedPrompt | None:
         """Write messages in the model's chat template, up to its turn; None if it has none.
 
         Raises:
@@ -72,17 +72,17 @@ class ModelFolder:
         """
         shield = Shield(self._control)
         try:
-            text = self._render(shield.hide(messages))
+            text = self._render(shield.hide(messages), tools)
             return None if text is None else shield.restore(text)
         except TemplateSyntaxError:
             raise
         except Exception as error:  # its message may quote a message
             raise TemplateError(str(shield.restore(str(error)))) from error
 
-    def _render(self, messages: Messages) -> str | None:
+    def _render(self, messages: Messages, tools: Tools | None = None) -> str | None:
         if self._template is None:
             return None
-        return self._template.render(messages, self._special_tokens)
+        return self._template.render(messages, self._special_tokens, tools)
 
     def token(self, token_id: int) -> str | None:
         """Return the text of one token, special or not; None if there is no such token."""

@@ -18,7 +18,7 @@ import openvino
 import openvino_genai as genai
 
 from handler.config import EngineConfig, OpenVINOConfig
-from handler.engine import Messages, Progress, Sampling
+from handler.engine import EngineLoad, Messages, Progress, Sampling, Tools
 from handler.engine.folder import ModelFolder
 from handler.engine.positions import context
 from handler.engine.self_check import RECORD, Record, check_record
@@ -182,8 +182,8 @@ class OpenVINOEngine:
     def alive(self) -> bool:
         return self._alive
 
-    def chat_prompt(self, messages: Messages) -> str | None:
-        return self.folder.chat_prompt(messages)
+    def chat_prompt(self, messages: Messages, tools: Tools | None = None) -> str | None:
+        return self.folder.chat_prompt(messages, tools)
 
     @property
     def unfinished(self) -> int:
@@ -192,6 +192,10 @@ class OpenVINOEngine:
     @property
     def waiting_tokens(self) -> int:
         return self._waiting.prompt_tokens
+
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad(len(self._running), len(self._waiting), self.waiting_tokens)
 
     def _ready(self) -> bool:
         return bool(self._ended) or any(r.sequence.urgent for r in self._running.values())

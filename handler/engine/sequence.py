@@ -4,7 +4,7 @@ import time
 from collections.abc import Hashable, Set
 from dataclasses import dataclass, field
 
-from handler.engine import FinishReason, Progress, PromptError, Sampling
+from handler.engine import FinishReason, Progress, PromptError, Sampling, TokenLogprob
 from handler.engine.folder import ModelFolder
 from handler.engine.text import TextStream
 
@@ -26,6 +26,9 @@ class Sequence:
     reported_tokens: int = 0
     submitted_at: float = field(default_factory=time.monotonic)
     started_at: float = 0.0
+    first_token_at: float | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of generated tokens that were not reported yet."""
 
     @property
     def completion_tokens(self) -> int:
@@ -48,6 +51,8 @@ class Sequence:
 
     def append(self, token: int) -> None:
         """Add the next token, which may end the sequence."""
+        if self.first_token_at is None:
+            self.first_token_at = time.monotonic()
         self.token_ids.append(token)
         if token in self.end_tokens:
             self.end("stop")
@@ -75,8 +80,17 @@ class Sequence:
         self.reported = self.reported or bool(text)
         tokens = self.token_ids[self.prompt_tokens + self.reported_tokens :]
         self.reported_tokens += len(tokens)
-        waited = (self.started_at or time.monotonic()) - self.submitted_at
-        return Progress(self.key, text, self.completion_tokens, self.finish_reason, waited, tokens)
+        logprobs, self.logprobs = self.logprobs, []
+        return Progress(
+            self.key,
+            text,
+            self.completion_tokens,
+            self.finish_reason,
+            queue_seconds=(self.started_at or time.monotonic()) - self.submitted_at,
+            token_ids=tokens,
+            logprobs=logprobs,
+            first_token_at=self.first_token_at,
+        )
 
 
 def new_sequence(

@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from handler.config import EngineConfig
-from handler.engine import Messages, Progress, Sampling
+from handler.engine import EngineLoad, Messages, Progress, Sampling, Tools
 from handler.engine.batch import Batch, can_batch
 from handler.engine.folder import ModelFolder
 from handler.engine.generation import GenerationLoop
@@ -137,8 +137,8 @@ class TransformersEngine:
     def alive(self) -> bool:
         return self._failures < _MAX_FAILURES
 
-    def chat_prompt(self, messages: Messages) -> str | None:
-        return self.folder.chat_prompt(messages)
+    def chat_prompt(self, messages: Messages, tools: Tools | None = None) -> str | None:
+        return self.folder.chat_prompt(messages, tools)
 
     @property
     def unfinished(self) -> int:
@@ -147,6 +147,11 @@ class TransformersEngine:
     @property
     def waiting_tokens(self) -> int:
         return self._waiting.prompt_tokens
+
+    @property
+    def load(self) -> EngineLoad:
+        running = len(self._batch) + bool(self._long)
+        return EngineLoad(running, len(self._waiting), self.waiting_tokens)
 
     def _ready(self) -> bool:
         return bool(self._done) or any(s.urgent for s in self._batch.sequences)
