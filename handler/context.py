@@ -40,6 +40,10 @@ class Context(Protocol):
     stopping_criteria: list[Callable[[Any], bool | None] | None]
     """By position: returns how the response is sent; see `handler.response.Delivery`."""
 
+    def get_all_request_header(self, idx: int) -> dict[str, str]:
+        """Return the headers of the request at position `idx`, in the client's spelling."""
+        ...
+
     def set_response_status(self, code: int, phrase: str, idx: int) -> None:
         """Set the HTTP status of the request at position `idx`."""
         ...

@@ -26,9 +26,11 @@ from handler.config import parse_app
 from handler.context import Context
 from handler.drain import Drain, end_with_frontend, record_failure
 from handler.engine import PromptError, SequenceKey, create_engine
+from handler.errors import RequestError
+from handler.headers import Header, header_reader
 from handler.metrics import Metrics
 from handler.prompt import render
-from handler.request import RequestError, default_parameters, parse_request
+from handler.request import default_parameters, parse_request
 from handler.response import PROBE, PROBE_RESPONSE, ActiveRequest, Response, error_response
 
 logger = logging.getLogger(__name__)
@@ -108,14 +110,16 @@ class LLMHandler:
             if self.failure:
                 failed = error_response(RequestError(503, self.failure), RETRY_AFTER_SECONDS)
                 return self._send(request_ids, dict.fromkeys(request_ids.values(), failed), context)
-            responses = self._tick(request_ids, data)
+            responses = self._tick(request_ids, data, context)
             self.drain.report(len(self.active))
             return self._send(request_ids, responses, context)
         except Exception:  # the state of the engine is unknown now
             logger.critical("a tick failed; leaving", exc_info=True)
             os._exit(1)
 
-    def _tick(self, request_ids: dict[int, str], data: list[dict[str, Any]]) -> dict[str, Response]:
+    def _tick(
+        self, request_ids: dict[int, str], data: list[dict[str, Any]], context: Context
+    ) -> dict[str, Response]:
         """Drop requests whose client left, admit new ones, decode, collect the responses.
 
         The frontend reports that the client of a stream left, but not that of a plain request. So
@@ -142,7 +146,8 @@ class LLMHandler:
             if request_id not in self.active and request_id not in responses
         ]
         for position, request_id in self._in_turn(new, now):
-            response = self._admit(request_id, data[position])
+            header = header_reader(context.get_all_request_header(position))
+            response = self._admit(request_id, data[position], header)
             if response:
                 responses[request_id] = response
         decode_seconds = TICK_SECONDS * (1 + len(self.active) / TICK_DOUBLES_AT)
@@ -181,10 +186,10 @@ class LLMHandler:
             if now - self._seen[request_id] >= PASSED_SECONDS:
                 yield position, request_id
 
-    def _admit(self, request_id: str, parts: dict[str, Any]) -> Response | None:
+    def _admit(self, request_id: str, parts: dict[str, Any], header: Header) -> Response | None:
         """Submit the instances of a new request to the engine, or respond with an error."""
         try:
-            request = parse_request(parts, self.app.limits, self.defaults)
+            request = parse_request(parts, self.app.limits, self.defaults, header)
             self._check_capacity(len(request.instances))
             waiting_tokens = self.engine.waiting_tokens
             active = ActiveRequest(request, random_weights=self.app.random_weights)

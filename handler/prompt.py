@@ -12,7 +12,8 @@ from jinja2 import TemplateSyntaxError
 from handler.config import PromptConfig
 from handler.engine import Messages
 from handler.engine.special import TemplatedPrompt
-from handler.request import Instance, RequestError
+from handler.errors import RequestError
+from handler.request import Instance
 
 ChatTemplate = Callable[[Messages], str | None]
 

@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError, from_json
+from pydantic_core import PydanticCustomError
 
+from handler.body import read_json
 from handler.config import App, Limits, load_app, show
 from handler.engine import Messages, Sampling
+from handler.errors import RequestError
 from handler.fields import (
     AppLimit,
     Doc,
@@ -29,37 +31,9 @@ from handler.fields import (
     in_a_list,
     markdown_table,
 )
-
-_STATUS = {
-    400: "INVALID_ARGUMENT",
-    413: "INVALID_ARGUMENT",
-    429: "RESOURCE_EXHAUSTED",
-    500: "INTERNAL",
-    503: "UNAVAILABLE",
-    504: "DEADLINE_EXCEEDED",
-}
-"""Google's names for HTTP codes. Source: google/rpc/code.proto; it has no name for 413."""
+from handler.headers import Header, header_reader
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class RequestError(Exception):
-    """A request that cannot be served, and what its client is told.
-
-    Args:
-        code: HTTP status.
-        message: one sentence with what was given and what is allowed.
-        field: where in the body, as in `instances[1].parameters.temperature`; may be empty.
-    """
-
-    def __init__(self, code: int, message: str, field: str = "") -> None:
-        super().__init__(message)
-        self.code, self.message, self.field = code, message, field
-
-    def body(self) -> dict[str, Any]:
-        """The response in the shape that Google's APIs use."""
-        error = {"code": self.code, "status": _STATUS[self.code], "message": self.message}
-        return {"error": error | ({"field": self.field} if self.field else {})}
 
 
 StopString = Annotated[
@@ -220,18 +194,27 @@ def default_parameters(app: App) -> dict[str, Any]:
     return checked.model_dump(exclude_unset=True)
 
 
-def parse_request(parts: dict[str, Any], limits: Limits, defaults: dict[str, Any]) -> Request:
+NO_HEADERS = header_reader({})
+
+
+def parse_request(
+    parts: dict[str, Any],
+    limits: Limits,
+    defaults: dict[str, Any],
+    header: Header = NO_HEADERS,
+) -> Request:
     """Read what TorchServe passes on of one request.
 
     Args:
         parts: name -> bytes. A plain POST has one part, "body"; a form has its fields, if any.
         limits: what one request may ask for.
         defaults: the app's, from `default_parameters`.
+        header: the request's headers.
 
     Raises:
         RequestError: the body is not what it should be.
     """
-    raw = _parse_json(_payload(parts), limits.max_body_bytes)
+    raw = read_json(parts, header, limits.max_body_bytes)
     if not isinstance(raw, dict):
         raise RequestError(400, f'the body should be {{"instances": [...]}}, not {show(raw)}')
     given = raw.get("instances")
@@ -257,28 +240,6 @@ def parse_request(parts: dict[str, Any], limits: Limits, defaults: dict[str, Any
     return Request(
         instances, body.parameters.stream, limits.seconds if seconds is None else seconds
     )
-
-
-def _payload(parts: dict[str, Any]) -> bytes:
-    value = parts.get("body") if parts.get("body") is not None else parts.get("data")
-    if value is None:  # every request but a form has a "body", even if it is empty
-        raise RequestError(
-            400,
-            "the body arrived as a form, whose encoding changes text; send JSON with the header "
-            'Content-Type: application/json (curl: -H "Content-Type: application/json")',
-        )
-    return value.encode() if isinstance(value, str) else bytes(value)
-
-
-def _parse_json(payload: bytes, limit: int) -> Any:
-    if len(payload) > limit:
-        raise RequestError(413, f"the body has {len(payload)} bytes; at most {limit} are allowed")
-    if not payload.strip():
-        raise RequestError(400, 'the body is empty; POST {"instances": ["a prompt"]}')
-    try:
-        return from_json(payload, allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(400, f"the body is not valid JSON: {error}") from error
 
 
 def _validate(model: type[Model], value: Any, limits: Limits, where: str = "") -> Model:

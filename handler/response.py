@@ -7,7 +7,8 @@ from enum import Enum
 from typing import Any
 
 from handler.engine import FinishReason, Progress, SequenceKey
-from handler.request import Request, RequestError
+from handler.errors import RequestError
+from handler.request import Request
 
 JSON = "application/json"
 EVENTS = "text/event-stream"

@@ -32,7 +32,8 @@ from handler.config import EngineConfig, app_yaml, check_engine, parse_app
 from handler.engine.folder import ModelFolder
 from handler.engine.positions import positions
 from handler.engine.self_check import RECORD, SelfCheckError
-from handler.request import RequestError, default_parameters
+from handler.errors import RequestError
+from handler.request import default_parameters
 
 CONTEXT = 2048
 """Tokens of a sequence if nothing names a limit. Models with ALiBi or with states have none."""

@@ -98,7 +98,7 @@ def test_form_is_rejected_with_the_header_to_send(any_server):
     error = json.loads(subprocess.run(command, capture_output=True).stdout)["error"]
     assert "Content-Type: application/json" in error["message"]
     response = httpx.post(any_server.url, data={'{"instances": ["a"]}': ""})
-    assert response.status_code == 400
+    assert response.status_code == 415
     assert "Content-Type: application/json" in response.json()["error"]["message"]
 
 

@@ -21,8 +21,9 @@ from handler.config import PromptConfig
 from handler.engine import Sampling
 from handler.engine.folder import ModelFolder
 from handler.engine.special import TemplatedPrompt
+from handler.errors import RequestError
 from handler.prompt import render
-from handler.request import Instance, RequestError
+from handler.request import Instance
 from tests.vocabularies import CHATML, LLAMA_2, byte_level, sentencepiece, write_tokenizer
 
 Messages = list[dict[str, str]]

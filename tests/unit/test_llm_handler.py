@@ -61,6 +61,9 @@ class FakeContext:
             add_metric_to_cache=lambda *_: SimpleNamespace(add_or_update=lambda *_: None)
         )
 
+    def get_all_request_header(self, idx: int) -> dict[str, str]:
+        return {}
+
     def set_response_status(self, code: int, phrase: str, idx: int) -> None:
         self.statuses[idx] = code
 

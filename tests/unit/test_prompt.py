@@ -4,8 +4,9 @@ import pytest
 
 from handler.config import PromptConfig, load_app
 from handler.engine import Messages, Sampling
+from handler.errors import RequestError
 from handler.prompt import render
-from handler.request import Instance, RequestError
+from handler.request import Instance
 
 PLAIN = PromptConfig(style="plain", special_tokens_in_content="text")
 CHAT = PromptConfig(style="chat", special_tokens_in_content="text")

@@ -80,18 +80,6 @@ def test_error_names_value_and_rule():
     }
 
 
-def test_form_is_rejected_with_the_header_to_send():
-    """`curl -d` without a header sends a form, which decodes "+" and "%" inside the text."""
-    with pytest.raises(RequestError, match="Content-Type: application/json"):
-        parse_request({'{"instances": ["1 1"]}': b""}, APP.limits, {})
-    with pytest.raises(RequestError, match="Content-Type: application/json"):
-        parse_request({}, APP.limits, {})
-
-
-def test_accepts_file_in_a_multipart_form():
-    assert parse_request({"data": b'{"instances": ["a"]}'}, APP.limits, {}).instances
-
-
 @pytest.mark.parametrize("name", ["smollm2-135m", "gpt2", "dolly-v2-3b"])
 def test_defaults_of_the_apps_are_valid(name):
     assert default_parameters(load_app(name))["max_new_tokens"] >= 1
