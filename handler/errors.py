@@ -1,8 +1,8 @@
-"""The error that ends a request, and what its client is told."""
+"""The error of a request that cannot be served, and its JSON in the shape of each API."""
 
 from typing import Any
 
-_STATUS = {
+_GOOGLE = {
     400: "INVALID_ARGUMENT",
     403: "PERMISSION_DENIED",
     404: "NOT_FOUND",
@@ -14,8 +14,15 @@ _STATUS = {
     503: "UNAVAILABLE",
     504: "DEADLINE_EXCEEDED",
 }
-"""Google's names for HTTP codes. Source: google/rpc/code.proto; it has no names for 405, 413 and
-415."""
+"""Google's names for HTTP codes. Source: google/rpc/code.proto; it has none for 405, 413, 415."""
+
+_OPENAI = {
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", "server_error"),
+    503: ("server_error", "service_unavailable"),
+    504: ("server_error", "timeout"),
+}
+"""OpenAI's `type` and `code` for HTTP codes; all others are an `invalid_request_error`."""
 
 
 class RequestError(Exception):
@@ -25,13 +32,22 @@ class RequestError(Exception):
         code: HTTP status.
         message: one sentence with what was given and what is allowed.
         field: where in the body, as in `instances[1].parameters.temperature`; may be empty.
+        reason: OpenAI's `code` for it, such as `model_not_found`.
     """
 
-    def __init__(self, code: int, message: str, field: str = "") -> None:
+    def __init__(self, code: int, message: str, field: str = "", reason: str | None = None) -> None:
         super().__init__(message)
-        self.code, self.message, self.field = code, message, field
+        self.code, self.message, self.field, self.reason = code, message, field, reason
 
-    def body(self) -> dict[str, Any]:
-        """The response in the shape that Google's APIs use."""
-        error = {"code": self.code, "status": _STATUS[self.code], "message": self.message}
-        return {"error": error | ({"field": self.field} if self.field else {})}
+
+def google_error(error: RequestError) -> dict[str, Any]:
+    """Write an error as Google's APIs do, with `field` added."""
+    content = {"code": error.code, "status": _GOOGLE[error.code], "message": error.message}
+    return {"error": content | ({"field": error.field} if error.field else {})}
+
+
+def openai_error(error: RequestError) -> dict[str, Any]:
+    """Write an error as OpenAI's API does."""
+    kind, reason = _OPENAI.get(error.code, ("invalid_request_error", None))
+    content = {"message": error.message, "type": kind, "param": error.field or None}
+    return {"error": content | {"code": error.reason or reason}}

@@ -8,13 +8,24 @@ import json
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, GetCoreSchemaHandler, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from handler.config import Limits
+from handler.config import Limits, show
+from handler.errors import RequestError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 Location = tuple[int | str, ...]
 """Where a value stands in the body: names and list indices, as pydantic reports them."""
@@ -75,18 +86,32 @@ class ZeroOrAtLeast:
 
 
 class Input(BaseModel):
-    """No unknown names, no silent conversion ("5" is not 5, true is not 1), no NaN, no null."""
+    """No unknown names, no silent conversion ("5" is not 5, true is not 1), no NaN.
+
+    A field that is null is a field that was not given: many clients send all that they know.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     rule: ClassVar[str] = "an object"
+    hints: ClassVar[dict[str, str]] = {}
+    """Names that are not known here -> what to do instead."""
 
-    @field_validator("*", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _reject_null(cls, value: Any) -> Any:
-        # None stands for "not given" here. A client leaves such a field out.
-        if value is None:
-            raise PydanticCustomError("null", "is null")
+    def _drop_null(cls, value: Any) -> Any:
+        if isinstance(value, dict) and any(item is None for item in value.values()):
+            return {name: item for name, item in value.items() if item is not None}
         return value
+
+
+def problem(text: str, at: str = "") -> PydanticCustomError:
+    """Return the error for a value of which `text` says what is wrong.
+
+    Args:
+        text: completes a sentence that begins with the field.
+        at: the place in the value, as in `[1].type`.
+    """
+    return PydanticCustomError("problem", "{problem}", {"problem": text, "at": at})
 
 
 def _integral(value: Any) -> Any:
@@ -114,9 +139,15 @@ def declaration_at(model: type[BaseModel], location: Location) -> Declaration:
         if isinstance(part, int):
             kind, metadata = _declaration(get_args(kind)[0])
         else:
-            field = kind.model_fields[part]
+            field = _field(kind, part)
             kind, metadata = _declaration(field.annotation, field.metadata)
     return kind, metadata
+
+
+def _field(model: type[BaseModel], name: str) -> FieldInfo:
+    """Return the field with this name in JSON."""
+    fields = model.model_fields
+    return fields.get(name) or next(f for f in fields.values() if f.alias == name)
 
 
 def _declaration(annotation: Any, metadata: Iterable[Any] = ()) -> Declaration:
@@ -164,16 +195,96 @@ def describe(declaration: Declaration, limits: Limits) -> str:
     return text.format(**bounds) if bounds else text
 
 
-def markdown_table(model: type[BaseModel], limits: Limits, defaults: dict[str, Any]) -> str:
+def validate(model: type[Model], value: Any, limits: Limits, where: str = "") -> Model:
+    """Check a value of a request.
+
+    Args:
+        model: what it should be.
+        value: from the body.
+        limits: the app's.
+        where: its place in the body, as in `instances[0]`.
+
+    Raises:
+        RequestError: names the field, what was given and what is allowed.
+    """
+    try:
+        return model.model_validate(value, context=limits)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    location, kind = first["loc"], first["type"]
+    field = _path(where, location)
+    if kind == "missing":
+        text = f"is missing{_unknown(first['input'], _names_at(model, location[:-1]))}"
+    elif kind == "extra_forbidden":
+        text = _not_known(model, location)
+    elif kind == "one_of":
+        text = first["msg"] + _unknown(first["input"], _names_at(model, location))
+    elif kind == "problem":
+        at = first["ctx"]["at"]
+        text, field = first["msg"], f"{field}.{at}" if field and at[:1].isalpha() else field + at
+    else:
+        rule = describe(declaration_at(model, location), limits)
+        text = f"should be {rule}, not {show(first['input'])}"
+    raise RequestError(400, f"{field}: {text}" if field else f"the body {text}", field)
+
+
+def _path(where: str, location: Location) -> str:
+    path = where
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            name = part if len(part) <= 60 else f"{part[:57]}..."
+            path += f".{name}" if path else name
+    return path
+
+
+_MOST_NAMES = 20
+"""Allowed names in a message. If there are more, it has only the one most like the given one."""
+
+
+def _not_known(model: type[BaseModel], location: Location) -> str:
+    """Say what to do instead of giving this field."""
+    kind, _ = declaration_at(model, location[:-1])
+    name, names = str(location[-1]), _names_at(model, location[:-1])
+    if hint := kind.hints.get(name):
+        return hint
+    if len(names) <= _MOST_NAMES:
+        return f"is not known here; allowed are {', '.join(names)}"
+    like = get_close_matches(name, names, 1)
+    return "is not known here" + (f"; the most similar name is {like[0]}" if like else "")
+
+
+def _names_at(model: type[BaseModel], location: Location) -> list[str]:
+    """The names allowed in the object at `location`."""
+    kind, _ = declaration_at(model, location)
+    return [field.alias or name for name, field in kind.model_fields.items()]
+
+
+def _unknown(given: dict[str, Any], allowed: list[str]) -> str:
+    """The first name given that is not allowed: most often the missing one, misspelt."""
+    name = next((name for name in given if name not in allowed), None)
+    return f"; {show(name)} is not known here" if name is not None else ""
+
+
+def markdown_table(
+    model: type[BaseModel],
+    limits: Limits,
+    defaults: dict[str, Any],
+    first: Iterable[str] = (),
+) -> str:
     """Write a Markdown table of parameters: value, default and effect of each.
 
     Args:
         model: each of its fields has a `Doc`.
         limits: the app's.
         defaults: values that win over those of the model.
+        first: the parameters of the first rows.
     """
+    fields = model.model_fields
+    names = [*first, *(name for name in fields if name not in first)]
     lines = ["| parameter | value | default | effect |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
+    for name, field in ((name, fields[name]) for name in names):
         kind, metadata = _declaration(field.annotation, field.metadata)
         value = describe((kind, metadata), limits)
         if get_origin(kind) is list:

@@ -22,16 +22,26 @@ from typing import Any
 
 import psutil
 
+from handler import doors
+from handler.body import read_json
 from handler.config import parse_app
 from handler.context import Context
 from handler.drain import Drain, end_with_frontend, record_failure
-from handler.engine import PromptError, SequenceKey, create_engine
+from handler.engine import ParameterError, PromptError, SequenceKey, create_engine
 from handler.errors import RequestError
 from handler.headers import Header, header_reader
 from handler.metrics import Metrics
+from handler.openai import MODELS, models
 from handler.prompt import render
-from handler.request import default_parameters, parse_request
-from handler.response import PROBE, PROBE_RESPONSE, ActiveRequest, Response, error_response
+from handler.request import Request, default_parameters
+from handler.response import (
+    PROBE,
+    PROBE_RESPONSE,
+    ActiveRequest,
+    Response,
+    error_response,
+    json_response,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +90,8 @@ class LLMHandler:
         self.app = parse_app(context.model_yaml_config, "model-config.yaml")
         self.defaults = default_parameters(self.app)
         self.engine = create_engine(folder / "weights", self.app.engine)
+        self.model_name = context.model_name
+        self.started_at = int(time.time())
         self.metrics = Metrics(context.metrics, context.model_name)
         self._seen: dict[str, float] = {}
         """Request id -> when it was in a tick for the first time."""
@@ -108,8 +120,12 @@ class LLMHandler:
         try:
             request_ids = dict(context.request_ids)
             if self.failure:
-                failed = error_response(RequestError(503, self.failure), RETRY_AFTER_SECONDS)
-                return self._send(request_ids, dict.fromkeys(request_ids.values(), failed), context)
+                error = RequestError(503, self.failure)
+                failed = {
+                    request_id: _rejection(_path(_headers(context, position)), error)
+                    for position, request_id in request_ids.items()
+                }
+                return self._send(request_ids, failed, context)
             responses = self._tick(request_ids, data, context)
             self.drain.report(len(self.active))
             return self._send(request_ids, responses, context)
@@ -146,8 +162,7 @@ class LLMHandler:
             if request_id not in self.active and request_id not in responses
         ]
         for position, request_id in self._in_turn(new, now):
-            header = header_reader(context.get_all_request_header(position))
-            response = self._admit(request_id, data[position], header)
+            response = self._admit(request_id, data[position], _headers(context, position))
             if response:
                 responses[request_id] = response
         decode_seconds = TICK_SECONDS * (1 + len(self.active) / TICK_DOUBLES_AT)
@@ -187,26 +202,19 @@ class LLMHandler:
                 yield position, request_id
 
     def _admit(self, request_id: str, parts: dict[str, Any], header: Header) -> Response | None:
-        """Submit the instances of a new request to the engine, or respond with an error."""
+        """Submit the instances of a new request to the engine, or respond at once."""
+        path = _path(header)
         try:
-            request = parse_request(parts, self.app.limits, self.defaults, header)
+            route = doors.find_route(path)
+            if route == MODELS:
+                return json_response(models(path, self.model_name, self.started_at))
+            raw = read_json(parts, header, self.app.limits.max_body_bytes)
+            request = doors.parse(route, raw, self.app, self.defaults, self.model_name)
             self._check_capacity(len(request.instances))
-            waiting_tokens = self.engine.waiting_tokens
             active = ActiveRequest(request, random_weights=self.app.random_weights)
             active.arrived_at = self._seen[request_id]
             self.active[request_id] = active
-            for i, instance in enumerate(request.instances):
-                field = f"instances[{i}]"
-                prompt = render(instance, self.app.prompt, self.engine.chat_prompt, field)
-                key = SequenceKey(request_id, i)
-                try:
-                    prompt_tokens = self.engine.submit(
-                        key, prompt.text, instance.sampling, stream=request.stream
-                    )
-                except PromptError as error:
-                    raise RequestError(400, f"{field}: the prompt {error}", field) from error
-                active.add(key, prompt_tokens, prompt.echo)
-                self._check_queue(waiting_tokens, self.engine.waiting_tokens - waiting_tokens)
+            self._submit(request_id, request, active)
         except RequestError as error:
             rejected = error
         except Exception:
@@ -214,9 +222,33 @@ class LLMHandler:
             rejected = RequestError(500, "the server failed on this request; its log says why")
         else:
             return None
+        known = self.active.get(request_id)
         self._drop(request_id)
         self.metrics.count_rejected()
-        return error_response(rejected, retry_after=RETRY_AFTER_SECONDS)
+        return _rejection(path, rejected, known)
+
+    def _submit(self, request_id: str, request: Request, active: ActiveRequest) -> None:
+        """Submit the instances of a request to the engine.
+
+        Raises:
+            RequestError: the engine cannot run one of them, or too much waits.
+        """
+        waiting_tokens = self.engine.waiting_tokens
+        for i, instance in enumerate(request.instances):
+            prompt = render(instance, self.app.prompt, self.engine.chat_prompt)
+            key = SequenceKey(request_id, i)
+            try:
+                prompt_tokens = self.engine.submit(
+                    key, prompt.text, instance.sampling, stream=request.stream
+                )
+            except PromptError as error:
+                field = instance.field
+                raise RequestError(400, f"{field}: the prompt {error}", field) from error
+            except ParameterError as error:
+                field = request.fields.get(error.parameter, error.parameter)
+                raise RequestError(400, f"{field}: {error}", field) from error
+            active.add(key, prompt_tokens, prompt.echo)
+            self._check_queue(waiting_tokens, self.engine.waiting_tokens - waiting_tokens)
 
     def _check_capacity(self, wanted: int) -> None:
         if self.drain.requested():
@@ -267,3 +299,23 @@ class LLMHandler:
             for name, value in response.headers.items():
                 context.set_response_header(position, name, value)
         return bodies
+
+
+def _headers(context: Context, position: int) -> Header:
+    return header_reader(context.get_all_request_header(position))
+
+
+def _path(header: Header) -> str:
+    return doors.clean(header("url_path"))
+
+
+def _rejection(path: str, error: RequestError, known: ActiveRequest | None = None) -> Response:
+    """Respond with an error in the shape of the request's API.
+
+    Args:
+        path: the request's.
+        error: why it is rejected.
+        known: the request, if its body was read.
+    """
+    body = known.shape.error(error) if known else doors.write_error(path, error)
+    return error_response(error.code, body, RETRY_AFTER_SECONDS)

@@ -29,9 +29,7 @@ class Prompt(NamedTuple):
     echo: str
 
 
-def render(
-    instance: Instance, config: PromptConfig, chat_template: ChatTemplate, field: str
-) -> Prompt:
+def render(instance: Instance, config: PromptConfig, chat_template: ChatTemplate) -> Prompt:
     """Write the prompt of one instance.
 
     The prediction repeats it if it is plain text, unless the client asks for something else with
@@ -41,15 +39,15 @@ def render(
         instance: one instance of the request.
         config: the app's prompt style.
         chat_template: messages -> text, or None if the model has no template.
-        field: where the instance stands in the body, for error messages.
 
     Raises:
         RequestError: the prompt is empty, or the model cannot read these messages.
     """
+    field = instance.field
     if instance.prompt == "":
         raise RequestError(400, f"{field}: the prompt is empty; give some text", field)
-    plain = config.style == "plain"
-    if config.style == "instruct":
+    plain = config.style == "plain" or instance.raw
+    if config.style == "instruct" and not instance.raw:
         instruction = _instruction(instance, field)
         before, *after = config.template.split("{prompt}")
         parts = [part for text in after for part in (instruction, text)]
@@ -90,7 +88,7 @@ def _instruction(instance: Instance, field: str) -> str:
     if isinstance(instance.prompt, str):
         return instance.prompt
     if len(instance.prompt) > 1 or instance.prompt[0]["role"] != "user":
-        field += ".messages"
+        field = field if field.endswith("messages") else f"{field}.messages"
         raise RequestError(
             400, f"{field}: this model takes one instruction, a single message by the user", field
         )

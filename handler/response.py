@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from handler.engine import FinishReason, Progress, SequenceKey
+from handler.engine import Progress, SequenceKey
 from handler.errors import RequestError
 from handler.request import Request
+from handler.shapes import RANDOM_WEIGHTS, Completion
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
-RANDOM_WEIGHTS = "random weights: the text means nothing"
 
 
 class Delivery(Enum):
@@ -49,35 +49,26 @@ needs no place in the engine, so a full or draining server answers it too."""
 PROBE_RESPONSE = Response(b'{"status": "ok"}', headers={"content-type": JSON})
 
 
-def error_response(error: RequestError, retry_after: int) -> Response:
-    """Respond to a rejected request. 429 and 503 say to retry after `retry_after` seconds."""
+def json_response(body: dict[str, Any]) -> Response:
+    """Respond with JSON."""
+    return Response(_encode(body), headers={"content-type": JSON})
+
+
+def error_response(code: int, body: dict[str, Any], retry_after: int = 0) -> Response:
+    """Respond with an error. 429 and 503 say to retry after `retry_after` seconds."""
     headers = {"content-type": JSON}
-    if error.code in (429, 503):
+    if code in (429, 503):
         headers["retry-after"] = str(retry_after)
-    return Response(_encode(error.body()), error.code, headers)
-
-
-@dataclass
-class Completion:
-    """What is known of one instance's completion. `text` is all of it, `unsent` its last part."""
-
-    prompt_tokens: int
-    text: str
-    unsent: str
-    completion_tokens: int = 0
-    finish_reason: FinishReason | None = None
-    queue_seconds: float = 0.0
-    first_token_at: float | None = None
-    finished_at: float | None = None
-    end_sent: bool = False
+    return Response(_encode(body), code, headers)
 
 
 class ActiveRequest:
-    """Collects the engine's progress on the instances of one request."""
+    """Collects the engine's progress on the completions of one request."""
 
-    def __init__(self, request: Request, *, random_weights: bool) -> None:
+    def __init__(self, request: Request, *, random_weights: bool = False) -> None:
         self.request = request
-        self.random_weights = random_weights
+        self.shape = request.shape
+        self._warning = {"x-warning": RANDOM_WEIGHTS} if random_weights else {}
         self.arrived_at = time.monotonic()
         self.completions: dict[SequenceKey, Completion] = {}
         """One for each instance, in the order of the request."""
@@ -96,6 +87,8 @@ class ActiveRequest:
         completion.completion_tokens = progress.completion_tokens
         completion.text += progress.text
         completion.unsent += progress.text
+        completion.logprobs += progress.logprobs
+        completion.unsent_logprobs += len(progress.logprobs)
         if progress.finish_reason:
             completion.finish_reason = progress.finish_reason
             completion.finished_at = time.monotonic()
@@ -125,70 +118,59 @@ class ActiveRequest:
         return self._whole() if not self.unfinished else None
 
     def _whole(self) -> Response:
-        completions = self.completions.values()
-        body: dict[str, Any] = {"predictions": [c.text for c in completions]}
+        completions = list(self.completions.values())
         headers = {
             "content-type": JSON,
             "x-prompt-tokens": ",".join(str(c.prompt_tokens) for c in completions),
             "x-completion-tokens": ",".join(str(c.completion_tokens) for c in completions),
             "x-finish-reason": ",".join(str(c.finish_reason) for c in completions),
         }
-        if self.random_weights:
-            body["warning"] = RANDOM_WEIGHTS
-        return Response(_encode(body), headers=headers)
+        return Response(_encode(self.shape.whole(completions)), headers=headers | self._warning)
 
     def _events(self) -> Response | None:
-        events = []
-        for key, c in self.completions.items():
-            begun = c.first_token_at is not None or c.finish_reason
-            if not begun or c.end_sent or not (c.unsent or c.finish_reason):
+        completions = list(self.completions.values())
+        events: list[dict[str, Any] | str] = []
+        for index, c in enumerate(completions):
+            generated = c.first_token_at is not None or c.finish_reason
+            if not generated or c.end_sent or not (c.unsent or c.finish_reason):
                 continue
-            event: dict[str, Any] = {"index": key.instance_index, "text": c.unsent}
-            c.unsent = ""
-            if c.finish_reason:
-                c.end_sent = True
-                event |= {
-                    "finish_reason": c.finish_reason,
-                    "prompt_tokens": c.prompt_tokens,
-                    "completion_tokens": c.completion_tokens,
-                }
-                if self.random_weights:
-                    event["warning"] = RANDOM_WEIGHTS
-            events.append(event)
+            events.append(self.shape.event(index, c))
+            c.unsent, c.unsent_logprobs, c.begun = "", 0, True
+            c.end_sent = c.finish_reason is not None
         if not events:
             return None
-        if not all(c.end_sent for c in self.completions.values()):
+        if not all(c.end_sent for c in completions):
             delivery = Delivery.STREAM_PIECE
-        elif self._stream_started:
-            delivery = Delivery.STREAM_END
         else:
+            events += self.shape.last_events(completions)
             # TorchServe sends the status and the headers of a stream only with a piece that is
             # not the last one, so a stream of a single piece is sent as a whole.
-            delivery = Delivery.WHOLE
+            delivery = Delivery.STREAM_END if self._stream_started else Delivery.WHOLE
         self._stream_started = True
         body = b"".join(_event(event) for event in events)
-        return Response(body, headers={"content-type": EVENTS}, delivery=delivery)
+        headers = {"content-type": EVENTS} | self._warning
+        return Response(body, headers=headers, delivery=delivery)
 
     def _failure(self, message: str, code: int) -> Response:
         # The log has the exception. Its text may describe the machine, so clients do not get it.
-        error = RequestError(code, message)
+        body = self.shape.error(RequestError(code, message))
         if not self._stream_started:
-            return error_response(error, retry_after=0)
+            return error_response(code, body)
         headers = {"content-type": EVENTS}
-        return Response(_event(error.body()), headers=headers, delivery=Delivery.STREAM_END)
+        return Response(_event(body), headers=headers, delivery=Delivery.STREAM_END)
 
 
 def _encode(value: dict[str, Any]) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode()
 
 
-def _event(value: dict[str, Any]) -> bytes:
+def _event(value: dict[str, Any] | str) -> bytes:
     """One server-sent event.
 
     Clients that split text into lines by Unicode's rules, as Python's `splitlines` does, would
     split an event at these characters, so they are escaped.
     """
-    data = json.dumps(value, ensure_ascii=False)
+    data = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     for separator in "\u0085\u2028\u2029":
         data = data.replace(separator, f"\\u{ord(separator):04x}")
     return f"data: {data}\n\n".encode()

@@ -8,7 +8,7 @@ import zlib
 import pytest
 
 from handler.body import read_json
-from handler.errors import RequestError
+from handler.errors import RequestError, google_error
 from handler.headers import header_reader
 
 LIMIT = 1000
@@ -24,7 +24,7 @@ def read(body: bytes = BODY, limit: int = LIMIT, **headers: str):
 def error(code: int, body: bytes = BODY, limit: int = LIMIT, **headers: str) -> str:
     with pytest.raises(RequestError) as raised:
         read(body, limit, **headers)
-    assert raised.value.code == code and raised.value.body()["error"]["code"] == code
+    assert raised.value.code == code and google_error(raised.value)["error"]["code"] == code
     return raised.value.message
 
 

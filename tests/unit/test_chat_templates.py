@@ -31,7 +31,7 @@ CHAT = PromptConfig(style="chat", special_tokens_in_content="text")
 
 
 def instance(prompt: str | Messages) -> Instance:
-    return Instance(prompt, Sampling(), None)
+    return Instance(prompt, Sampling(), None, "instances[0]")
 
 
 def talk(*contents: str, system: str | None = None) -> Messages:
@@ -247,7 +247,7 @@ def test_template_with_an_error_breaks_only_chats(tmp_path: Path, source: str):
     assert folder.encode("Hi")
     for _ in range(2):
         with pytest.raises(RequestError, match="chat template has an error in line 2: ") as refused:
-            render(instance(talk("Hi")), CHAT, folder.chat_prompt, "instances[0]")
+            render(instance(talk("Hi")), CHAT, folder.chat_prompt)
         assert refused.value.code == 400 and "use a plain prompt" in str(refused.value)
     with pytest.raises(TemplateSyntaxError):
         folder.chat_prompt(talk("Hi"))
@@ -256,7 +256,7 @@ def test_template_with_an_error_breaks_only_chats(tmp_path: Path, source: str):
 def test_other_error_of_a_template_breaks_only_chats(tmp_path: Path):
     folder = ModelFolder(write_tokenizer(tmp_path / "m", byte_level(), template="{% break %}"))
     with pytest.raises(RequestError, match="rejected by the chat template: 'break' outside loop"):
-        render(instance(talk("Hi")), CHAT, folder.chat_prompt, "instances[0]")
+        render(instance(talk("Hi")), CHAT, folder.chat_prompt)
 
 
 TEMPLATE_A, TEMPLATE_B = "A{{ messages[0].content }}", "B{{ messages[0].content }}"
@@ -332,11 +332,11 @@ def test_instruct_template_gets_the_tokens_that_the_tokenizer_adds(tmp_path: Pat
     instruct = {"style": "instruct", "template": "### Instruction: {prompt}\n### Response:"}
     for content in ("text", "control"):
         config = CHAT.model_copy(update={**instruct, "special_tokens_in_content": content})
-        prompt = render(instance("Hi"), config, folder.chat_prompt, "").text
+        prompt = render(instance("Hi"), config, folder.chat_prompt).text
         ids = folder.encode(prompt)
         assert ids == tokenizer.encode(str(prompt)).ids and (ids[0], ids[-1]) == (1, 2)
         chat = CHAT.model_copy(update={"special_tokens_in_content": content})
-        prompt = render(instance("Hi"), chat, folder.chat_prompt, "").text
+        prompt = render(instance("Hi"), chat, folder.chat_prompt).text
         assert isinstance(prompt, TemplatedPrompt) and not {1, 2}.intersection(
             folder.encode(prompt)
         )

@@ -17,7 +17,7 @@ from deploy.archive.export import export
 from handler.config import engine_config, load_app
 from handler.engine import PromptError, Sampling, create_engine, openvino_engine
 from handler.engine.sampling import Sampler
-from handler.request import parse_request
+from handler.request import parse_body
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -161,8 +161,7 @@ EXTREMES = {
 @given(values=st.fixed_dictionaries(EXTREMES))
 def test_every_allowed_sampling_value_gives_a_completion(make_engine, kind, values):
     body = {"instances": ["Hello"], "parameters": {"max_new_tokens": 3, **values}}
-    limits = load_app("any", local=True).limits
-    (instance,) = parse_request({"body": json.dumps(body)}, limits, {}).instances
+    (instance,) = parse_body(body, load_app("any", local=True), {}).instances
     _, reasons = run(make_engine(kind, "LLAMA"), ["Hello"], instance.sampling)
     assert reasons == ["length"]
 

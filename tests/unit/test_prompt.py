@@ -14,7 +14,7 @@ DOLLY = load_app("dolly-v2-3b").prompt
 
 
 def instance(prompt: str | Messages, full_text: bool | None = None) -> Instance:
-    return Instance(prompt, Sampling(), full_text)
+    return Instance(prompt, Sampling(), full_text, "instances[3]")
 
 
 def user(text: str) -> Messages:
@@ -30,8 +30,8 @@ def no_template(_: Messages) -> None:
 
 
 def test_plain_text_is_unchanged_and_echoed():
-    assert render(instance("Hi {prompt}"), PLAIN, no_template, "") == ("Hi {prompt}", "Hi {prompt}")
-    assert render(instance("Hi", full_text=False), PLAIN, no_template, "") == ("Hi", "")
+    assert render(instance("Hi {prompt}"), PLAIN, no_template) == ("Hi {prompt}", "Hi {prompt}")
+    assert render(instance("Hi", full_text=False), PLAIN, no_template) == ("Hi", "")
 
 
 def test_instruction_format_of_dolly():
@@ -39,22 +39,22 @@ def test_instruction_format_of_dolly():
         "Below is an instruction that describes a task. Write a response that appropriately "
         "completes the request.\n\n### Instruction:\nWhy?\n\n### Response:\n"
     )
-    assert render(instance("Why?"), DOLLY, no_template, "") == (expected, "")
-    assert render(instance(user("Why?")), DOLLY, no_template, "") == (expected, "")
-    with_echo = render(instance("Why?", full_text=True), DOLLY, no_template, "")
+    assert render(instance("Why?"), DOLLY, no_template) == (expected, "")
+    assert render(instance(user("Why?")), DOLLY, no_template) == (expected, "")
+    with_echo = render(instance("Why?", full_text=True), DOLLY, no_template)
     assert with_echo == (expected, expected)
 
 
 def test_instruction_is_not_formatted_twice():
-    prompt = render(instance("{prompt} %s {0}"), DOLLY, no_template, "")
+    prompt = render(instance("{prompt} %s {0}"), DOLLY, no_template)
     assert prompt.text.count("{prompt} %s {0}") == 1
 
 
 def test_chat_template():
     expected = "<user>Hi<assistant>"
-    assert render(instance("Hi"), CHAT, template, "") == (expected, "")
-    assert render(instance(user("Hi")), PLAIN, template, "") == (expected, "")
-    assert render(instance(user("Hi"), full_text=True), PLAIN, template, "").echo == expected
+    assert render(instance("Hi"), CHAT, template) == (expected, "")
+    assert render(instance(user("Hi")), PLAIN, template) == (expected, "")
+    assert render(instance(user("Hi"), full_text=True), PLAIN, template).echo == expected
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,6 @@ def test_chat_template():
 )
 def test_rejects_prompt_the_model_cannot_read(given, config, chat, message):
     with pytest.raises(RequestError) as rejected:
-        render(given, config, chat, "instances[3]")
+        render(given, config, chat)
     assert message in rejected.value.message
     assert rejected.value.field.startswith("instances[3]")

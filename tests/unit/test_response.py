@@ -8,7 +8,7 @@ import handler.response
 from handler.config import load_app
 from handler.engine import Progress, SequenceKey
 from handler.metrics import COUNTERS, HISTOGRAMS, Metrics
-from handler.request import default_parameters, parse_request
+from handler.request import default_parameters, parse_body
 from handler.response import ActiveRequest, Delivery, Response
 
 APP = load_app("my-own-model", local=True)
@@ -35,8 +35,7 @@ def active(request, monkeypatch):
     monkeypatch.setattr(handler.response.time, "monotonic", lambda: next(clock))
     body = {"instances": ["a", "b"], "parameters": {"stream": request.param}}
     active = ActiveRequest(
-        parse_request({"body": json.dumps(body)}, APP.limits, default_parameters(APP)),
-        random_weights=False,
+        parse_body(body, APP, default_parameters(APP)),
     )
     a, b = SequenceKey("request", 0), SequenceKey("request", 1)
     active.add(a, 5, "")
@@ -77,9 +76,7 @@ def test_counts_requests_tokens_and_times(active):
 def start(stream: bool) -> ActiveRequest:
     """An active request with one instance."""
     body = {"instances": ["a"], "parameters": {"stream": stream}}
-    active = ActiveRequest(
-        parse_request({"body": json.dumps(body)}, APP.limits, {}), random_weights=False
-    )
+    active = ActiveRequest(parse_body(body, APP, {}))
     active.add(KEY, 5, "")
     return active
 

@@ -1,0 +1,327 @@
+"""The requests of OpenAI's API: `/v1/chat/completions`, `/v1/completions` and `/v1/models`.
+
+TorchServe passes the rest of the path on, so clients use the base URL
+`http://localhost:7080/predictions/APP/1.0/v1`. Vertex AI's `predict` has no path. There an instance
+with `"@requestFormat": "chatCompletions"` is the body of a chat, as for Model Garden's containers.
+
+Source: https://platform.openai.com/docs/api-reference. `top_k`, `min_p`, `repetition_penalty` and
+`ignore_eos` are vLLM's additions; `timeout` is ours.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from handler.config import App, load_app, show
+from handler.engine import Messages, Sampling
+from handler.errors import RequestError
+from handler.fields import (
+    AppLimit,
+    Doc,
+    Input,
+    Rule,
+    WholeNumber,
+    markdown_table,
+    problem,
+    validate,
+)
+from handler.openai_response import ChatShape, CompletionsShape, OpenAIShape
+from handler.request import Conversation, Decoding, Instance, MaxTokens, Request, Timeout
+
+CHAT, COMPLETIONS, MODELS = "v1/chat/completions", "v1/completions", "v1/models"
+
+FORMAT = "@requestFormat"
+"""The key of an instance that says which API its content is of."""
+
+_NOT_HERE = dict.fromkeys(
+    (
+        *("audio", "best_of", "function_call", "functions", "logit_bias", "modalities"),
+        *("moderation", "prediction", "reasoning", "reasoning_effort", "suffix", "tool_choice"),
+        *("tools", "verbosity", "web_search_options", "prompt_token_ids", "guided_regex"),
+        *("guided_choice", "guided_grammar", "use_beam_search", "chat_template", "documents"),
+        *("min_tokens", "stop_token_ids", "bad_words", "prompt_logprobs", "length_penalty"),
+    ),
+    "is not supported by this server; leave it out",
+)
+"""What OpenAI or vLLM have and we do not."""
+
+
+class StreamOptions(Input):
+    """What a stream has besides text."""
+
+    rule = 'an object, {"include_usage": true or false}'
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class _OpenAIBody(Decoding):
+    """What both routes have."""
+
+    hints: ClassVar[dict[str, str]] = _NOT_HERE
+
+    model: Annotated[str | None, Doc("The name of the model.", default="the served one")] = None
+    max_tokens: MaxTokens = None
+    n: Annotated[
+        WholeNumber,
+        Field(ge=1),
+        AppLimit("max_instances"),
+        Doc("Completions of each prompt. With a seed, each has the next seed."),
+    ] = 1
+    stream: Annotated[bool, Doc("Send chunks as text is generated.")] = False
+    stream_options: Annotated[
+        StreamOptions | None,
+        Doc("`include_usage`: the last chunk has the token counts.", default="none"),
+    ] = None
+    timeout: Timeout = None
+    user: Annotated[str | None, Doc("Ignored.", default="none")] = None
+    metadata: Annotated[
+        dict[str, Any] | None, Rule("an object"), Doc("Ignored.", default="none")
+    ] = None
+    store: Annotated[bool | None, Doc("Ignored: nothing is stored.")] = False
+    service_tier: Annotated[str | None, Doc("Ignored.", default="none")] = None
+    safety_identifier: Annotated[str | None, Doc("Ignored.", default="none")] = None
+    prompt_cache_key: Annotated[str | None, Doc("Ignored.", default="none")] = None
+    prompt_cache_retention: Annotated[str | None, Doc("Ignored.", default="none")] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, value: Any) -> Any:
+        """Drop options that ask for nothing, which some clients send."""
+        if not isinstance(value, dict):
+            return value
+        nothing = {"logit_bias": {}, "modalities": ["text"], "best_of": value.get("n", 1)}
+        nothing |= {"tools": [], "functions": [], "suffix": ""}
+        return {
+            name: item
+            for name, item in value.items()
+            if item is not None and not (name in nothing and nothing[name] == item)
+        }
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "_OpenAIBody":
+        if self.stream_options and not self.stream:
+            raise problem('is only allowed with "stream": true', "stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatBody(_OpenAIBody):
+    """The body of `/v1/chat/completions`."""
+
+    messages: Annotated[Conversation, Doc("The conversation.", default="required")]
+    max_completion_tokens: Annotated[MaxTokens, Doc("The newer name of `max_tokens`.")] = None
+    logprobs: Annotated[bool | None, Doc("Return the log-probability of each token.")] = False
+    top_logprobs: Annotated[
+        WholeNumber | None,
+        Field(ge=0, le=20),
+        Doc("The likeliest tokens to return at each position, with `logprobs`."),
+    ] = 0
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> "ChatBody":
+        if self.max_tokens and self.max_completion_tokens:
+            raise problem("was given as well as max_tokens; give one", "max_completion_tokens")
+        if self.top_logprobs and not self.logprobs:
+            raise problem('is only allowed with "logprobs": true', "top_logprobs")
+        return self
+
+
+Prompts = Annotated[
+    list[str],
+    Field(min_length=1),
+    Rule("a string, or a list of strings; token ids are not supported"),
+]
+
+
+class CompletionsBody(_OpenAIBody):
+    """The body of `/v1/completions`."""
+
+    prompt: Annotated[
+        Prompts, Doc("The text to continue, or several; the model's whole input.", "required")
+    ]
+    logprobs: Annotated[
+        WholeNumber | None,
+        Field(ge=0, le=20),
+        Doc(
+            "Return the log-probabilities, and those of this many likeliest tokens.",
+            default="none",
+        ),
+    ] = None
+    echo: Annotated[bool | None, Doc("Begin each completion with its prompt.")] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list_of_prompts(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("prompt"), str):
+            return value | {"prompt": [value["prompt"]]}
+        return value
+
+    @model_validator(mode="after")
+    def _check_completions(self) -> "CompletionsBody":
+        if self.echo and self.logprobs is not None:
+            raise problem('is not supported with "logprobs"', "echo")
+        return self
+
+
+def parse_chat(
+    raw: Any, app: App, defaults: dict[str, Any], model: str, *, where: str = ""
+) -> Request:
+    """Check the body of a chat completion.
+
+    Args:
+        raw: the body's JSON.
+        app: has the limits of one request.
+        defaults: the app's, from `default_parameters`.
+        model: the served model's name.
+        where: the place of `raw` in the body: an instance of Vertex AI's API, where the endpoint
+            decides about the model.
+
+    Raises:
+        RequestError: the body is not what it should be.
+    """
+    body = validate(ChatBody, _object(raw, where), app.limits, where)
+    limit = body.max_tokens or body.max_completion_tokens or app.limits.max_new_tokens
+    sampling = _sampling(body, defaults, limit)
+    if body.logprobs:
+        sampling["logprobs"] = body.top_logprobs or 0
+    messages: Messages = [message.for_template() for message in body.messages]
+    shape = ChatShape(model, body.n, body.include_usage, predictions=bool(where))
+    prefix = f"{where}." if where else ""
+    if not where:
+        _check_model(body, model)
+    return _request(body, app, [(messages, f"{prefix}messages")], sampling, shape, prefix)
+
+
+def parse_completions(raw: Any, app: App, defaults: dict[str, Any], model: str) -> Request:
+    """Check the body of a completion; see `parse_chat`."""
+    body = validate(CompletionsBody, _object(raw), app.limits)
+    sampling = _sampling(body, defaults, body.max_tokens)
+    if body.logprobs is not None:
+        sampling["logprobs"] = body.logprobs
+    shape = CompletionsShape(model, body.n, body.include_usage, top=bool(body.logprobs))
+    _check_model(body, model)
+    many = len(body.prompt) > 1
+    prompts = [(text, f"prompt[{i}]" if many else "prompt") for i, text in enumerate(body.prompt)]
+    return _request(body, app, prompts, sampling, shape, "")
+
+
+def chat_instance(raw: Any) -> Any:
+    """Return the body of a chat in a request to Vertex AI's `predict`; None if it has none.
+
+    Raises:
+        RequestError: there are other instances beside it, or the format is another one.
+    """
+    instances = raw.get("instances") if isinstance(raw, dict) else None
+    if not isinstance(instances, list):
+        return None
+    marked = [i for i, item in enumerate(instances) if isinstance(item, dict) and FORMAT in item]
+    if not marked:
+        return None
+    field = f"instances[{marked[0]}].{FORMAT}"
+    if len(instances) > 1:
+        message = f"{field}: a chat should be the only instance, but {len(instances)} were given"
+        raise RequestError(400, message, field)
+    instance = dict(instances[0])
+    if (given := instance.pop(FORMAT)) != "chatCompletions":
+        raise RequestError(400, f'{field}: should be "chatCompletions", not {show(given)}', field)
+    for name in raw:
+        if name != "instances" and raw[name] not in (None, {}):
+            message = f"{name}: is not allowed with {FORMAT}; give its fields in the instance"
+            raise RequestError(400, message, name)
+    return instance
+
+
+def models(path: str, model: str, created: int) -> dict[str, Any]:
+    """Answer `/v1/models`, or `/v1/models/NAME`.
+
+    Raises:
+        RequestError: the model has another name.
+    """
+    entry = {"id": model, "object": "model", "created": created, "owned_by": "serving-llms"}
+    name = path.removeprefix(MODELS).strip("/")
+    if not name:
+        return {"object": "list", "data": [entry]}
+    if name != model:
+        raise _no_model(name, model)
+    return entry
+
+
+def parameter_table(route: Literal["chat", "completions"]) -> str:
+    """Write the fields of a route as a Markdown table, with the limits of a plain app."""
+    app = load_app("an-app-without-a-yaml", local=True)
+    body = ChatBody if route == "chat" else CompletionsBody
+    defaults = {name: getattr(Sampling(), name, None) for name in Decoding.model_fields}
+    usual = {name: value for name, value in defaults.items() if value is not None}
+    first = {"chat": "messages", "completions": "prompt"}[route]
+    limit = app.limits.max_new_tokens if route == "chat" else app.parameters["max_new_tokens"]
+    usual |= {"max_tokens": limit, "max_completion_tokens": limit}
+    return markdown_table(body, app.limits, usual | app.parameters, first=("model", first))
+
+
+def _object(raw: Any, where: str = "") -> Any:
+    if not isinstance(raw, dict):
+        text = f"should be an object, not {show(raw)}"
+        raise RequestError(400, f"{where}: {text}" if where else f"the body {text}", where)
+    return raw
+
+
+def _check_model(body: _OpenAIBody, model: str) -> None:
+    if body.model not in (None, "", model):
+        raise _no_model(str(body.model), model)
+
+
+def _no_model(name: str, model: str) -> RequestError:
+    message = f"model: {show(name)} is not served here; use {show(model)}"
+    return RequestError(404, message, "model", "model_not_found")
+
+
+def _sampling(body: Decoding, defaults: dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """Return the values for `Sampling`."""
+    usual = {name: value for name, value in defaults.items() if name != "return_full_text"}
+    return usual | body.sampling() | ({"max_new_tokens": limit} if limit else {})
+
+
+def _request(
+    body: _OpenAIBody,
+    app: App,
+    prompts: Sequence[tuple[str | Messages, str]],
+    sampling: dict[str, Any],
+    shape: OpenAIShape,
+    prefix: str,
+) -> Request:
+    """Make one instance for each completion; `prompts` are prompts and their fields."""
+    wanted, most = len(prompts) * body.n, app.limits.max_instances
+    if wanted > most:
+        message = f"n: {wanted} completions were asked for; one request may have at most {most}"
+        raise RequestError(400, message, f"{prefix}n")
+    echo = isinstance(body, CompletionsBody) and bool(body.echo)
+    seed = sampling.pop("seed", None)
+    instances = [
+        Instance(
+            prompt,
+            Sampling(**sampling, seed=None if seed is None else _next_seed(seed, j)),
+            return_full_text=echo,
+            field=field,
+            raw=isinstance(prompt, str),
+        )
+        for prompt, field in prompts
+        for j in range(body.n)
+    ]
+    given = "max_completion_tokens" if getattr(body, "max_completion_tokens", 0) else "max_tokens"
+    names = {"max_new_tokens": given, "json_schema": "response_format"}
+    if sampling.get("logprobs"):
+        names["logprobs"] = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
+    fields = {name: f"{prefix}{names.get(name, name)}" for name in Sampling.__dataclass_fields__}
+    seconds = app.limits.seconds if body.timeout is None else body.timeout
+    return Request(instances, body.stream, seconds, shape, fields)
+
+
+def _next_seed(seed: int, i: int) -> int:
+    """Return the seed of the i-th completion, within 64 bits."""
+    return seed + i if seed + i < 2**63 else seed - i
