@@ -35,7 +35,7 @@ STATE = TEMPORARY / "serving"
 DRAIN_SECONDS = 20
 """The default of the environment variable."""
 METRICS_PORT = 7082
-"""As in config.properties."""
+"""A port of loopback, where the worker serves metrics."""
 JAVA_SECONDS = 5
 """From SIGTERM to SIGKILL for TorchServe, after the drain."""
 QUIET_SECONDS = 1.0
@@ -60,6 +60,8 @@ def main() -> int:
             "AIP_HTTP_PORT": str(port),
             "HF_HUB_OFFLINE": "1",
             "SERVING_STATE": str(STATE),
+            "SERVING_METRICS_PORT": str(METRICS_PORT),
+            "SERVING_FRONTEND_METRICS": management.address(STATE, management.METRICS_SOCKET),
             "GRPC_ADDRESS": grpc_address(),
             "MAX_REQUEST_SIZE": str(max_request_size(store / archive)),
         }

@@ -142,6 +142,12 @@ class Limits(_Strict):
     seconds: Annotated[int, Field(ge=1)]
 
 
+class MetricsConfig(_Strict):
+    """What `/metrics` reports."""
+
+    vllm_names: bool
+
+
 class App(_Strict):
     """Everything under `app:`."""
 
@@ -155,6 +161,7 @@ class App(_Strict):
     prompt: PromptConfig
     parameters: dict[str, Any]
     limits: Limits
+    metrics: MetricsConfig
 
 
 class ModelConfig(_Strict):

@@ -1,28 +1,10 @@
 """The part of TorchServe's context that the handler uses, as types.
 
-TorchServe 0.12.0 has no type information. Source: ts/context.py and ts/metrics/.
+TorchServe 0.12.0 has no type information. Source: ts/context.py.
 """
 
 from collections.abc import Callable
 from typing import Any, Protocol
-
-
-class Metric(Protocol):
-    """One metric that TorchServe reports."""
-
-    def add_or_update(self, value: float, dimension_values: list[str]) -> None:
-        """Add to a counter, or record a value in a histogram."""
-        ...
-
-
-class MetricsCache(Protocol):
-    """The metrics of a worker."""
-
-    def add_metric_to_cache(
-        self, metric_name: str, unit: str, dimension_names: list[str], metric_type: Any
-    ) -> Metric:
-        """Declare a metric."""
-        ...
 
 
 class Context(Protocol):
@@ -34,7 +16,6 @@ class Context(Protocol):
     system_properties: dict[str, Any]
     model_name: str
     model_yaml_config: dict[str, Any]
-    metrics: MetricsCache
     request_ids: dict[int, str]
     """Position -> request id."""
     stopping_criteria: list[Callable[[Any], bool | None] | None]

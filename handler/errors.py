@@ -33,11 +33,20 @@ class RequestError(Exception):
         message: one sentence with what was given and what is allowed.
         field: where in the body, as in `instances[1].parameters.temperature`; may be empty.
         reason: OpenAI's `code` for it, such as `model_not_found`.
+        counted_as: one of `metrics.REFUSALS`; empty if the status alone says it.
     """
 
-    def __init__(self, code: int, message: str, field: str = "", reason: str | None = None) -> None:
+    def __init__(
+        self,
+        code: int,
+        message: str,
+        field: str = "",
+        reason: str | None = None,
+        counted_as: str = "",
+    ) -> None:
         super().__init__(message)
         self.code, self.message, self.field, self.reason = code, message, field, reason
+        self.counted_as = counted_as
 
 
 def google_error(error: RequestError) -> dict[str, Any]:

@@ -92,7 +92,8 @@ class LLMHandler:
         self.engine = create_engine(folder / "weights", self.app.engine)
         self.model_name = context.model_name
         self.started_at = int(time.time())
-        self.metrics = Metrics(context.metrics, context.model_name)
+        self.metrics = Metrics(self.app, context.model_name)
+        self.metrics.serve()
         self._seen: dict[str, float] = {}
         """Request id -> when it was in a tick for the first time."""
         self.drain = Drain()
@@ -127,6 +128,7 @@ class LLMHandler:
                 }
                 return self._send(request_ids, failed, context)
             responses = self._tick(request_ids, data, context)
+            self.metrics.set_load(self.engine.load)
             self.drain.report(len(self.active))
             return self._send(request_ids, responses, context)
         except Exception:  # the state of the engine is unknown now
@@ -144,6 +146,7 @@ class LLMHandler:
         now = time.monotonic()
         self._seen = {i: self._seen.get(i, now) for i in request_ids.values()}
         for request_id in set(self.active) - set(request_ids.values()):
+            self.metrics.record_cancelled(self.active[request_id])
             self._drop(request_id)
         for active in self.active.values():
             if now >= active.deadline:
@@ -172,7 +175,9 @@ class LLMHandler:
             decode_seconds = 0.0
         for progress in self.engine.advance(decode_seconds):
             key: SequenceKey = progress.key
-            self.active[key.request_id].update(progress)
+            active = self.active[key.request_id]
+            self.metrics.count_tokens(active.completions[key], progress)
+            active.update(progress)
         for request_id, active in list(self.active.items()):
             response = active.take_response()
             if response:
@@ -224,7 +229,7 @@ class LLMHandler:
             return None
         known = self.active.get(request_id)
         self._drop(request_id)
-        self.metrics.count_rejected()
+        self.metrics.count_refused(rejected)
         return _rejection(path, rejected, known)
 
     def _submit(self, request_id: str, request: Request, active: ActiveRequest) -> None:
@@ -274,6 +279,7 @@ class LLMHandler:
                 429,
                 f"the server is full: {waiting} prompt tokens are waiting, this request adds "
                 f"{added} or more, and {most} is the most; retry later",
+                counted_as="queue_tokens",
             )
 
     def _drop(self, request_id: str) -> None:

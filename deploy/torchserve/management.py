@@ -16,18 +16,20 @@ from urllib.parse import urlsplit
 
 SOCKET = "management.sock"
 """The socket's name in the server's private folder."""
+METRICS_SOCKET = "metrics.sock"
+"""The name of the socket with the frontend's own metrics, which the worker reads."""
 UNIX = "unix:"
 """What an address that is a socket begins with."""
 
 
-def address(folder: Path) -> str:
-    """Return a `management_address` for TorchServe: a socket in a private folder.
+def address(folder: Path, name: str = SOCKET) -> str:
+    """Return an address for one of TorchServe's APIs: a socket in a private folder.
 
     On macOS with Apple silicon it is a random port of loopback. There TorchServe 0.12.0 has no Unix
     sockets: its netty has native code only for Linux and for macOS on Intel.
     """
     if (platform.system(), platform.machine()) != ("Darwin", "arm64"):
-        return f"{UNIX}{folder / SOCKET}"
+        return f"{UNIX}{folder / name}"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{probe.getsockname()[1]}"

@@ -32,6 +32,7 @@ from deploy.torchserve.launch import (
 )
 from deploy.torchserve.watch import Frontend, State, Watcher
 from handler.drain import VARIABLE
+from handler.metrics import FRONTEND_VARIABLE, PORT_VARIABLE
 
 PORT = 7080
 _LOG4J = ROOT / "docker" / "log4j2.xml"
@@ -80,7 +81,7 @@ class Server:
         self.log = BUILD / f"server-{port}.log"
         self._java: BoundProcess | None = None
         self._temporary: Path | None = None
-        self._management = ""
+        self._management = self._frontend_metrics = ""
         self._guard: subprocess.Popen | None = None
         self._started_in = 0.0
 
@@ -160,6 +161,7 @@ class Server:
             # Short, because the path of a socket is limited to 107 characters.
             temporary = self._temporary = Path(tempfile.mkdtemp(prefix="ts-"))
             self._management = management.address(temporary)
+            self._frontend_metrics = management.address(temporary, management.METRICS_SOCKET)
             self.log.write_bytes(b"")
             with self.log.open("ab") as log:  # what Java itself prints; the rest is log4j's
                 self._java = BoundProcess(
@@ -293,7 +295,7 @@ class Server:
         return read_properties(_SETTINGS) | {
             "inference_address": f"http://{self.host}:{self.port}",
             "management_address": self._management,
-            "metrics_address": f"http://127.0.0.1:{self.port + 2}",
+            "metrics_address": self._frontend_metrics,
             "grpc_inference_address": grpc,
             "grpc_management_address": grpc,
             "max_request_size": str(largest_body),
@@ -301,7 +303,12 @@ class Server:
 
     def _environment(self) -> dict[str, str]:
         offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        settings = {"PYTHONUNBUFFERED": "1", VARIABLE: str(self._temporary)}
+        settings = {
+            "PYTHONUNBUFFERED": "1",
+            VARIABLE: str(self._temporary),
+            PORT_VARIABLE: str(self.port + 2),
+            FRONTEND_VARIABLE: self._frontend_metrics,
+        }
         return server_environment(os.environ) | offline | settings | self.environment
 
     def _wait_until_ready(self, timeout: float) -> None:

@@ -227,69 +227,6 @@ def test_other_routes_of_the_frontend(server):
         assert predict(base + path, body) == expected
 
 
-def test_metrics_are_on_the_metrics_port(server):
-    list(stream(server.url, {"instances": ["Paris"]}))
-    text = httpx.get(server.metrics).text
-    for name in (
-        "llm_requests_total",
-        "llm_prompt_tokens_total",
-        "llm_completion_tokens_total",
-        "llm_time_to_first_token_seconds_bucket",
-        "llm_time_per_output_token_seconds_bucket",
-        "llm_queue_time_seconds_bucket",
-        "ts_inference_requests_total",
-    ):
-        assert f"\n{name}{{" in text, name
-    assert "smollm2-135m" in text
-
-
-COUNTED = {
-    "llm_requests_total",
-    "llm_prompt_tokens_total",
-    "llm_completion_tokens_total",
-    "llm_refused_requests_total",
-    "llm_queue_time_seconds_count",
-    "llm_queue_time_seconds_sum",
-}
-
-
-def counted(server):
-    """The values of `COUNTED` for the model; 0 for metrics that were not counted yet."""
-    values = dict.fromkeys(COUNTED, 0.0)
-    for line in httpx.get(server.metrics).text.splitlines():
-        name, _, rest = line.partition("{")
-        if name in COUNTED and 'ModelName="smollm2-135m"' in rest:
-            values[name] += float(rest.split()[-1])
-    return values
-
-
-def test_metrics_count_one_request(server):
-    """The worker reports through its log, so the metrics change shortly after the response."""
-    time.sleep(1)  # what came before
-    before = counted(server)
-    short = {"prompt": PROMPT, "parameters": {"max_new_tokens": 3}}
-    began = time.monotonic()
-    response = httpx.post(server.url, json={"instances": [short, "Paris"]}, timeout=60)
-    took = time.monotonic() - began
-    time.sleep(1)
-    after = counted(server)
-    moved = {name: after[name] - before[name] for name in COUNTED}
-    queued = moved.pop("llm_queue_time_seconds_sum")
-    assert moved == {
-        "llm_requests_total": 1,
-        "llm_prompt_tokens_total": total(response.headers["x-prompt-tokens"]),
-        "llm_completion_tokens_total": total(response.headers["x-completion-tokens"]),
-        "llm_refused_requests_total": 0,
-        "llm_queue_time_seconds_count": 2,
-    }
-    assert moved["llm_completion_tokens_total"] == 3 + 50
-    assert 0 < queued < took, "two instances together; each waited for less than half of it"
-
-
-def total(header):
-    return sum(int(count) for count in header.split(","))
-
-
 def test_management_registers_no_models(server):
     with server.management_api() as management:
         response = management.post("/models?url=other.mar")

@@ -181,7 +181,7 @@ def test_java_command_and_configuration():
     settings = read_properties(ROOT / "docker" / "config.properties")
     assert settings["inference_address"] == "http://0.0.0.0:$$AIP_HTTP_PORT$$"
     assert settings["management_address"] == "unix:$$SERVING_STATE$$/management.sock"
-    assert settings["metrics_address"].startswith("http://127.0.0.1:")
+    assert settings["metrics_address"] == "$$SERVING_FRONTEND_METRICS$$"  # a socket, too
     names = ("grpc_inference_address", "grpc_management_address")
     assert all(settings[name] == "$$GRPC_ADDRESS$$" for name in names)
     x = Path("/somewhere")

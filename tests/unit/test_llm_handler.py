@@ -7,8 +7,9 @@ import pytest
 
 import handler.llm_handler
 from handler.config import app_yaml
-from handler.engine import Messages, Progress, PromptError, Sampling, SequenceKey
+from handler.engine import EngineLoad, Messages, Progress, PromptError, Sampling, SequenceKey
 from handler.llm_handler import LLMHandler
+from handler.metrics import OUTCOMES, REFUSALS
 from handler.response import PROBE
 
 
@@ -46,6 +47,10 @@ class FakeEngine:
     def alive(self) -> bool:
         return True
 
+    @property
+    def load(self) -> EngineLoad:
+        return EngineLoad(0, len(self.keys), self.waiting_tokens)
+
     def chat_prompt(self, messages: Messages) -> None:
         return None
 
@@ -57,9 +62,6 @@ class FakeContext:
         self.system_properties = {"model_dir": "unused"}
         self.model_name = "model"
         self.model_yaml_config = app_yaml("my-own-model", local=True)
-        self.metrics = SimpleNamespace(
-            add_metric_to_cache=lambda *_: SimpleNamespace(add_or_update=lambda *_: None)
-        )
 
     def get_all_request_header(self, idx: int) -> dict[str, str]:
         return {}
@@ -302,7 +304,7 @@ def test_probe_is_answered_when_the_server_is_full_or_draining(monkeypatch, tmp_
     monkeypatch.setenv("SERVING_STATE", str(tmp_path))
     worker = Worker(monkeypatch)
     counted = []
-    worker.handler.metrics.count_rejected = lambda: counted.append(1)
+    worker.handler.metrics.count_refused = lambda *_: counted.append(1)
     assert worker.probe() == (200, b'{"status": "ok"}')
     full = worker.handler.app.engine.max_batch + worker.handler.app.engine.max_queue
     for i in range(full // 32):
@@ -312,6 +314,54 @@ def test_probe_is_answered_when_the_server_is_full_or_draining(monkeypatch, tmp_
     assert worker.probe() == (200, b'{"status": "ok"}')
     (tmp_path / "draining").touch()
     assert worker.probe() == (200, b'{"status": "ok"}') and not counted
+
+
+def value(worker: Worker, name: str, **labels: str) -> float:
+    """The value of one of the handler's metrics."""
+    found = worker.handler.metrics.registry.get_sample_value(name, {"model": "model", **labels})
+    assert found is not None, (name, labels)
+    return found
+
+
+def refused(worker: Worker) -> dict[str, float]:
+    """The reasons for which requests were rejected, with their numbers."""
+    counts = {r: value(worker, "llm_refused_requests_total", reason=r) for r in REFUSALS}
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def test_rejected_requests_are_counted_by_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("SERVING_STATE", str(tmp_path))
+    worker = Worker(monkeypatch)
+    app = worker.handler.app
+    worker.engine.failures["bug"] = RuntimeError()
+    worker.tick(wrong={"instances": 5}, large=body("a" * (app.limits.max_body_bytes + 1)))
+    worker.tick(bug=body("bug"))
+    assert refused(worker) == {"bad_request": 1, "too_large": 1, "internal_error": 1}
+    worker.tick(first=body("a"))
+    worker.tick(long=body("a" * (app.engine.max_queue_tokens + 1)))
+    for i in range((app.engine.max_batch + app.engine.max_queue) // 32):
+        worker.tick(**{f"r{i}": {"instances": ["a"] * 32}})
+    (tmp_path / "draining").touch()
+    worker.tick(late=body("a"))
+    assert refused(worker) == {
+        "bad_request": 1,
+        "too_large": 1,
+        "internal_error": 1,
+        "queue_tokens": 1,
+        "full": 1,
+        "draining": 1,
+    }
+
+
+def test_gauges_follow_each_tick_and_a_client_that_leaves(worker):
+    worker.tick(one=body("a", "b"), two=body("c"))
+    assert value(worker, "llm_waiting_sequences") == 3
+    assert value(worker, "llm_waiting_prompt_tokens") == 3
+    del worker.bodies["one"]
+    worker.tick()
+    assert value(worker, "llm_waiting_sequences") == 1
+    assert value(worker, "llm_sequences_total", finish_reason="cancelled") == 2
+    assert sum(value(worker, "llm_requests_total", outcome=o) for o in OUTCOMES) == 0
 
 
 def test_requests_are_answered_while_the_state_folder_is_missing(monkeypatch, tmp_path):

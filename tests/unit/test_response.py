@@ -1,4 +1,4 @@
-"""What the completions of a request turn into: headers, and metrics for Prometheus."""
+"""What the completions of a request turn into: a body, headers, events."""
 
 import json
 
@@ -7,25 +7,10 @@ import pytest
 import handler.response
 from handler.config import load_app
 from handler.engine import Progress, SequenceKey
-from handler.metrics import COUNTERS, HISTOGRAMS, Metrics
 from handler.request import default_parameters, parse_body
 from handler.response import ActiveRequest, Delivery, Response
 
 APP = load_app("my-own-model", local=True)
-
-
-class Recorder(dict):
-    """Takes the place of TorchServe's metric cache; keeps the values of each metric."""
-
-    def add_metric_to_cache(self, name, unit, dimensions, kind):
-        values = self[name] = []
-
-        class Metric:
-            def add_or_update(self, value, labels):
-                assert labels == ["model"]
-                values.append(value)
-
-        return Metric()
 
 
 @pytest.fixture
@@ -53,24 +38,6 @@ def test_headers_are_in_the_order_of_the_instances(active):
     assert headers["x-prompt-tokens"] == "5,7"
     assert headers["x-completion-tokens"] == "11,3"
     assert headers["x-finish-reason"] == "length,stop"
-
-
-@pytest.mark.parametrize("active", [False, True], indirect=True, ids=["whole", "stream"])
-def test_counts_requests_tokens_and_times(active):
-    metrics = Metrics(recorder := Recorder(), "model")
-    metrics.record(active)
-    assert recorder.keys() == COUNTERS.keys() | HISTOGRAMS.keys()
-    assert recorder["llm_requests_total"] == [1]
-    assert recorder["llm_refused_requests_total"] == []
-    assert recorder["llm_prompt_tokens_total"] == [5, 7]
-    assert recorder["llm_completion_tokens_total"] == [11, 3]
-    assert recorder["llm_queue_time_seconds"] == [0.5, 0.25]
-    streamed = active.request.stream
-    assert recorder["llm_time_to_first_token_seconds"] == ([0.75, 0.5] if streamed else [])
-    # 10 tokens in 2 s, 2 tokens in 2.5 s: the first of each is not counted
-    assert recorder["llm_time_per_output_token_seconds"] == ([0.2, 1.25] if streamed else [])
-    metrics.count_rejected()
-    assert recorder["llm_refused_requests_total"] == [1] and recorder["llm_requests_total"] == [1]
 
 
 def start(stream: bool) -> ActiveRequest:
