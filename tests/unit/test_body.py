@@ -218,3 +218,10 @@ def test_every_page_may_send_if_all_are_allowed(monkeypatch):
     for headers in ({"origin": SITE}, {"origin": "null"}, {"sec_fetch_site": "cross-site"}):
         assert read(**headers) == VALUE
     assert "text/plain" in error(415, origin=SITE, content_type="text/plain")
+
+
+def test_headers_are_found_in_any_case_among_torchserves_entries():
+    """TorchServe lists each part of the body beside the headers, as `ts/service.py` does."""
+    header = header_reader({"body": {"content-type": None}, "Content-Type": " text/plain "})
+    assert header("content-type") == "text/plain"
+    assert header("body") is None
