@@ -41,6 +41,7 @@ from deploy.torchserve.watch import (
     STEP_SECONDS,
     STUCK_SECONDS,
 )
+from handler import openai
 from handler.config import DEFAULTS, load_app
 from handler.request import parameter_table
 
@@ -56,6 +57,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(table, name) for name in TABLES},
     "make-help": make_help,
     "parameters": parameter_table,
+    "openai-chat": functools.partial(openai.parameter_table, "chat"),
+    "openai-completions": functools.partial(openai.parameter_table, "completions"),
 }
 """Name of a block -> the function that writes it."""
 

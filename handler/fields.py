@@ -271,7 +271,7 @@ def markdown_table(
     model: type[BaseModel],
     limits: Limits,
     defaults: dict[str, Any],
-    first: Iterable[str] = (),
+    names: Iterable[str] = (),
 ) -> str:
     """Write a Markdown table of parameters: value, default and effect of each.
 
@@ -279,15 +279,14 @@ def markdown_table(
         model: each of its fields has a `Doc`.
         limits: the app's.
         defaults: values that win over those of the model.
-        first: the parameters of the first rows.
+        names: the rows; all fields without it.
     """
     fields = model.model_fields
-    names = [*first, *(name for name in fields if name not in first)]
     lines = ["| parameter | value | default | effect |", "|---|---|---|---|"]
-    for name, field in ((name, fields[name]) for name in names):
+    for name, field in ((name, fields[name]) for name in names or fields):
         kind, metadata = _declaration(field.annotation, field.metadata)
         value = describe((kind, metadata), limits)
-        if get_origin(kind) is list:
+        if get_origin(kind) is list and get_args(kind)[0] is not str:
             value += f", each {describe(_declaration(get_args(kind)[0]), limits)}"
         doc = next(item for item in metadata if isinstance(item, Doc))
         default = doc.default or json.dumps(defaults.get(name, field.default)).removesuffix(".0")

@@ -253,15 +253,23 @@ def models(path: str, model: str, created: int) -> dict[str, Any]:
 
 
 def parameter_table(route: Literal["chat", "completions"]) -> str:
-    """Write the fields of a route as a Markdown table, with the limits of a plain app."""
+    """Write the fields of a route as a Markdown table, with the limits of a plain app.
+
+    The table of completions has only those that chats do not have.
+    """
     app = load_app("an-app-without-a-yaml", local=True)
-    body = ChatBody if route == "chat" else CompletionsBody
+    most, usual = app.limits.max_new_tokens, app.parameters["max_new_tokens"]
+    if route == "completions":
+        extra = CompletionsBody.model_fields.keys() - ChatBody.model_fields.keys()
+        names = [n for n in CompletionsBody.model_fields if n in {*extra, "max_tokens", "logprobs"}]
+        names = ["prompt", *(name for name in names if name != "prompt")]
+        return markdown_table(CompletionsBody, app.limits, {"max_tokens": usual}, names)
     defaults = {name: getattr(Sampling(), name, None) for name in Decoding.model_fields}
-    usual = {name: value for name, value in defaults.items() if value is not None}
-    first = {"chat": "messages", "completions": "prompt"}[route]
-    limit = app.limits.max_new_tokens if route == "chat" else app.parameters["max_new_tokens"]
-    usual |= {"max_tokens": limit, "max_completion_tokens": limit}
-    return markdown_table(body, app.limits, usual | app.parameters, first=("model", first))
+    given = {name: value for name, value in defaults.items() if value is not None}
+    given |= {"max_tokens": most, "max_completion_tokens": most} | app.parameters
+    names = ["model", "messages"]
+    names += [name for name in ChatBody.model_fields if name not in names]
+    return markdown_table(ChatBody, app.limits, given, names)
 
 
 def _object(raw: Any, where: str = "") -> Any:

@@ -172,7 +172,7 @@ def test_contributing_names_what_the_files_define():
 @pytest.mark.parametrize(
     ("file", "name", "found"),
     [
-        ("handler/request.py", "Parameters.top_p", True),
+        ("handler/request.py", "Decoding.top_p", True),
         ("handler/request.py", "Message.top_p", False),
         ("handler/request.py", "top_p", False),
         ("handler/apps/defaults.yaml", "app.limits.max_body_bytes", True),
