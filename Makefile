@@ -37,7 +37,7 @@ lab chapters notebooks: export OMP_WAIT_POLICY = passive
 .PHONY: help setup quickstart check fast lint types unit model archive serve test quality bench bench-peers \
         bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
         chapters site links site-check build-dev build-pro run stop delete shell logs push image-report \
-        plan deploy test-vertex undeploy cleanup standin rehearse
+        plan deploy test-vertex token undeploy cleanup standin rehearse
 
 help: ## Show the targets
 	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
@@ -179,8 +179,11 @@ deploy: setup ## Push the image of APP and deploy it on Vertex AI (CANARY=20 for
 	@exec $(PY) -m deploy.vertex deploy "$(APP)" $(GOOGLE) $(if $(CANARY),--canary "$(CANARY)") \
 	  $(if $(filter file,$(origin TAG)),,--tag "$(TAG)")
 
-test-vertex: setup ## Send a request to the endpoint of APP in three ways
+test-vertex: setup ## Send a request to the endpoint of APP in every way that it has
 	@$(PY) -m deploy.vertex test "$(APP)" $(GOOGLE)
+
+token: setup ## Show the base_url of the endpoint of APP for OpenAI clients, and how to get a token
+	@$(PY) -m deploy.vertex token "$(APP)" $(GOOGLE)
 
 undeploy: setup ## Stop the replicas of APP on Vertex AI, so that you no longer pay for them
 	@$(PY) -m deploy.vertex undeploy "$(APP)" $(GOOGLE)

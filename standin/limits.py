@@ -68,6 +68,24 @@ DURATIONS = {
 """The platform's own time, without the container's. Our guess, from published reports: minutes for
 a deployment, about one minute for an upload."""
 
+INT32 = 2**31 - 1
+AUTOSCALING_METRICS = {
+    "aiplatform.googleapis.com/prediction/online/cpu/utilization": 100,
+    "aiplatform.googleapis.com/prediction/online/accelerator/duty_cycle": 100,
+    "aiplatform.googleapis.com/prediction/online/request_count": INT32,
+    "prometheus.googleapis.com/vertex_dcgm_fi_dev_gpu_util": 100,
+    "prometheus.googleapis.com/vertex_vllm_gpu_cache_usage_perc": 100,
+    "prometheus.googleapis.com/vertex_vllm_num_requests_waiting": INT32,
+}
+"""Metric -> its largest target: percent, or a number for each replica.
+https://cloud.google.com/vertex-ai/docs/predictions/autoscaling"""
+PUBSUB_METRIC = "pubsub.googleapis.com/subscription/num_undelivered_messages"
+GPU_METRICS = (
+    "aiplatform.googleapis.com/prediction/online/accelerator/duty_cycle",
+    "prometheus.googleapis.com/vertex_dcgm_fi_dev_gpu_util",
+)
+"""Those that a machine without accelerators does not have. That they are rejected is our guess."""
+
 CPU_FAMILIES = ("n1-", "n2-", "n2d-", "e2-", "c2-", "c2d-", "c3-")
 N1_GPUS = ("NVIDIA_TESLA_T4", "NVIDIA_TESLA_V100", "NVIDIA_TESLA_P100", "NVIDIA_TESLA_P4")
 GPU_MACHINES = {

@@ -24,6 +24,7 @@ from deploy.common.paths import UserError
 from deploy.vertex import texts
 from deploy.vertex.changes import check_canary
 from deploy.vertex.config import CONFIG, VertexSettings, load_settings
+from deploy.vertex.gauges import check_gauges
 from deploy.vertex.push import push as push_image
 
 if TYPE_CHECKING:  # importing the SDK takes seconds, and `plan` does not need it
@@ -84,21 +85,23 @@ def deploy(
     if dry_run:
         print(texts.plan(settings, app))
         return
+    check_gauges(settings, app)
     with _deployer(settings, app) as deployer:
         host = deployer.deploy(image or push_image(settings, app, tag), canary)
-        print(f"{app} serves requests at https://{host}")
+        print(f"{app} serves requests at https://{host}, {texts.methods(settings)}")
 
 
 @app.command()
 def test(
     app: cli.App, config: Config = CONFIG, project: Project = None, region: Region = None
 ) -> None:
-    """Send a request in three ways and print the responses."""
+    """Send a request in every way that the endpoint has and print the responses."""
     settings = _settings(config, project, region)
+    print(f"{texts.limits(settings)}; {texts.methods(settings)}")
     with _google_errors():
-        from deploy.vertex.predict import EXAMPLE, predict_in_three_ways
+        from deploy.vertex.predict import EXAMPLE, predict_in_every_way
 
-        for way, response in predict_in_three_ways(settings, app, EXAMPLE).items():
+        for way, response in predict_in_every_way(settings, app, EXAMPLE).items():
             print(f"{way}:")
             for value in response if isinstance(response, list) else [response]:
                 print(f"  {json.dumps(value)}")
@@ -123,12 +126,28 @@ def logs(
 
 
 @app.command()
-def token() -> None:
-    """Print an access token for curl, valid for an hour."""
-    with _google_errors():
-        from deploy.vertex.credentials import access_token
+def token(
+    app: cli.App,
+    print_it: Annotated[
+        bool, typer.Option("--print", help="Print a token, valid for an hour, and nothing else.")
+    ] = False,
+    config: Config = CONFIG,
+    project: Project = None,
+    region: Region = None,
+) -> None:
+    """Show what an access token is for and the base_url of OpenAI clients, or print a token."""
+    if print_it:  # only then: what a terminal or a log of CI keeps must not contain one
+        with _google_errors():
+            from deploy.vertex.credentials import access_token
 
-        print(access_token())
+            print(access_token())
+        return
+    settings = _settings(config, project, region)
+    with _deployer(settings, app) as deployer:
+        endpoint = deployer.observe().endpoint
+    if endpoint is None:
+        raise UserError(f"{app} has no endpoint in {settings.region}; run `make deploy APP={app}`")
+    print(texts.token_use(settings, app, endpoint.host))
 
 
 @app.command()

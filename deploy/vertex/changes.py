@@ -24,9 +24,13 @@ NEW = "0"
 
 KEPT_EMPTY = {
     *("command", "args", "env", "startup_probe", "exec_"),
-    *("spot", "accelerator_type", "accelerator_count"),
+    *("spot", "accelerator_type", "accelerator_count", "invoke_route_prefix"),
 }
 """Fields, at any depth, that the service leaves empty if we do."""
+
+
+SCALING = ("min_replica_count", "max_replica_count", "autoscaling_metric_specs")
+"""Fields of `dedicated_resources` that Vertex AI changes while the replicas serve."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +44,10 @@ class Wanted:
     """The deployed model's `dedicated_resources`."""
     service_account: str
     inference_timeout: int
+    """Seconds; 0 for a shared endpoint, which has none of its own."""
     canary: int | None = None
     """Percent of the requests. None: all, and other deployed models are undeployed."""
+    dedicated: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,18 @@ class DeployVersion:
     """For `rollback`: what served before, or that this is a rollback."""
     traffic: dict[str, int]
     """ID -> percent, with NEW for these replicas."""
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """Change how many replicas of a deployed model there are, and what decides it."""
+
+    id: str
+    version: int
+    machines: Fields
+    """The new `dedicated_resources`."""
+    fields: tuple[str, ...]
+    """Those of SCALING that differ."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +128,7 @@ Change = (
     UploadVersion
     | CreateEndpoint
     | DeployVersion
+    | Rescale
     | SetTraffic
     | Undeploy
     | DeleteEndpoint
@@ -131,8 +150,8 @@ def deployment(state: State, wanted: Wanted) -> list[Change]:
     """Changes after which the wanted version gets its share of the requests.
 
     Raises:
-        UserError: the endpoint is not ours or has another timeout, or a canary has nothing beside
-            it.
+        UserError: the endpoint is not ours, has another type or timeout, or a canary has nothing
+            beside it that the same requests reach.
     """
     endpoint, changes = state.endpoint, list[Change]()
     if endpoint:
@@ -148,12 +167,18 @@ def deployment(state: State, wanted: Wanted) -> list[Change]:
         changes.append(UploadVersion(wanted.container, wanted.artifact_uri, newest + 1))
     if not endpoint:
         changes.append(CreateEndpoint())
-    present = next((m for m in deployed if m.version == version and _runs_as(m, wanted)), None)
+    same = [model for model in deployed if model.version == version]
+    present = next((model for model in same if _runs_as(model, wanted)), None)
+    if not present and not wanted.canary:
+        present = next((model for model in same if _scales_to(model, wanted)), None)
+        if present:
+            changes.append(_rescale(present, wanted))
     others = [model for model in deployed if model is not present]
     busiest = max(others, key=lambda model: model.traffic, default=None)
     share = wanted.canary or 100
     traffic = {present.id if present else NEW: share}
     if wanted.canary and busiest:
+        _check_same_doors(state, busiest, wanted)
         traffic[busiest.id] = 100 - share
     elif wanted.canary:
         raise UserError(
@@ -182,10 +207,12 @@ def rollback(state: State, app: str) -> tuple[str, list[Change]]:
     *others, newest = endpoint.deployed
     if others and newest.is_rollback:
         line = f"back to version {newest.version}, which an earlier run began"
+        line += _note_of_doors(state, newest.version)
         return line, _distribute(endpoint, {newest.id: 100})
     if others:
         busiest = max(others, key=lambda model: model.traffic)
         line = f"back from version {newest.version} to {busiest.version}"
+        line += _note_of_doors(state, busiest.version)
         return line, _distribute(endpoint, {busiest.id: 100})
     target = _version_before(newest, state.versions)
     if target is None:
@@ -195,10 +222,31 @@ def rollback(state: State, app: str) -> tuple[str, list[Change]]:
         )
     traffic = {NEW: 100}
     line = f"back from version {newest.version} to {target}, which is deployed again"
+    line += _note_of_doors(state, target)
     return line, [
         DeployVersion(target, BACK, {newest.id: 0} | traffic),
         *_distribute(endpoint, traffic),
     ]
+
+
+def other_doors(state: State, container: Fields) -> str | None:
+    """A line about clients that must change, if another container takes other requests.
+
+    Args:
+        state: with what serves now.
+        container: what will serve.
+    """
+    deployed = state.endpoint.deployed if state.endpoint else ()
+    wanted = container.get("invoke_route_prefix", "")
+    for model in sorted(deployed, key=lambda model: model.traffic, reverse=True)[:1]:
+        prefix = _prefix(state, model)
+        if prefix is not None and prefix != wanted:
+            return (
+                f"invoke_route_prefix: {wanted or 'none'}, and {prefix or 'none'} at version "
+                f"{model.version}, which serves now and stops: clients must change from "
+                f"{_doors(prefix)} to {_doors(wanted)}"
+            )
+    return None
 
 
 def undeploy(endpoint: Endpoint) -> list[Change]:
@@ -249,10 +297,64 @@ def _runs_as(model: DeployedModel, wanted: Wanted) -> bool:
     return same_account and includes(model.machines, wanted.machines)
 
 
+def _scales_to(model: DeployedModel, wanted: Wanted) -> bool:
+    """Whether only fields in SCALING differ."""
+    same_account = model.service_account == wanted.service_account
+    return same_account and includes(_fixed(model.machines), _fixed(wanted.machines))
+
+
+def _fixed(machines: Fields) -> Fields:
+    return {name: value for name, value in machines.items() if name not in SCALING}
+
+
+def _rescale(model: DeployedModel, wanted: Wanted) -> Rescale:
+    here, there = wanted.machines, model.machines
+    differ = tuple(name for name in SCALING if here.get(name) != there.get(name))
+    return Rescale(model.id, model.version, here, differ)
+
+
+def _prefix(state: State, model: DeployedModel) -> str | None:
+    """The `invoke_route_prefix` of a deployed model; None if its version is not known."""
+    for version in state.versions:
+        if version.number == model.version:
+            return str(version.container.get("invoke_route_prefix", ""))
+    return None
+
+
+def _note_of_doors(state: State, version: int) -> str:
+    """What `other_doors` says about a known version, to append; empty if nothing changes."""
+    container = next((v.container for v in state.versions if v.number == version), None)
+    line = None if container is None else other_doors(state, container)
+    return f"; {line}" if line else ""
+
+
+def _doors(prefix: str) -> str:
+    return ".../invoke/PATH" if prefix else ":predict, :rawPredict and :streamRawPredict"
+
+
+def _check_same_doors(state: State, busiest: DeployedModel, wanted: Wanted) -> None:
+    """Make sure that the same requests reach a canary and the version beside it."""
+    prefix, here = _prefix(state, busiest), wanted.container.get("invoke_route_prefix", "")
+    if prefix is not None and prefix != here:
+        raise UserError(
+            f"canary: {wanted.canary} given, and version {busiest.version} beside it has "
+            f"invoke_route_prefix {prefix or 'none'}, not {here or 'none'}: it takes "
+            f"{_doors(prefix)}, and the canary {_doors(here)}, so every request would fail at one "
+            "of them; deploy without a canary"
+        )
+
+
 def _check_endpoint(endpoint: Endpoint, wanted: Wanted) -> None:
     """Make sure that an existing endpoint is one of ours, as the settings want it."""
-    if endpoint.labels.get("managed-by") != MANAGED_BY or not endpoint.dedicated:
+    if endpoint.labels.get("managed-by") != MANAGED_BY:
         raise UserError(f"{endpoint.name} exists and was not made by this program")
+    if endpoint.dedicated != wanted.dedicated:
+        here, there = (str(value).lower() for value in (wanted.dedicated, endpoint.dedicated))
+        raise UserError(
+            f"dedicated: {here} in the settings, {there} at {endpoint.name}; it cannot change "
+            "after an endpoint is created: run cleanup first, after which requests fail until the "
+            "next deploy, or keep the old value"
+        )
     if endpoint.inference_timeout != wanted.inference_timeout:
         raise UserError(
             f"inference_timeout: {wanted.inference_timeout} in the settings, "

@@ -40,7 +40,18 @@ ENVIRONMENT = {
 }
 """Field -> the environment variable that replaces the file's value."""
 
+DEDICATED_SECONDS, SHARED_SECONDS = 600, 60
+"""For one request, if `inference_timeout` is not given. A shared endpoint has no other.
+https://cloud.google.com/vertex-ai/docs/predictions/choose-endpoint-type"""
+VLLM_TARGETS = ("target_kv_cache", "target_requests_waiting")
+"""Autoscaling by vLLM's gauges, which the server offers if its app says so."""
+TARGETS = (
+    *("target_cpu", "target_gpu", "target_gpu_dcgm", "target_requests_per_minute"),
+    *VLLM_TARGETS,
+)
+
 Percent = Annotated[int, Field(ge=1, le=100)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Route = Annotated[str, Field(pattern="^/")]
 # No `.`, `..` or wildcards: the container looks for a folder of exactly this name.
 Folder = Annotated[
@@ -90,13 +101,19 @@ class VertexSettings(_Strict):
     spot: bool = False
     min_replicas: Annotated[int, Field(ge=1)]
     max_replicas: Annotated[int, Field(ge=1)]
-    target_cpu: Percent
-    target_gpu: Percent
+    target_cpu: Percent | None = None
+    target_gpu: Percent | None = None
+    target_gpu_dcgm: Percent | None = None
+    target_requests_per_minute: Count | None = None
+    target_kv_cache: Percent | None = None
+    target_requests_waiting: Count | None = None
     deployment_timeout: Annotated[int, Field(ge=1, le=7200)]
-    inference_timeout: Annotated[int, Field(ge=1, le=3600)]
+    inference_timeout: Annotated[int, Field(ge=1, le=3600)] | None = None
+    dedicated: bool = True
     shared_memory_mb: Annotated[int, Field(ge=1)]
     port: Annotated[int, Field(ge=1, le=65535)]
     predict_route: Route | None = None
+    invoke_route_prefix: Literal["/*"] | None = None
     health_route: Route
     command: list[str] = []
     args: list[str] = []
@@ -125,6 +142,8 @@ class VertexSettings(_Strict):
                 f"accelerator_type: {self.accelerator_type or 'none'}; "
                 f"{self.machine_type} has NVIDIA_L4 only"
             )
+        self._check_endpoint()
+        self._check_targets()
         for name in self.environment:
             if name.startswith("AIP_"):
                 raise ValueError(f"environment.{name}: the platform sets names with AIP_")
@@ -134,6 +153,52 @@ class VertexSettings(_Strict):
                 f"startup_probe_period, {self.startup_probe_period}"
             )
         return self
+
+    def _check_endpoint(self) -> None:
+        """Make sure that the doors of the container go with the type of the endpoint."""
+        if self.invoke_route_prefix and not self.dedicated:
+            raise ValueError(
+                f"invoke_route_prefix: {self.invoke_route_prefix} with dedicated: false; only "
+                "dedicated endpoints have invoke: set dedicated: true, or leave the prefix empty"
+            )
+        if self.invoke_route_prefix and self.predict_route:
+            raise ValueError(
+                f"predict_route: {self.predict_route} with invoke_route_prefix: "
+                f"{self.invoke_route_prefix}; Vertex AI takes only one of them: leave one empty"
+            )
+        if self.inference_timeout and not self.dedicated:
+            raise ValueError(
+                f"inference_timeout: {self.inference_timeout} with dedicated: false; a request to "
+                f"a shared endpoint has {SHARED_SECONDS} s: leave it empty, or set dedicated: true"
+            )
+
+    def _check_targets(self) -> None:
+        """Make sure that Vertex AI has something to scale by."""
+        if self.target_gpu_dcgm and not self.accelerator_type:
+            raise ValueError(
+                f"target_gpu_dcgm: {self.target_gpu_dcgm} without accelerator_type; it is the "
+                "utilization of an accelerator: leave it empty, or give an accelerator_type"
+            )
+        if not self.targets:
+            raise ValueError(
+                f"target_cpu: none given, and no other target; give at least one of "
+                f"{', '.join(TARGETS)}"
+            )
+
+    @property
+    def targets(self) -> dict[str, int]:
+        """Field -> target of the metrics that decide how many replicas there are."""
+        given = {name: getattr(self, name) for name in TARGETS if getattr(self, name)}
+        if not self.accelerator_type:
+            given.pop("target_gpu", None)
+        return given
+
+    @property
+    def request_seconds(self) -> int:
+        """How long one request may take."""
+        if not self.dedicated:
+            return SHARED_SECONDS
+        return self.inference_timeout or DEDICATED_SECONDS
 
     @property
     def project_id(self) -> str:
@@ -187,8 +252,15 @@ class VertexSettings(_Strict):
         return f"{self.image_folder()}/{app.lower()}:{tag}"
 
     def route_for(self, app: str) -> str:
-        """The path at which the container takes predictions."""
+        """The path at which the container takes predictions; empty with `invoke_route_prefix`."""
+        if self.invoke_route_prefix:
+            return ""
         return self.predict_route or f"/predictions/{app}"
+
+
+def api_host(region: str) -> str:
+    """The host name of a region's API, which its shared endpoints have too."""
+    return f"{region}-aiplatform.googleapis.com"
 
 
 def _plain(app: str) -> str:

@@ -28,13 +28,14 @@ from deploy.vertex.changes import (
     DeleteEndpoint,
     DeleteModel,
     DeployVersion,
+    Rescale,
     SetTraffic,
     Undeploy,
     UploadVersion,
     Wanted,
     check_canary,
 )
-from deploy.vertex.config import MANAGED_BY, VertexSettings
+from deploy.vertex.config import MANAGED_BY, VertexSettings, api_host
 from deploy.vertex.credentials import default_credentials
 from deploy.vertex.operations import READ_TIMEOUT, RETRY, Operations
 from deploy.vertex.state import (
@@ -75,7 +76,7 @@ class Deployer:
         self.credentials = default_credentials()
         # For the SDK's own classes, such as aiplatform.Endpoint.
         aiplatform.init(project=project, location=settings.region, credentials=self.credentials)
-        options = ClientOptions(api_endpoint=f"{settings.region}-aiplatform.googleapis.com")
+        options = ClientOptions(api_endpoint=api_host(settings.region))
         self.endpoints = EndpointServiceClient(credentials=self.credentials, client_options=options)
         self.models = ModelServiceClient(credentials=self.credentials, client_options=options)
         self.operations = Operations(self.endpoints, report, progress or (lambda line: None))
@@ -265,15 +266,19 @@ class Deployer:
                 messages.container_spec(settings, self.app, image_uri, digest)
             ),
             artifact_uri=settings.artifact_uri or "",
-            machines=messages.fields(messages.dedicated_resources(settings)),
+            machines=messages.machines(messages.dedicated_resources(settings)),
             service_account=settings.service_account or "",
-            inference_timeout=settings.inference_timeout,
+            inference_timeout=settings.request_seconds if settings.dedicated else 0,
+            dedicated=settings.dedicated,
             canary=canary,
         )
 
     def _deploy(self, wanted: Wanted) -> str:
         state = self._observe_when_idle()
-        self._apply_or_report(changes.deployment(state, wanted))
+        plan = changes.deployment(state, wanted)
+        if line := changes.other_doors(state, wanted.container):
+            self.report(line)
+        self._apply_or_report(plan)
         endpoint = state.endpoint or self._get_endpoint()
         return endpoint.host if endpoint else ""
 
@@ -296,6 +301,8 @@ class Deployer:
                     self._create_endpoint()
                 case DeployVersion():
                     self._deploy_version(change, change.version or uploaded)
+                case Rescale():
+                    self._rescale(change)
                 case SetTraffic():
                     self._set_traffic(change)
                 case Undeploy():
@@ -344,6 +351,20 @@ class Deployer:
             traffic_split=change.traffic,
         )
         self._finish(step, self.endpoints.deploy_model(request))
+
+    def _rescale(self, change: Rescale) -> None:
+        model = messages.model_to_rescale(change.id, change.machines)
+        size = model.dedicated_resources
+        step = (
+            f"version {change.version} on {size.min_replica_count} to {size.max_replica_count} "
+            f"replicas, by {len(size.autoscaling_metric_specs)} metrics"
+        )
+        request = types.MutateDeployedModelRequest(
+            endpoint=self.settings.endpoint_name(self.app),
+            deployed_model=model,
+            update_mask=FieldMask(paths=[f"dedicated_resources.{name}" for name in change.fields]),
+        )
+        self._finish(step, self.endpoints.mutate_deployed_model(request))
 
     def _set_traffic(self, change: SetTraffic) -> None:
         shares = ", ".join(

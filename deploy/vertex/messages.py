@@ -6,11 +6,19 @@ from typing import Any, cast
 
 from google.cloud.aiplatform_v1 import types
 
-from deploy.vertex.config import VertexSettings
+from deploy.vertex.config import VertexSettings, api_host
 from deploy.vertex.state import DeployedModel, Endpoint, Fields, Model, ModelVersion
 
-CPU_METRIC = "aiplatform.googleapis.com/prediction/online/cpu/utilization"
-GPU_METRIC = "aiplatform.googleapis.com/prediction/online/accelerator/duty_cycle"
+METRICS = {
+    "target_cpu": "aiplatform.googleapis.com/prediction/online/cpu/utilization",
+    "target_gpu": "aiplatform.googleapis.com/prediction/online/accelerator/duty_cycle",
+    "target_gpu_dcgm": "prometheus.googleapis.com/vertex_dcgm_fi_dev_gpu_util",
+    "target_requests_per_minute": "aiplatform.googleapis.com/prediction/online/request_count",
+    "target_kv_cache": "prometheus.googleapis.com/vertex_vllm_gpu_cache_usage_perc",
+    "target_requests_waiting": "prometheus.googleapis.com/vertex_vllm_num_requests_waiting",
+}
+"""Setting -> the metric that Vertex AI scales by. Source: models.py of google-cloud-aiplatform
+2.7.0, and https://cloud.google.com/vertex-ai/docs/predictions/autoscaling for the units."""
 ARTIFACTS_DIGEST = "ARTIFACTS_DIGEST"
 """The container's variable with the digits of `artifacts.digest_of`."""
 
@@ -29,6 +37,7 @@ def container_spec(
         env=[types.EnvVar(name=key, value=value) for key, value in variables.items()],
         ports=[types.Port(container_port=settings.port)],
         predict_route=settings.route_for(app),
+        invoke_route_prefix=settings.invoke_route_prefix or "",
         health_route=settings.health_route,
         deployment_timeout=datetime.timedelta(seconds=settings.deployment_timeout),
         shared_memory_size_mb=settings.shared_memory_mb,
@@ -56,34 +65,42 @@ def model_to_upload(
 
 
 def endpoint_to_create(settings: VertexSettings, app: str) -> types.Endpoint:
-    """An endpoint with its own host name: 10 MB a request, streaming, up to an hour."""
-    timeout = datetime.timedelta(seconds=settings.inference_timeout)
-    return types.Endpoint(
+    """The endpoint: with its own host name and timeout, or one that shares the region's."""
+    endpoint = types.Endpoint(
         display_name=settings.resource_id(app),
         labels=settings.labels_for(app),
-        dedicated_endpoint_enabled=True,
-        client_connection_config=types.ClientConnectionConfig(inference_timeout=timeout),
+        dedicated_endpoint_enabled=settings.dedicated,
     )
+    if settings.dedicated:
+        timeout = datetime.timedelta(seconds=settings.request_seconds)
+        endpoint.client_connection_config = types.ClientConnectionConfig(inference_timeout=timeout)
+    return endpoint
 
 
 def dedicated_resources(settings: VertexSettings) -> types.DedicatedResources:
     """The machines of the replicas, how many there are, and when Vertex AI adds one."""
     machine = types.MachineSpec(machine_type=settings.machine_type)
-    targets = {CPU_METRIC: settings.target_cpu}
     if settings.accelerator_type:
         machine.accelerator_type = getattr(types.AcceleratorType, settings.accelerator_type)
         machine.accelerator_count = settings.accelerator_count
-        targets[GPU_METRIC] = settings.target_gpu
     return types.DedicatedResources(
         machine_spec=machine,
         min_replica_count=settings.min_replicas,
         max_replica_count=settings.max_replicas,
         spot=settings.spot,
         autoscaling_metric_specs=[
-            types.AutoscalingMetricSpec(metric_name=name, target=target)
-            for name, target in targets.items()
+            types.AutoscalingMetricSpec(metric_name=METRICS[name], target=target)
+            for name, target in settings.targets.items()
         ],
     )
+
+
+def machines(resources: types.DedicatedResources) -> Fields:
+    """Plain values to compare: the order of the metrics has no meaning."""
+    values = dict(fields(resources))
+    if "autoscaling_metric_specs" in values:
+        values["autoscaling_metric_specs"].sort(key=lambda spec: spec["metric_name"])
+    return values
 
 
 def model_to_deploy(
@@ -98,6 +115,14 @@ def model_to_deploy(
     )
 
 
+def model_to_rescale(identifier: str, resources: Fields) -> types.DeployedModel:
+    """A deployed model with other numbers of replicas or other metrics."""
+    return types.DeployedModel(
+        id=identifier,
+        dedicated_resources=types.DedicatedResources.from_json(json.dumps(resources)),
+    )
+
+
 def endpoint_state(message: types.Endpoint) -> Endpoint:
     """What we compare and show of an endpoint, with its deployed models, oldest first."""
     traffic = dict(message.traffic_split)
@@ -109,13 +134,13 @@ def endpoint_state(message: types.Endpoint) -> Endpoint:
         labels=dict(message.labels),
         dedicated=message.dedicated_endpoint_enabled,
         inference_timeout=int(timeout.total_seconds()),
-        host=message.dedicated_endpoint_dns,
+        host=message.dedicated_endpoint_dns or api_host(message.name.split("/")[3]),
         deployed=tuple(
             DeployedModel(
                 id=model.id,
                 version=version_of(model),
                 traffic=traffic.get(model.id, 0),
-                machines=fields(model.dedicated_resources),
+                machines=machines(model.dedicated_resources),
                 service_account=model.service_account,
                 name=model.display_name,
             )

@@ -61,6 +61,7 @@ class Endpoint:
     dedicated: bool = True
     inference_timeout: int = 0
     host: str = ""
+    """Where it takes requests: its own host name, or the region's."""
     deployed: tuple[DeployedModel, ...] = ()
 
     @property
@@ -121,7 +122,8 @@ class Inventory:
         """One entry for each resource. `app` names the owner of the running operations."""
         for endpoint in self.endpoints:
             owner = endpoint.labels["app"]
-            yield Resource("endpoint", endpoint.name, owner, endpoint.host, False)
+            host = endpoint.host if endpoint.dedicated else f"{endpoint.host} (shared)"
+            yield Resource("endpoint", endpoint.name, owner, host, False)
             for model in endpoint.deployed:
                 name, detail = f"{endpoint.name} {model.id}", _deployment(model)
                 yield Resource("deployed model", name, owner, detail, True)

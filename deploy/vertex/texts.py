@@ -40,28 +40,101 @@ def plan(settings: VertexSettings, app: str) -> str:
     if settings.accelerator_type:
         machine += f" with {settings.accelerator_count} x {settings.accelerator_type}"
         quota = QUOTA_NAMES[settings.accelerator_type]
-    artifacts = [("artifacts", settings.artifact_uri, "storage, likewise, in its bucket's region")]
-    rows = [
+    artifacts = [
+        ("artifacts", settings.artifact_uri or "", "storage, likewise, in its bucket's region")
+    ]
+    rows: list[tuple[str, str, str]] = [
         ("image", settings.image_uri(app, "TAG"), "storage, by the gigabyte and month"),
         *(artifacts if settings.artifact_uri else []),
         ("model", settings.model_name(app), "nothing"),
         ("endpoint", settings.endpoint_name(app), "nothing by itself"),
+        ("requests", limits(settings), ""),
+        ("methods", methods(settings), ""),
         ("replicas", machine, hourly(settings)),
+        ("scaling", scaling(settings), ""),
         ("logs", "stdout and stderr of the replicas", "by volume, above a free allowance"),
     ]
     lines = [f"{'region':11}{region}"]
     wrap = textwrap.TextWrapper(WIDTH, " " * 11, " " * 11, break_on_hyphens=False)
     for name, what, cost in rows:
-        lines += [f"{name:11}{what}", *wrap.wrap(f"cost: {cost}")]
+        # Names of resources stay on one line, so that they can be copied.
+        lines += [f"{name:11}{what}", *wrap.wrap(f"cost: {cost}")] if cost else _row(name, what)
     labels = ", ".join(f"{key}={value}" for key, value in settings.labels_for(app).items())
     lines += [
         *notes,
+        *([open_paths(settings)] if settings.invoke_route_prefix else []),
         f"labels: {labels}",
         f"quota to check: aiplatform.googleapis.com/{quota} in {region},",
         "  at https://console.cloud.google.com/iam-admin/quotas",
         "You pay for replicas from deploy to undeploy or cleanup, even when they are idle.",
     ]
     return "\n".join(lines)
+
+
+def _row(name: str, what: str) -> list[str]:
+    return textwrap.wrap(what, WIDTH, initial_indent=f"{name:11}", subsequent_indent=" " * 11)
+
+
+def limits(settings: VertexSettings) -> str:
+    """Describe what one request to the endpoint may be."""
+    if settings.dedicated:
+        return f"dedicated endpoint: 10 MB, {settings.request_seconds} s, streaming"
+    return f"shared endpoint: 1.5 MB, {settings.request_seconds} s, no streaming"
+
+
+def methods(settings: VertexSettings) -> str:
+    """Name the methods through which clients reach the container."""
+    if settings.invoke_route_prefix:
+        return "/invoke/PATH (preview); :predict, :rawPredict and :streamRawPredict are off"
+    if settings.dedicated:
+        return ":predict, :rawPredict, :streamRawPredict"
+    return ":predict, :rawPredict"
+
+
+def open_paths(settings: VertexSettings) -> str:
+    """Warn that `invoke` opens the container's port."""
+    return (
+        f'invoke_route_prefix "{settings.invoke_route_prefix}": every path of port {settings.port} '
+        "but the root is\n  open to everyone who may send predictions"
+    )
+
+
+def scaling(settings: VertexSettings) -> str:
+    """Describe what decides how many replicas there are."""
+    texts = [
+        f"{name.removeprefix('target_').replace('_', ' ')} {target}"
+        + ("" if name.startswith("target_requests") else " %")
+        for name, target in settings.targets.items()
+    ]
+    return f"for each replica: {', '.join(texts)}"
+
+
+def token_use(settings: VertexSettings, app: str, host: str) -> str:
+    """Say what an access token is for, and which address clients take. It contains no token.
+
+    Args:
+        settings: the type of the endpoint and the methods that it has.
+        app: the APP.
+        host: the endpoint's host name.
+    """
+    get = f"python -m deploy.vertex token {app} --print"
+    endpoint = f"https://{host}/v1/{settings.endpoint_name(app)}"
+    if settings.invoke_route_prefix:
+        return (
+            "An access token is the API key of every OpenAI client. It is valid for an hour.\n"
+            f"  base_url: {endpoint}/invoke/predictions/{app}/1.0/v1\n"
+            f"  api_key:  $({get})\n"
+            f"  model:    {app}"
+        )
+    streams = "\n  streamed: send it to :streamRawPredict" if settings.dedicated else ""
+    return (
+        "This endpoint has no base_url for OpenAI clients; set invoke_route_prefix and deploy again"
+        ".\nOpenAI's chat in an instance works without it:\n"
+        f'  curl {endpoint}:rawPredict -H "Authorization: Bearer $({get})" \\\n'
+        "    -H 'Content-Type: application/json' -d '"
+        '{"instances": [{"@requestFormat": "chatCompletions", "messages": '
+        '[{"role": "user", "content": "Hello"}]}]}\'' + streams
+    )
 
 
 def hourly(settings: VertexSettings) -> str:

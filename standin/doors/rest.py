@@ -17,8 +17,11 @@ from standin.services.predictions import RAW, too_large
 _PREDICT = re.compile(
     r"(?P<endpoint>projects/[^/]+/locations/[^/]+/endpoints/[^/:]+)"
     r"(?::(?P<verb>predict|rawPredict|streamRawPredict)"
-    r"|(?:/deployedModels/(?P<deployed>[^/]+))?/(?P<invoke>invoke)(?P<path>/.*))"
+    r"|(?:/deployedModels/(?P<deployed>[^/]+))?/(?P<invoke>invoke)(?P<path>(?:/.*)?)"
+    r"|(?P<chat>/chat/completions))"
 )
+_INVOKE_VERBS = ("POST", "GET")
+"""The reference has POST only; others' programs send GET, such as `GET .../invoke/health`."""
 _DISCARD = 64 * 1024 * 1024
 """Bytes of a body that are read even if it is too large, so that the client gets the error."""
 
@@ -57,8 +60,11 @@ def _find(
     if request.host == "iamcredentials.googleapis.com" and path.endswith("/allowedLocations"):
         return "allowedLocations", _allowed_locations()
     if version in methods.VERSIONS:
-        match = _PREDICT.fullmatch(path)
-        if match and request.method == "POST":
+        # Not decoded: the model server gets the path of `invoke` as the client wrote it.
+        match = _PREDICT.fullmatch(request.rel_url.raw_path.lstrip("/").partition("/")[2])
+        if match and match["chat"]:
+            return "chatCompletions", _chat_completions()
+        if match and request.method in (_INVOKE_VERBS if match["invoke"] else ("POST",)):
             return match["verb"] or "invoke", _predict(api, request, caller, match)
         if found := methods.find(request.method, path):
             return found[0].short_name, _call(api, request, caller, *found)
@@ -69,6 +75,20 @@ async def _unknown(request: web.Request) -> web.Response:
     raise ApiError(
         "UNIMPLEMENTED",
         f"The stand-in does not have {request.method} https://{request.host}{request.path}.",
+    )
+
+
+async def _chat_completions() -> web.Response:
+    """Refuse what the container cannot be tested against.
+
+    The reference has the URL, and Model Garden's notebooks use it at both types of endpoint. None
+    says what reaches the container.
+    """
+    raise ApiError(
+        "UNIMPLEMENTED",
+        "The stand-in does not imitate ENDPOINT/chat/completions: what Vertex AI sends to a custom "
+        'container then is not documented. Use .../invoke/..., or {"instances": [{"@requestFormat":'
+        ' "chatCompletions", ...}]} through :predict or :rawPredict.',
     )
 
 
@@ -106,6 +126,11 @@ async def _predict(
     verb = match["verb"] or match["invoke"]
     name = api.authorize(caller, match["endpoint"], "aiplatform.endpoints.predict")
     limits = api.predictions.limits(name, request.host, verb)
+    path = match["path"] or ""
+    if verb == "invoke":
+        if not path.strip("/"):
+            raise ApiError("NOT_FOUND", f"{name}/invoke: the root of a Model is not accessible.")
+        path += f"?{request.rel_url.raw_query_string}" if request.rel_url.raw_query_string else ""
     body = await _read_body(request, limits.bytes)
     if verb not in RAW:
         return web.json_response(await api.predictions.predict_json(name, limits, body))
@@ -114,7 +139,8 @@ async def _predict(
         limits,
         body,
         request.headers,
-        path=match["path"] or "",
+        method=request.method,
+        path=path,
         deployed_model=match["deployed"] or "",
     )
     headers, status = upstream.headers(), upstream.response.status

@@ -298,6 +298,19 @@ def check_resources(deployed: t.DeployedModel) -> None:
         raise invalid(f"{where}.min_replica_count", "The number must be at least 1.")
     if resources.max_replica_count and resources.max_replica_count < resources.min_replica_count:
         raise invalid(f"{where}.max_replica_count", "The number is below min_replica_count.")
+    for spec in resources.autoscaling_metric_specs:
+        field, name = f"{where}.autoscaling_metric_specs", spec.metric_name
+        if name == limits.PUBSUB_METRIC:  # its labels are in v1beta1 only
+            raise ApiError("UNIMPLEMENTED", f"The stand-in does not imitate {field} by Pub/Sub.")
+        if name not in limits.AUTOSCALING_METRICS:
+            raise invalid(field, f"The metric {name!r} is not supported.")
+        if [s.metric_name for s in resources.autoscaling_metric_specs].count(name) > 1:
+            raise invalid(field, f"The metric {name!r} appears more than once.")
+        most = limits.AUTOSCALING_METRICS[name]
+        if not 0 <= spec.target <= most:  # 0: not given, which means 60
+            raise invalid(field, f"The target of {name!r} is {spec.target}, not 1 to {most}.")
+        if name in limits.GPU_METRICS and not resources.machine_spec.accelerator_count:
+            raise invalid(field, f"The metric {name!r} needs an accelerator.")
 
 
 def _machine(deployed: t.DeployedModel) -> tuple[str, str, int]:

@@ -170,6 +170,8 @@ def check_model(model: t.Model) -> None:
     for field in ("predict_route", "health_route"):
         if getattr(spec, field) and not getattr(spec, field).startswith("/"):
             raise invalid(f"{where}.{field}", "It must begin with /.")
+    if spec.invoke_route_prefix not in ("", "/*"):
+        raise invalid(f"{where}.invoke_route_prefix", 'Only "/*" is supported.')
     if spec.predict_route and spec.invoke_route_prefix:
         raise invalid(f"{where}.invoke_route_prefix", "It excludes predict_route.")
     if spec.deployment_timeout.ToTimedelta().total_seconds() > DEPLOYMENT_MAX_SECONDS:

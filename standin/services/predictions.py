@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 from google.cloud.aiplatform_v1 import types as t
 from google.protobuf import json_format
+from yarl import URL
 
 from standin import limits
 from standin.errors import STATUS_OF_HTTP, ApiError
@@ -110,6 +111,7 @@ class Predictions:
         body: bytes,
         headers: Mapping[str, str],
         *,
+        method: str = "POST",
         path: str = "",
         deployed_model: str = "",
     ) -> Upstream:
@@ -120,7 +122,9 @@ class Predictions:
             limit: as `limits` returned it.
             body: at most `limit.bytes`.
             headers: the client's headers.
-            path: instead of the predict route (`invoke`).
+            method: the HTTP verb (`invoke`).
+            path: with its query, as the client encoded them, instead of the predict route
+                (`invoke`).
             deployed_model: instead of the traffic split.
 
         Raises:
@@ -144,9 +148,11 @@ class Predictions:
         ids = f"endpoint_id: {deployment.endpoint_id}, deployed_model_id: {deployment.id}"
         try:
             async with asyncio.timeout_at(deadline):
-                response = await self.deployments.http.post(
-                    replica.url + (path or deployment.predict_route),
-                    data=body,
+                response = await self.deployments.http.request(
+                    method,
+                    URL(replica.url + (path or deployment.predict_route), encoded=True),
+                    data=body if method == "POST" else None,
+                    allow_redirects=False,
                     headers=sent,
                     timeout=aiohttp.ClientTimeout(None),
                 )
@@ -206,7 +212,18 @@ class Predictions:
             predictions = json.loads(text)["predictions"]
         except (ValueError, LookupError, TypeError):
             predictions = None
-        if not isinstance(predictions, list):
+        dedicated = self.endpoints.find(name).dedicated_endpoint_enabled
+        if isinstance(predictions, dict) and not dedicated:
+            # `PredictResponse.predictions` is a list. What Google's shared host makes of an object
+            # is not documented; at a dedicated endpoint it comes through, as Model Garden's
+            # notebooks and LiteLLM expect.
+            raise ApiError(
+                "UNIMPLEMENTED",
+                'The stand-in does not imitate {"predictions": {...}} through predict on a shared '
+                "endpoint: what Vertex AI makes of an object there is not documented. Use "
+                "rawPredict, or a dedicated endpoint.",
+            )
+        if not isinstance(predictions, (list, dict)):
             raise ApiError(
                 "INVALID_ARGUMENT",
                 f"Failed to handle request. {upstream.ids} with error: the model server's response "

@@ -14,6 +14,7 @@ from deploy.vertex.changes import (
     DeleteEndpoint,
     DeleteModel,
     DeployVersion,
+    Rescale,
     SetTraffic,
     Undeploy,
     UploadVersion,
@@ -34,7 +35,10 @@ from deploy.vertex.state import (
 NAME = "projects/1/locations/europe-west4/endpoints/serving-llms-app"
 IMAGES = {number: {"image_uri": f"image:{number}"} for number in (1, 2, 3)}
 MACHINES = {"machine_spec": {"machine_type": "n2-standard-4"}, "min_replica_count": 1}
+OTHERS = {"machine_spec": {"machine_type": "n2-standard-8"}, "min_replica_count": 1}
 LARGER = MACHINES | {"min_replica_count": 2}
+QUEUE = {"metric_name": "prometheus.googleapis.com/vertex_vllm_num_requests_waiting", "target": 4}
+INVOKE = {"image_uri": "image:2", "invoke_route_prefix": "/*"}
 
 
 def wanted(image: int = 1, canary: int | None = None, machines: dict = MACHINES) -> Wanted:
@@ -99,10 +103,73 @@ def test_another_folder_in_cloud_storage_is_another_version():
 
 def test_other_machines_deploy_the_same_version_and_inherit_its_predecessor():
     before = state((2, 100, " after 1"))
-    assert changes.deployment(before, wanted(2, machines=LARGER)) == [
+    assert changes.deployment(before, wanted(2, machines=OTHERS)) == [
         DeployVersion(2, " after 1", {"id0": 0, NEW: 100}),
         Undeploy(NAME, "id0", 2),
     ]
+
+
+def test_changes_the_number_of_replicas_and_the_metrics_in_place():
+    more = changes.deployment(state((2, 100)), wanted(2, machines=LARGER))
+    assert more == [Rescale("id0", 2, LARGER, ("min_replica_count",))]
+    by_queue = MACHINES | {"autoscaling_metric_specs": [QUEUE]}
+    plan = changes.deployment(state((2, 100)), wanted(2, machines=by_queue))
+    assert plan == [Rescale("id0", 2, by_queue, ("autoscaling_metric_specs",))]
+
+
+def test_rescales_and_promotes_a_canary():
+    plan = changes.deployment(state((1, 80), (2, 20)), wanted(2, machines=LARGER))
+    assert [type(change) for change in plan] == [Rescale, SetTraffic, Undeploy]
+
+
+def test_other_numbers_of_replicas_as_canary_are_deployed_beside():
+    plan = changes.deployment(state((1, 100)), wanted(1, canary=20, machines=LARGER))
+    assert plan == [DeployVersion(1, " after 1", {"id0": 80, NEW: 20})]
+
+
+def test_other_account_is_not_changed_in_place():
+    asked = replace(wanted(machines=LARGER), service_account="a@b")
+    plan = changes.deployment(state((1, 100)), asked)
+    assert [type(change) for change in plan] == [DeployVersion, Undeploy]
+
+
+def test_invoke_is_another_version_and_clients_are_told():
+    before = state((1, 100))
+    asked = replace(wanted(), container=INVOKE)
+    assert changes.deployment(before, asked)[0] == UploadVersion(INVOKE, "", 2)
+    line = changes.other_doors(before, INVOKE)
+    assert line and line.startswith("invoke_route_prefix: /*, and none at version 1, which serves")
+    assert line.endswith(
+        "clients must change from :predict, :rawPredict and :streamRawPredict to .../invoke/PATH"
+    )
+    assert changes.other_doors(before, IMAGES[2]) is None
+    assert changes.other_doors(State(), INVOKE) is None
+
+
+def test_removing_invoke_is_another_version():
+    served = State(state((1, 100)).endpoint, (ModelVersion(1, INVOKE | {"image_uri": "image:1"}),))
+    assert changes.deployment(served, wanted())[0] == UploadVersion(IMAGES[1], "", 2)
+
+
+def test_rollback_over_invoke_names_what_clients_must_change():
+    known = (ModelVersion(2, INVOKE), ModelVersion(1, IMAGES[1]))
+    line, _ = changes.rollback(State(state((2, 100, " after 1")).endpoint, known), "app")
+    assert line.startswith("back from version 2 to 1, which is deployed again; invoke_route_prefix")
+    assert "clients must change from .../invoke/PATH to :predict" in line
+
+
+def test_rejects_a_canary_that_takes_other_requests():
+    asked = replace(wanted(canary=20), container=INVOKE)
+    with pytest.raises(UserError, match=r"canary: 20 given, and version 1 .*prefix none, not /\*"):
+        changes.deployment(state((1, 100)), asked)
+
+
+@pytest.mark.parametrize(("here", "there"), [(True, False), (False, True)])
+def test_names_the_type_of_an_endpoint_that_cannot_change(here, there):
+    served = replace(state((1, 100)).endpoint, dedicated=there)
+    message = f"dedicated: {str(here).lower()} in the settings, {str(there).lower()} at {NAME}; .*"
+    with pytest.raises(UserError, match=message + "run cleanup first"):
+        changes.deployment(State(served), replace(wanted(), dedicated=here))
 
 
 def test_another_service_account_deploys_again():
@@ -138,9 +205,8 @@ def test_rejects_a_canary_with_nothing_beside_it():
 
 def test_rejects_an_endpoint_that_it_did_not_create():
     ours = state((1, 100)).endpoint
-    for other in (replace(ours, labels={}), replace(ours, dedicated=False)):
-        with pytest.raises(UserError, match=f"{NAME} exists and was not made by this program"):
-            changes.deployment(State(other), wanted())
+    with pytest.raises(UserError, match=f"{NAME} exists and was not made by this program"):
+        changes.deployment(State(replace(ours, labels={})), wanted())
     with pytest.raises(UserError, match="inference_timeout: 600 in the settings, 5 at"):
         changes.deployment(State(replace(ours, inference_timeout=5)), wanted())
 

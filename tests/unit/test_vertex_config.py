@@ -8,10 +8,20 @@ import pytest
 import yaml
 
 from deploy.common.paths import ROOT, UserError
+from deploy.vertex import gauges
 from deploy.vertex.__main__ import main
 from deploy.vertex.config import CONFIG, ENVIRONMENT, VertexSettings, load_settings
+from deploy.vertex.gauges import check_gauges
 from deploy.vertex.push import push
-from deploy.vertex.texts import WIDTH, hourly, how_to_read_logs, plan, what_cleanup_keeps
+from deploy.vertex.texts import (
+    WIDTH,
+    hourly,
+    how_to_read_logs,
+    plan,
+    token_use,
+    what_cleanup_keeps,
+)
+from handler.config import app_yaml
 
 APP = "smollm2-135m"
 
@@ -51,6 +61,24 @@ def test_settings_are_immutable():
         ({"min_replicas": "many"}, r"min_replicas: 'many' given; .*integer"),
         ({"min_replicas": 3, "max_replicas": 2}, r"max_replicas: 2 is less than min_replicas, 3"),
         ({"target_cpu": 101}, r"target_cpu: 101 given; .*100"),
+        ({"target_requests_waiting": 0}, r"target_requests_waiting: 0 given; .*equal to 1"),
+        ({"target_kv_cache": 101}, r"target_kv_cache: 101 given; .*100"),
+        ({"target_cpu": 0}, r"target_cpu: 0 given; .*greater than or equal to 1"),
+        ({"target_gpu_dcgm": 60}, r"target_gpu_dcgm: 60 without accelerator_type"),
+        ({"invoke_route_prefix": "/v1"}, r"invoke_route_prefix: '/v1' given; .*'/\*'"),
+        (
+            {"invoke_route_prefix": "/*", "predict_route": "/a"},
+            r"predict_route: /a with invoke_route_prefix: /\*; .*leave one empty",
+        ),
+        (
+            {"invoke_route_prefix": "/*", "dedicated": False},
+            r"invoke_route_prefix: /\* with dedicated: false; only dedicated",
+        ),
+        (
+            {"dedicated": False},
+            r"inference_timeout: 600 with dedicated: false; .*60 s: leave it empty",
+        ),
+        ({"dedicated": "perhaps"}, r"dedicated: 'perhaps' given; .*boolean"),
         ({"deployment_timeout": 7201}, r"deployment_timeout: 7201 given; .*7200"),
         ({"inference_timeout": 3601}, r"inference_timeout: 3601 given; .*3600"),
         ({"machine": "n1"}, r"machine: there is no such field; there are project, region"),
@@ -136,6 +164,93 @@ def test_plan_names_every_resource_and_the_source_of_the_price():
     assert f"${2 * price:.2f} to ${4 * price:.2f} per hour" in text
 
 
+def file_with(tmp_path, **changes):
+    """Settings from a file, because a keyword None keeps the file's value."""
+    file = tmp_path / "vertex.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(CONFIG.read_text()) | changes))
+    return file
+
+
+SHARED = {"dedicated": False, "inference_timeout": None}
+
+
+def test_one_request_may_take_what_the_type_of_endpoint_allows(tmp_path):
+    assert load_settings().request_seconds == 600
+    assert load_settings(file_with(tmp_path, inference_timeout=None)).request_seconds == 600
+    assert load_settings(file_with(tmp_path, **SHARED)).request_seconds == 60
+
+
+def test_needs_something_to_scale_by(tmp_path):
+    with pytest.raises(UserError, match="target_cpu: none given, and no other target; give at le"):
+        load_settings(file_with(tmp_path, target_cpu=None))  # target_gpu has no accelerator
+    by_queue = file_with(tmp_path, target_cpu=None, target_requests_waiting=4)
+    assert load_settings(by_queue).targets == {"target_requests_waiting": 4}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            {},
+            ["dedicated endpoint: 10 MB, 600 s, streaming", ":rawPredict, :streamRaw"],
+        ),
+        (SHARED, ["shared endpoint: 1.5 MB, 60 s, no streaming", ":predict, :rawPredict\n"]),
+        (
+            {"invoke_route_prefix": "/*"},
+            [
+                "methods    /invoke/PATH (preview); :predict, :rawPredict and :stream",
+                'invoke_route_prefix "/*": every path of port 7080 but the root is\n  open to',
+            ],
+        ),
+        (
+            {"target_requests_waiting": 4, "target_kv_cache": 80, "target_requests_per_minute": 9},
+            ["cpu 60 %, requests per minute 9, kv cache 80 %,", "waiting 4\n"],
+        ),
+    ],
+    ids=["dedicated", "shared", "invoke", "targets"],
+)
+def test_plan_shows_requests_methods_and_what_decides_the_replicas(tmp_path, given, expected):
+    text = plan(load_settings(file_with(tmp_path, **given)), APP)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    for part in expected:
+        assert part in text
+
+
+@pytest.mark.parametrize("target", ["target_requests_waiting", "target_kv_cache"])
+def test_deploy_needs_the_gauges_that_it_scales_by(target, monkeypatch, tmp_path):
+    config = app_yaml(APP)
+    monkeypatch.setattr(gauges, "app_yaml", lambda app, local: config)
+    config["app"]["metrics"] = {"vllm_names": False}
+    settings = load_settings(**{target: 4})
+    with pytest.raises(UserError, match=f"{target}: 4 given, and app.metrics.vllm_names is off"):
+        check_gauges(settings, APP)
+    check_gauges(load_settings(), APP)
+    check_gauges(load_settings(**{target: 4}, command=["another", "server"]), APP)
+    config["app"]["metrics"] = {"vllm_names": True}
+    check_gauges(settings, APP)
+
+
+def test_deploy_refuses_missing_gauges_before_it_pushes(capsys, tmp_path):
+    file = file_with(tmp_path, project="a-project", target_requests_waiting=4)
+    assert main(["deploy", APP, "--config", str(file)]) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: target_requests_waiting: 4 given") and not shown.out
+
+
+def test_token_use_names_the_base_url_only_where_there_is_one(tmp_path):
+    host = "serving.prediction.vertexai.goog"
+    text = token_use(load_settings(project="a-project", invoke_route_prefix="/*"), APP, host)
+    assert (
+        f"base_url: https://{host}/v1/projects/a-project/locations/europe-west4/endpoints/"
+        f"serving-llms-{APP}/invoke/predictions/{APP}/1.0/v1\n" in text
+    )
+    for given in ({}, SHARED):
+        settings = load_settings(file_with(tmp_path, project="a-project", **given))
+        text = token_use(settings, APP, host)
+        assert "no base_url" in text and "@requestFormat" in text
+        assert (":streamRawPredict" in text) == settings.dedicated
+
+
 def test_price_names_its_region():
     """The list has one region's prices; a deployment may be in another."""
     away = hourly(load_settings(region="europe-west4"))
@@ -200,7 +315,7 @@ def test_plan_needs_no_credentials_no_project_and_no_sdk(arguments, tmp_path):
         ["rollback", APP, "--canary", "20"],
         ["status", APP, "--tag", "pro"],
         ["cleanup", APP, "--dry-run"],
-        ["token", APP],
+        ["token"],
         ["deploy", APP, "--canary", "many"],
         ["deploy"],
         ["deploy", "../other"],

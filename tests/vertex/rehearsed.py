@@ -9,14 +9,16 @@ from google.cloud import aiplatform
 
 from deploy.vertex.config import VertexSettings, load_settings
 from deploy.vertex.deployer import Deployer
-from deploy.vertex.predict import predict_in_three_ways
+from deploy.vertex.predict import predict_in_every_way
 from standin.local import Standin
 
 SERVER = Path(__file__).parent / "small_server.py"
 BODY: dict[str, Any] = {"instances": ["a", "b"], "parameters": {"echo": True}}
+SHARED: dict[str, Any] = {"dedicated": False, "inference_timeout": None}
+INVOKE: dict[str, Any] = {"invoke_route_prefix": "/*", "predict_route": None}
 CHANGES = {
     *("UploadModel", "DeleteModel", "CreateEndpoint", "UpdateEndpoint", "DeleteEndpoint"),
-    *("DeployModel", "UndeployModel"),
+    *("DeployModel", "MutateDeployedModel", "UndeployModel"),
 }
 
 
@@ -29,7 +31,9 @@ def small(**overrides: Any) -> VertexSettings:
         "startup_probe": [],
         "max_replicas": 1,
     }
-    return load_settings(**given | overrides)
+    settings = load_settings(**given)
+    # A keyword None of `load_settings` keeps the file's value.
+    return VertexSettings(**settings.model_dump() | overrides)
 
 
 class Rehearsed:
@@ -49,8 +53,8 @@ class Rehearsed:
     def deploy(self, tag: str = "1", canary: int | None = None, **overrides: Any) -> str:
         return self.deployer(**overrides).deploy(self.image(tag), canary)
 
-    def predict(self, body: dict[str, Any]) -> dict[str, Any]:
-        return predict_in_three_ways(small(), self.app, body)
+    def predict(self, body: dict[str, Any], **overrides: Any) -> dict[str, Any]:
+        return predict_in_every_way(small(**overrides), self.app, body)
 
     def changes(self) -> list[str]:
         """The methods of all calls so far that changed something."""

@@ -23,10 +23,19 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # head and body are two packets: 40 ms between them otherwise
 
     def do_GET(self) -> None:
-        self.respond(STATE["health"] if self.path == os.environ["AIP_HEALTH_ROUTE"] else 404, b"{}")
+        if self.path.startswith("/echo"):
+            seen = {"verb": "GET", "path": self.path, "headers": dict(self.headers)}
+            return self.respond(200, json.dumps(seen).encode())
+        status = STATE["health"] if self.path == os.environ["AIP_HEALTH_ROUTE"] else 404
+        return self.respond(status, b"{}")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+        if self.path.partition("?")[0].endswith("/chat/completions"):
+            return self.chat(body)
+        first = (body.get("instances") or [None])[0]
+        if isinstance(first, dict) and first.get("@requestFormat") == "chatCompletions":
+            return self.respond(200, json.dumps({"predictions": self.completion(first)}).encode())
         parameters = body.get("parameters") or {}
         if parameters.get("die"):
             os._exit(9)
@@ -54,6 +63,20 @@ class Handler(BaseHTTPRequestHandler):
             for i in body["instances"]
         ]
         return self.respond(200, json.dumps({"predictions": predictions}).encode())
+
+    def completion(self, body: dict) -> dict:
+        """OpenAI's object: the last message, the path and the headers."""
+        message = {"role": "assistant", "content": body["messages"][-1]["content"]}
+        choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        seen = {"path": self.path, "headers": dict(self.headers)}
+        head = {"id": "c", "object": "chat.completion", "created": 1, "model": "small"}
+        return head | {"choices": [choice], "usage": usage} | seen
+
+    def chat(self, body: dict) -> None:
+        if not body.get("stream"):
+            return self.respond(200, json.dumps(self.completion(body)).encode())
+        return self.stream(int(body.get("events", 2)))
 
     def stream(self, count: int) -> None:
         self.send_response(200)

@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import requests
 from google.cloud import aiplatform
 
 from deploy.common.paths import UserError
 from deploy.common.waiting import wait_until
 from deploy.vertex import __main__ as command_line
 from deploy.vertex.credentials import access_token
-from tests.vertex.rehearsed import BODY, Rehearsed, small
+from tests.vertex.rehearsed import BODY, INVOKE, Rehearsed, small
 
 pytestmark = pytest.mark.slow
 
@@ -194,9 +195,29 @@ def test_deploys_what_another_program_pushed(app: Rehearsed, tmp_path, capsys):
     assert version.container["image_uri"] == app.image("v1")
 
 
-def test_prints_an_access_token(quick_standin, capsys):
-    assert command_line.main(["token"]) == 0
-    assert len(capsys.readouterr().out.strip()) > 20
+def test_token_is_printed_only_on_request(app: Rehearsed, tmp_path, capsys):
+    config = tmp_path / "vertex.json"
+    config.write_text(small(**INVOKE).model_dump_json())
+    given = ["token", app.app, "--config", str(config)]
+    assert command_line.main(given) == 1
+    assert "clients has no endpoint in europe-west4; run `make deploy" in capsys.readouterr().err
+    app.deploy(**INVOKE)
+    assert command_line.main([*given, "--print"]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert len(printed) > 20 and len(printed.split()) == 1
+    assert command_line.main(given) == 0
+    shown = capsys.readouterr().out
+    host = "https://serving-llms-clients.europe-west4-"
+    assert f"base_url: {host}" in shown and shown.count(printed) == 0
+    base = next(line.split()[1] for line in shown.splitlines() if "base_url" in line)
+    chat = {"messages": [{"role": "user", "content": "hello"}]}
+    response = requests.post(
+        f"{base}/chat/completions",
+        json=chat,
+        headers={"Authorization": f"Bearer {printed}"},
+        timeout=60,
+    )
+    assert response.json()["choices"][0]["message"]["content"] == "hello"
 
 
 def test_googles_errors_are_one_line(app: Rehearsed, quick_standin, monkeypatch, tmp_path, capsys):

@@ -20,7 +20,7 @@ from deploy.vertex.deployer import Deployer
 from deploy.vertex.messages import fields
 from deploy.vertex.operations import timeline
 from standin.local import Standin
-from tests.vertex.rehearsed import BODY, Rehearsed, small
+from tests.vertex.rehearsed import BODY, INVOKE, SHARED, Rehearsed, small
 
 pytestmark = pytest.mark.slow
 
@@ -50,13 +50,108 @@ def test_second_deploy_changes_nothing(app: Rehearsed):
     assert app.lines == [f"{app.app} is deployed like this already: nothing to do"]
 
 
-def test_predicts_in_three_ways(app: Rehearsed):
+def test_predicts_in_every_way_of_a_dedicated_endpoint(app: Rehearsed):
     app.deploy()
     answers = app.predict(BODY)
-    assert list(answers) == ["predict", "raw_predict", "stream_raw_predict"]
+    assert list(answers) == ["predict", "raw_predict", "stream_raw_predict", "chatCompletions"]
+    assert answers["chatCompletions"]["object"] == "chat.completion"
     assert [prediction["instance"] for prediction in answers["predict"]] == ["a", "b"]
     assert answers["raw_predict"]["predictions"] == answers["predict"]
     assert len(answers["stream_raw_predict"]) == 1
+
+
+def test_shared_endpoint_from_deploy_to_cleanup(app: Rehearsed):
+    host = app.deploy(**SHARED)
+    assert host == "europe-west4-aiplatform.googleapis.com"
+    before = app.changes()
+    app.deploy(**SHARED)
+    assert app.changes() == before
+    answers = app.predict(BODY, **SHARED)
+    assert list(answers) == ["predict", "raw_predict", "chatCompletions"]
+    assert [prediction["instance"] for prediction in answers["predict"]] == ["a", "b"]
+    assert answers["chatCompletions"]["object"] == "chat.completion"
+    with pytest.raises(UserError, match=r"predict: 400.*as asked"):
+        app.predict({"instances": ["a"], "parameters": {"status": 400}}, **SHARED)
+    with pytest.raises(UserError, match=r"dedicated: true in the settings, false at .*: run clean"):
+        app.deploy()
+    assert app.changes() == before
+    listed = app.deployer(**SHARED).resources()
+    assert [one.detail for one in listed if one.kind == "endpoint"] == [f"{host} (shared)"]
+    app.deploy("2", canary=20, **SHARED)
+    assert app.shares() == {"1": 80, "2": 20}
+    app.deployer(**SHARED).undeploy()
+    with pytest.raises(UserError, match="deployed any more; run `make deploy APP="):
+        app.predict(BODY, **SHARED)
+
+
+def test_invoke_from_deploy_to_rollback(app: Rehearsed):
+    """From :predict to invoke, and back: two versions of which no request reaches both."""
+    app.deploy("1")
+    with pytest.raises(UserError, match=r"canary: 20 given, and version 1 beside it has invoke_"):
+        app.deploy("2", canary=20, **INVOKE)
+    app.lines.clear()
+    app.deploy("1", **INVOKE)
+    assert app.shares() == {"2": 100}
+    assert app.lines[0].startswith("invoke_route_prefix: /*, and none at version 1, which serves")
+    before = app.changes()
+    app.lines.clear()
+    app.deploy("1", **INVOKE)
+    assert app.changes() == before and len(app.lines) == 1
+    answers = app.predict(BODY, **INVOKE)
+    assert list(answers) == ["invoke", "invoke, streamed"]
+    assert answers["invoke"]["path"] == f"/predictions/{app.app}/1.0/v1/chat/completions"
+    assert len(answers["invoke, streamed"]) == 2
+    with pytest.raises(UserError, match=r"predict: .*400.*invoke"):
+        app.predict(BODY)
+    app.deploy("3", canary=30, **INVOKE)
+    assert app.shares() == {"2": 70, "3": 30}
+    app.deploy("1", **INVOKE)
+    app.lines.clear()
+    app.deployer().rollback()
+    assert "clients must change from .../invoke/PATH to :predict" in app.lines[0]
+    assert app.predict(BODY)["predict"]
+    with pytest.raises(UserError, match=r"invoke: 400: .*prefix"):
+        app.predict(BODY, **INVOKE)
+
+
+def test_invoke_after_undeploy_names_the_make_command(app: Rehearsed):
+    with pytest.raises(UserError, match=r"nothing of .* is deployed; run"):
+        app.predict(BODY, **INVOKE)
+    app.deploy(**INVOKE)
+    app.deployer().undeploy()
+    with pytest.raises(UserError, match="deployed any more; run `make deploy APP="):
+        app.predict(BODY, **INVOKE)
+
+
+def test_numbers_of_replicas_and_metrics_change_in_place(app: Rehearsed):
+    app.deploy()
+    before = app.changes()
+    (first,) = aiplatform.Endpoint(small().endpoint_name(app.app)).list_models()
+    scaled = {"target_requests_waiting": 4, "target_cpu": None, "max_replicas": 3}
+    app.deploy(**scaled)
+    (now,) = aiplatform.Endpoint(small().endpoint_name(app.app)).list_models()
+    assert now.id == first.id and now.dedicated_resources.max_replica_count == 3
+    (spec,) = now.dedicated_resources.autoscaling_metric_specs
+    assert spec.metric_name == "prometheus.googleapis.com/vertex_vllm_num_requests_waiting"
+    assert spec.target == 4
+    app.deploy(**scaled)
+    assert app.changes() == [*before, "MutateDeployedModel"]
+
+
+def test_order_of_metrics_is_no_change(app: Rehearsed):
+    app.deploy(target_kv_cache=80, target_requests_per_minute=30)
+    name = small().endpoint_name(app.app)
+    client = app.deployer().endpoints
+    (deployed,) = client.get_endpoint(name=name).deployed_models
+    specs = list(deployed.dedicated_resources.autoscaling_metric_specs)
+    deployed.dedicated_resources.autoscaling_metric_specs = specs[::-1]
+    path = "dedicated_resources.autoscaling_metric_specs"
+    client.mutate_deployed_model(
+        endpoint=name, deployed_model=deployed, update_mask={"paths": [path]}
+    ).result(timeout=60)
+    before = app.changes()
+    app.deploy(target_kv_cache=80, target_requests_per_minute=30)
+    assert app.changes() == before
 
 
 def test_shows_an_error_of_the_server(app: Rehearsed):
@@ -74,7 +169,9 @@ def test_another_image_replaces_the_old_one(app: Rehearsed):
 
 def test_other_machines_deploy_the_same_version_again(app: Rehearsed):
     app.deploy()
-    app.deploy(min_replicas=2, max_replicas=2)
+    before = app.changes()
+    app.deploy(machine_type="n2-standard-8", min_replicas=2, max_replicas=2)
+    assert app.changes() == [*before, "DeployModel", "UndeployModel"]
     assert app.shares() == {"1": 100}
     (deployed,) = aiplatform.Endpoint(small().endpoint_name(app.app)).list_models()
     assert deployed.dedicated_resources.min_replica_count == 2
@@ -229,7 +326,7 @@ def test_rollback_goes_to_what_served_before_not_to_the_lower_number(app: Rehear
     app.deploy("1")
     app.deploy("2")
     app.deploy("1")
-    app.deploy("1", max_replicas=2)  # on other machines: still after version 2
+    app.deploy("1", machine_type="n2-standard-8")  # on other machines: still after version 2
     assert app.shares() == {"1": 100}
     app.deployer().rollback()
     assert app.shares() == {"2": 100}

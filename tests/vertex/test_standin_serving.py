@@ -212,14 +212,134 @@ def test_dedicated_endpoint_has_its_own_host_name(grpc_client):
     assert response.status_code == 404
 
 
-def test_invoke_passes_any_path(grpc_client):
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+FORMAT = {"@requestFormat": "chatCompletions"}
+
+
+def test_invoke_passes_any_path_but_the_root_on(grpc_client, standin):
+    """One deployment for all of it: a start of a replica takes longest."""
     endpoint = grpc_client.endpoint(dedicated=True)
     model = grpc_client.upload(predict_route="", invoke_route_prefix="/*")
-    grpc_client.deploy(endpoint.name, model)
+    number = grpc_client.deploy(endpoint.name, model)
     host, name = endpoint.dedicated_endpoint_dns, endpoint.name
-    response = post(host, name, "/invoke/v1/chat/completions", {"instances": [1]})
-    assert response.json()["predictions"][0]["path"] == "/v1/chat/completions"
-    assert post(host, name, ":rawPredict", {"instances": [1]}).status_code == 400
+    url = f"https://{host}/v1/{name}"
+
+    for door in ("/invoke", f"/deployedModels/{number}/invoke"):
+        response = post(host, name, f"{door}/v1/chat/completions", CHAT)
+        assert response.json()["path"] == "/v1/chat/completions"
+        assert response.headers["X-Vertex-AI-Deployed-Model-Id"] == number
+    response = post(host, name, "/deployedModels/1/invoke/v1/chat/completions", CHAT)
+    assert response.status_code == 404
+
+    # The path and the query arrive as the client wrote them, with its own headers but the token.
+    path = "/v1/a%2Fb%20c/chat/completions?a=1&b=%2F&a=2"
+    headers = JSON | {"X-Own": "yes", "Accept": "text/event-stream"}
+    seen = session().post(f"{url}/invoke{path}", json=CHAT, headers=headers, timeout=9).json()
+    assert seen["path"] == path
+    assert seen["headers"]["X-Own"] == "yes" and seen["headers"]["Accept"] == "text/event-stream"
+    assert "authorization" not in {header.lower() for header in seen["headers"]}
+
+    # GET, as for /v1/models; other verbs are not known.
+    seen = session().get(f"{url}/invoke/echo/models?x=1", timeout=9).json()
+    assert (seen["verb"], seen["path"]) == ("GET", "/echo/models?x=1")
+    for verb in ("PUT", "DELETE", "PATCH", "OPTIONS"):
+        assert session().request(verb, f"{url}/invoke/echo", timeout=9).status_code == 501
+
+    # The root is closed.
+    for root in ("/invoke", "/invoke/", "/invoke//", "/invoke/?a=1"):
+        response = post(host, name, root, CHAT)
+        assert response.status_code == 404 and "root" in response.json()["error"]["message"]
+
+    # Streams are not buffered.
+    body, times = CHAT | {"stream": True, "events": 3}, []
+    response = post(host, name, "/invoke/v1/chat/completions", body, stream=True)
+    times = [time.monotonic() for line in response.iter_lines() if line]
+    assert response.headers["Content-Type"] == "text/event-stream" and len(times) == 3
+    assert times[-1] - times[0] > 0.4
+
+    # The container's own errors keep their status.
+    body = {"instances": [], "parameters": {"status": 418}}
+    assert post(host, name, "/invoke/any", body).status_code == 418
+    assert post(host, name, "/invoke/any", b"x" * 10_500_000).status_code == 400
+
+    # Everything else is off.
+    for verb in (":predict", ":rawPredict", ":streamRawPredict"):
+        response = post(host, name, verb, {"instances": [1]})
+        assert response.status_code == 400 and "invoke" in response.json()["error"]["message"]
+    # The shared host does not have it, and nobody without a token.
+    shared = post(grpc_client.host, name, "/invoke/v1/chat/completions", CHAT)
+    assert shared.status_code == 400 and "dedicated dns name" in shared.json()["error"]["message"]
+    response = requests.post(f"{url}/invoke/v1/chat/completions", json=CHAT, timeout=9)
+    assert response.status_code == 401
+
+
+def test_invoke_needs_the_prefix_and_a_dedicated_endpoint(grpc_client):
+    endpoint = grpc_client.running(dedicated=True)
+    host, name = endpoint.dedicated_endpoint_dns, endpoint.name
+    response = post(host, name, "/invoke/v1/chat/completions", CHAT)
+    assert response.status_code == 400 and "prefix" in response.json()["error"]["message"]
+    prefixed = grpc_client.upload(predict_route="", invoke_route_prefix="/*")
+    with pytest.raises(exceptions.FailedPrecondition, match="needs a dedicated endpoint"):
+        grpc_client.deploy(grpc_client.endpoint().name, prefixed)
+    with pytest.raises(exceptions.InvalidArgument, match=r"invoke_route_prefix.*excludes"):
+        grpc_client.upload(invoke_route_prefix="/*")
+    with pytest.raises(exceptions.InvalidArgument, match=r"invoke_route_prefix.*Only \"/\*\""):
+        grpc_client.upload(predict_route="", invoke_route_prefix="/v1/*")
+
+
+def test_predictions_may_be_an_object_on_a_dedicated_endpoint(grpc_client):
+    endpoint = grpc_client.running(dedicated=True)
+    host, name = endpoint.dedicated_endpoint_dns, endpoint.name
+    for verb in (":predict", ":rawPredict"):
+        response = post(host, name, verb, {"instances": [FORMAT | CHAT]})
+        assert response.json()["predictions"]["choices"][0]["message"]["content"] == "a"
+    response = post(host, name, ":predict", {"instances": [1], "parameters": {"odd": True}})
+    assert response.status_code == 400  # neither a list nor an object
+
+
+def test_predictions_that_are_an_object_are_not_known_on_a_shared_endpoint(client):
+    endpoint = client.running()
+    instances: Any = [FORMAT | CHAT]
+    with pytest.raises(exceptions.MethodNotImplemented, match=r"not documented\. Use raw"):
+        client.predictions.predict(endpoint=endpoint.name, instances=instances)
+    response = post(client.host, endpoint.name, ":rawPredict", {"instances": instances})
+    assert response.json()["predictions"]["choices"][0]["message"]["content"] == "a"
+
+
+def test_chat_completions_of_an_endpoint_are_refused_by_name(grpc_client):
+    """Documented as a URL; what reaches the container is not."""
+    endpoint = grpc_client.endpoint()
+    for version in ("v1", "v1beta1"):
+        url = f"https://{grpc_client.host}/{version}/{endpoint.name}/chat/completions"
+        response = session().post(url, json=CHAT, timeout=9)
+        assert response.status_code == 501
+        assert "/chat/completions" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("specs", "message"),
+    [
+        ([("vllm:num_requests_waiting", 4)], "'vllm:num_requests_waiting' is not supported"),
+        ([("prometheus.googleapis.com/vertex_vllm_num_requests_waiting", -1)], "not 1 to 2147"),
+        ([("prometheus.googleapis.com/vertex_vllm_gpu_cache_usage_perc", 101)], "not 1 to 100"),
+        ([("aiplatform.googleapis.com/prediction/online/cpu/utilization", 60)] * 2, "more than"),
+        ([("prometheus.googleapis.com/vertex_dcgm_fi_dev_gpu_util", 60)], "needs an accelerator"),
+    ],
+    ids=["unknown", "negative", "percent", "twice", "accelerator"],
+)
+def test_rejects_invalid_autoscaling_metrics(grpc_client, specs, message):
+    machine = {"machine_spec": {"machine_type": "n1-standard-2"}, "min_replica_count": 1}
+    metrics = [{"metric_name": name, "target": target} for name, target in specs]
+    deployed: Any = {
+        "model": grpc_client.upload(),
+        "dedicated_resources": machine | {"autoscaling_metric_specs": metrics},
+    }
+    with pytest.raises(exceptions.InvalidArgument, match=message):
+        grpc_client.endpoints.deploy_model(
+            endpoint=grpc_client.endpoint().name,
+            deployed_model=deployed,
+            traffic_split={"0": 100},
+        )
 
 
 def test_sixteen_concurrent_predictions(client):
