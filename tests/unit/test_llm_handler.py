@@ -7,7 +7,15 @@ import pytest
 
 import handler.llm_handler
 from handler.config import app_yaml
-from handler.engine import EngineLoad, Messages, Progress, PromptError, Sampling, SequenceKey
+from handler.engine import (
+    EngineLoad,
+    Messages,
+    ParameterError,
+    Progress,
+    PromptError,
+    Sampling,
+    SequenceKey,
+)
 from handler.llm_handler import LLMHandler
 from handler.metrics import OUTCOMES, REFUSALS
 from handler.response import PROBE
@@ -61,10 +69,13 @@ class FakeContext:
     def __init__(self) -> None:
         self.system_properties = {"model_dir": "unused"}
         self.model_name = "model"
+        self.paths: dict[str, str] = {}
+        """Request id -> the rest of its path."""
         self.model_yaml_config = app_yaml("my-own-model", local=True)
 
     def get_all_request_header(self, idx: int) -> dict[str, str]:
-        return {}
+        path = self.paths.get(self.request_ids[idx])
+        return {} if path is None else {"url_path": path}
 
     def set_response_status(self, code: int, phrase: str, idx: int) -> None:
         self.statuses[idx] = code
@@ -395,3 +406,44 @@ def test_short_requests_are_admitted_before_long_ones(worker):
     """A hundred long prompts, even refused ones, take half a minute to tokenize."""
     worker.tick(long=body("a" * 1000), longer=body("a" * 2000), short=body("a"))
     assert [key.request_id for key in worker.engine.keys] == ["short", "long", "longer"]
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+def test_apis_share_a_tick(worker):
+    """Each request is answered, and rejected, in the shape of its own API."""
+    worker.context.paths = dict.fromkeys(["text", "wrong", "route"], "v1/completions")
+    worker.context.paths |= {"route": "v1/embeddings", "list": "v1/models"}
+    answered = worker.tick(
+        vertex=body("a"), text={"prompt": "b"}, wrong={"prompt": 1}, route={}, list={}
+    )
+    assert {name: status for name, (status, _) in answered.items()} == {
+        "wrong": 400,
+        "route": 404,
+        "list": 200,
+    }
+    assert answered["wrong"][1]["error"]["param"] == "prompt"
+    assert answered["list"][1]["data"][0]["id"] == "model"
+    worker.engine.next_progress = [end(SequenceKey(name, 0), "x") for name in ("vertex", "text")]
+    answered = worker.tick()
+    assert answered["vertex"][1] == {"predictions": ["ax"]}
+    assert answered["text"][1]["choices"][0]["text"] == "x"
+
+
+def test_parameter_that_the_engine_rejects_is_named_as_in_the_body(worker):
+    worker.engine.failures = {"a": ParameterError("json_schema", "is not a schema")}
+    worker.context.paths = {"text": "v1/completions"}
+    answered = worker.tick(text={"prompt": "a"}, vertex=body("a"), other=body("b"))
+    assert answered["text"][1]["error"]["message"] == "response_format: is not a schema"
+    assert answered["vertex"][1]["error"]["field"] == "response_format"
+    assert "other" not in answered and [key.request_id for key in worker.engine.keys] == ["other"]
+
+
+def test_model_that_cannot_be_loaded_answers_in_the_shape_of_each_api(worker):
+    worker.handler.failure = "the model cannot be loaded"
+    worker.context.paths = {"chat": "v1/chat/completions"}
+    answered = worker.tick(chat=CHAT, vertex=body("a"))
+    assert answered["chat"][0] == answered["vertex"][0] == 503
+    assert answered["chat"][1]["error"]["type"] == "server_error"
+    assert answered["vertex"][1]["error"]["status"] == "UNAVAILABLE"
