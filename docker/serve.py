@@ -4,6 +4,8 @@ Environment variables, all optional:
     AIP_HTTP_PORT     the port to listen on; Vertex AI sets it
     AIP_STORAGE_URI   gs://bucket/folder with the archive, for an image without weights; also set
                       by Vertex AI
+    CORS_ORIGIN       the origin of the web pages that may use the server, such as
+                      http://localhost:3000, or * for all; the default is none
     MODEL_STORE       the folder with the archive, default /models
     DRAIN_SECONDS     time for requests in flight after SIGTERM; the default is below
 
@@ -26,7 +28,13 @@ from threading import Event
 from typing import TextIO
 
 import management
-from launch import grpc_address, java_command, max_request_size, server_environment
+from launch import (
+    CORS_ORIGIN,
+    cors_settings,
+    java_command,
+    max_request_size,
+    server_environment,
+)
 from watch import Frontend, Watcher
 
 HERE = Path(__file__).parent
@@ -62,8 +70,8 @@ def main() -> int:
             "SERVING_STATE": str(STATE),
             "SERVING_METRICS_PORT": str(METRICS_PORT),
             "SERVING_FRONTEND_METRICS": management.address(STATE, management.METRICS_SOCKET),
-            "GRPC_ADDRESS": grpc_address(),
             "MAX_REQUEST_SIZE": str(max_request_size(store / archive)),
+            **cors_settings(os.environ.get(CORS_ORIGIN, "")),
         }
     except (ValueError, OSError, LookupError) as error:
         say(f"error: {error}", sys.stderr)

@@ -28,8 +28,9 @@ def read_json(parts: dict[str, Any], header: Header, limit: int) -> Any:
         limit: the most bytes, also after decompression.
 
     Raises:
-        RequestError: a web page of another site sent it, it is not JSON, or it is too large.
+        RequestError: it is not a POST, a web page sent it, it is not JSON, or it is too large.
     """
+    check_method(header, "POST")
     check_origin(header)
     _check_type(header("content-type") or "")
     payload = parts.get("body")
@@ -46,6 +47,19 @@ def read_json(parts: dict[str, Any], header: Header, limit: int) -> Any:
     except ValueError as error:
         reason = _wrong_encoding(payload) or str(error)
         raise RequestError(400, f"the body is not valid JSON: {reason}") from error
+
+
+def check_method(header: Header, *allowed: str) -> None:
+    """Reject a request with another HTTP method.
+
+    TorchServe passes every method on. Only our own frontend says which it is.
+
+    Raises:
+        RequestError: 405; the message names the method and those allowed.
+    """
+    method = header("http_method")
+    if method is not None and method not in allowed:
+        raise RequestError(405, f"{method} is not supported here; use {' or '.join(allowed)}")
 
 
 def _check_type(given: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from handler import doors
-from handler.body import read_json
+from handler.body import check_method, read_json
 from handler.config import parse_app
 from handler.context import Context
 from handler.drain import Drain, end_with_frontend, record_failure
@@ -32,6 +32,7 @@ from handler.errors import RequestError
 from handler.headers import Header, header_reader
 from handler.metrics import Metrics
 from handler.openai import MODELS, models
+from handler.origin import exposed_headers
 from handler.prompt import render
 from handler.request import Request, default_parameters
 from handler.response import (
@@ -212,6 +213,7 @@ class LLMHandler:
         try:
             route = doors.find_route(path)
             if route == MODELS:
+                check_method(header, "GET", "HEAD")
                 return json_response(models(path, self.model_name, self.started_at))
             raw = read_json(parts, header, self.app.limits.max_body_bytes)
             request = doors.parse(route, raw, self.app, self.defaults, self.model_name)
@@ -302,7 +304,7 @@ class LLMHandler:
             bodies[position] = response.body
             context.stopping_criteria[position] = response.stopping_criterion
             context.set_response_status(response.status, "", position)
-            for name, value in response.headers.items():
+            for name, value in (response.headers | exposed_headers()).items():
                 context.set_response_header(position, name, value)
         return bodies
 
@@ -324,4 +326,7 @@ def _rejection(path: str, error: RequestError, known: ActiveRequest | None = Non
         known: the request, if its body was read.
     """
     body = known.shape.error(error) if known else doors.write_error(path, error)
-    return error_response(error.code, body, RETRY_AFTER_SECONDS)
+    response = error_response(error.code, body, RETRY_AFTER_SECONDS)
+    if error.code == 405:
+        response.headers["allow"] = "GET" if path.startswith(MODELS) else "POST"
+    return response

@@ -40,3 +40,8 @@ def check_origin(header: Header) -> None:
     raise RequestError(
         403, f"the request comes from {given}; {may}. Start the server with {VARIABLE}=ORIGIN"
     )
+
+
+def exposed_headers() -> dict[str, str]:
+    """Return the header that lets an allowed page read all others; TorchServe adds the rest."""
+    return {"access-control-expose-headers": "*"} if allowed_origin() else {}

@@ -5,8 +5,8 @@ and PyYAML.
 """
 
 import importlib.util
+import os
 import re
-import socket
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -24,7 +24,10 @@ what is allowed. TorchServe rejects larger bodies with an empty 413, before it r
 FOREIGN_LIMIT = 1_000_000
 """The limit in bytes for the archive of another handler, without `app.limits.max_body_bytes`."""
 _CONFIG = "model-config.yaml"
-_MULTICAST = "224.0.0.1"
+CORS_ORIGIN = "CORS_ORIGIN"
+"""The environment variable with the origin of the web pages that may use the server. The handler
+reads it too (`handler/origin.py`)."""
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:]+\])(:[1-9][0-9]{0,4})?")
 
 _PASSED = re.compile(
     # The system, Java and Python.
@@ -52,7 +55,7 @@ def java_command(
     """Return Java and its arguments.
 
     We do not use the `torchserve` command: it leaves Java running when it is stopped, and does not
-    report when Java has died.
+    report when Java has died. The main class is ours (`Frontend.java`).
 
     Args:
         java: the program.
@@ -69,6 +72,7 @@ def java_command(
     home = Path(spec.origin).parent.parent
     name = archive.removesuffix(".mar")
     frontend = home / "ts" / "frontend"
+    classes = os.pathsep.join([str(Path(__file__).parent / "frontend.jar"), str(frontend / "*")])
     command: list[str | Path] = [java, *_memory_options(), f"-Dmodel_server_home={home}"]
     # Unix sockets need netty's native library: beside the jar in the image (docker/slim.py).
     # Elsewhere netty extracts it there, and not to /tmp, which may be mounted with noexec.
@@ -76,7 +80,7 @@ def java_command(
     command += [f"-Djava.io.tmpdir={temporary}", f"-Dlog4j.configurationFile={log4j}"]
     if log:
         command += ["-Dserving.appender=FILE", f"-Dserving.log={log}"]
-    command += ["-cp", frontend / "*", "org.pytorch.serve.ModelServer"]
+    command += ["-cp", classes, "serving.Frontend"]
     command += ["--python", sys.executable, "-f", config, "-ncs"]
     command += ["-s", store, "-m", f"{name}={archive}"]
     return [str(part) for part in command]
@@ -145,19 +149,29 @@ def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if not _SECRET.search(name)}
 
 
-def grpc_address() -> str:
-    """Return the address for TorchServe's gRPC server, which no setting switches off.
+def cors_settings(origin: str) -> dict[str, str]:
+    """Return variables with the CORS headers for config.properties; empty ones send none.
 
-    One gRPC call stops the worker and all requests in it. On Linux a program can listen on a
-    multicast address, to which nobody can connect. Elsewhere it is loopback, with a random port.
+    TorchServe answers a browser's preflight itself, with the same headers for every page.
+
+    Args:
+        origin: of the pages that may use the server, such as `http://localhost:3000`; empty for
+            none, `*` for all.
+
+    Raises:
+        ValueError: it is no origin.
     """
-    with socket.socket() as probe:
-        try:
-            probe.bind((_MULTICAST, 0))
-            probe.listen()
-        except OSError:
-            return "127.0.0.1"
-    return _MULTICAST
+    if origin and not _ORIGIN.fullmatch(origin):
+        raise ValueError(
+            f"{CORS_ORIGIN}: {origin!r} is no origin; write one, such as http://localhost:3000, "
+            "without a path and in lower case, or * for all"
+        )
+    return {
+        CORS_ORIGIN: origin,
+        # "*" does not include the header with an API key.
+        "CORS_HEADERS": "authorization, *" if origin else "",
+        "CORS_METHODS": "GET, POST" if origin else "",
+    }
 
 
 def read_properties(path: Path) -> dict[str, str]:

@@ -24,7 +24,8 @@ from deploy.common.waiting import wait_until
 from deploy.torchserve import management
 from deploy.torchserve.java import find_java
 from deploy.torchserve.launch import (
-    grpc_address,
+    CORS_ORIGIN,
+    cors_settings,
     java_command,
     max_request_size,
     read_properties,
@@ -53,15 +54,15 @@ class Server:
     """One TorchServe process tree that serves one archive.
 
     Use it in a `with` block, or call `start()` and `stop()`. Predictions listen on `port`, metrics
-    on `port` + 2. Management and the workers listen on sockets in a private folder. On Linux,
-    nobody can connect to gRPC.
+    on `port` + 2. Management and the workers listen on sockets in a private folder.
 
     Args:
         archive: what `deploy.archive.build.build_archive` returned.
         port: the port of predictions, the only one that other machines may reach.
         host: the address to listen on; the default is this machine alone.
         settings: lines for config.properties that override ours.
-        environment: additional environment variables for Java and the workers.
+        environment: additional environment variables for Java and the workers. CORS_ORIGIN is also
+            read from this process's environment.
     """
 
     def __init__(
@@ -287,7 +288,6 @@ class Server:
 
     def _properties(self) -> dict[str, str]:
         """The container's config.properties, with this server's addresses."""
-        grpc = grpc_address()
         try:
             largest_body = max_request_size(self.archive)
         except ValueError as error:
@@ -296,8 +296,6 @@ class Server:
             "inference_address": f"http://{self.host}:{self.port}",
             "management_address": self._management,
             "metrics_address": self._frontend_metrics,
-            "grpc_inference_address": grpc,
-            "grpc_management_address": grpc,
             "max_request_size": str(largest_body),
         }
 
@@ -309,7 +307,11 @@ class Server:
             PORT_VARIABLE: str(self.port + 2),
             FRONTEND_VARIABLE: self._frontend_metrics,
         }
-        return server_environment(os.environ) | offline | settings | self.environment
+        variables = server_environment(os.environ) | offline | settings | self.environment
+        try:
+            return variables | cors_settings((os.environ | self.environment).get(CORS_ORIGIN, ""))
+        except ValueError as error:
+            raise ServerError(str(error)) from error
 
     def _wait_until_ready(self, timeout: float) -> None:
         try:

@@ -92,21 +92,30 @@ def test_returns_control_characters_and_emoji_unchanged(smollm2_server):
     assert response.json()["predictions"][0].startswith(prompt)
 
 
-def test_form_is_rejected_with_the_header_to_send(any_server):
-    """What `curl -d` sends without -H."""
-    command = ["curl", "-s", any_server.url, "-d", '{"instances": ["1 + 1 = 2"]}']
-    error = json.loads(subprocess.run(command, capture_output=True).stdout)["error"]
-    assert "Content-Type: application/json" in error["message"]
-    response = httpx.post(any_server.url, data={'{"instances": ["a"]}': ""})
+def test_curl_needs_no_header_for_json(any_server):
+    """`curl -d` calls the body a form, whose decoding would change "+", "%" and "&"."""
+    prompt = "1 + 1 = 2 & 100% %41"
+    body = {"instances": [prompt], "parameters": {"return_full_text": True, "max_new_tokens": 1}}
+    command = ["curl", "-s", any_server.url, "-d", "  " + json.dumps(body)]
+    (prediction,) = json.loads(subprocess.run(command, capture_output=True).stdout)["predictions"]
+    assert prediction.startswith(prompt)
+
+
+@pytest.mark.parametrize(
+    "form", [{"data": {'{"instances": ["a"]}': ""}}, {"files": {"data": b"{}"}}]
+)
+def test_form_is_rejected_with_the_header_to_send(any_server, form):
+    response = httpx.post(any_server.url, **form)
     assert response.status_code == 415
     assert "Content-Type: application/json" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "HEAD"])
 def test_rejects_other_http_methods(any_server, worker_pid, method):
-    """TorchServe passes every method to the handler and does not say which it is."""
-    response = httpx.request(method, any_server.url)
-    assert response.status_code in (400, 405), response.text
+    """TorchServe passes every method to the handler; our frontend says which it is."""
+    response = httpx.request(method, any_server.url, content=payload(OK))
+    assert response.status_code == 405 and response.headers["allow"] == "POST"
+    assert method == "HEAD" or f"{method} is not supported" in response.json()["error"]["message"]
     assert any_server.workers()[0]["pid"] == worker_pid
 
 

@@ -17,7 +17,7 @@ BODY = json.dumps(VALUE, ensure_ascii=False).encode()
 
 
 def read(body: bytes = BODY, limit: int = LIMIT, **headers: str):
-    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    names = {n if n == "http_method" else n.replace("_", "-"): v for n, v in headers.items()}
     return read_json({"body": body}, header_reader(names), limit)
 
 
@@ -168,6 +168,12 @@ def test_names_the_byte_of_latin_1():
 @pytest.mark.parametrize("body", [b"\x00" * 10, b"\x00", b"\xff\xfe", b"\xff\xfe\x00\x00"])
 def test_does_not_guess_an_encoding_of_bytes_that_are_no_json(body):
     assert "UTF-16;" not in error(400, body) and "UTF-32;" not in error(400, body)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH", "TRACE"])
+def test_rejects_other_methods_and_names_them(method):
+    assert f"{method} is not supported here; use POST" in error(405, http_method=method)
+    assert read(http_method="POST") == VALUE
 
 
 @pytest.mark.parametrize("body", [b"", b" \r\n\t"])

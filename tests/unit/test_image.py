@@ -182,11 +182,12 @@ def test_java_command_and_configuration():
     assert settings["inference_address"] == "http://0.0.0.0:$$AIP_HTTP_PORT$$"
     assert settings["management_address"] == "unix:$$SERVING_STATE$$/management.sock"
     assert settings["metrics_address"] == "$$SERVING_FRONTEND_METRICS$$"  # a socket, too
-    names = ("grpc_inference_address", "grpc_management_address")
-    assert all(settings[name] == "$$GRPC_ADDRESS$$" for name in names)
+    assert settings["cors_allowed_origin"] == "$$CORS_ORIGIN$$"
     x = Path("/somewhere")
     command = java_command("java", config=x, log4j=x, store=x, archive="a.mar", temporary=x)
     assert command[0] == "java" and command[-2:] == ["-m", "a=a.mar"]
+    classes, main = command[command.index("-cp") + 1 :][:2]
+    assert main == "serving.Frontend" and classes.split(":")[0].endswith("/frontend.jar")
     # A full heap ends Java, full network buffers fail at once; neither leaves it half alive.
     assert {"-XX:+ExitOnOutOfMemoryError", f"-Dio.netty.maxDirectMemory={BUFFERS}"} <= {*command}
 
