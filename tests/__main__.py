@@ -23,8 +23,8 @@ from typing import NamedTuple
 from deploy.common.paths import BUILD, ROOT
 
 LONGEST_FIRST = [
-    *("tests/vertex", "tests/served", "notebooks/05", "tests/container", "notebooks/06"),
-    *("tests/unit", "notebooks/07", "tests/families"),
+    *("tests/vertex", "tests/served", "tests/clients", "notebooks/05", "tests/container"),
+    *("notebooks/06", "tests/unit", "notebooks/07", "tests/families"),
 ]
 """The first parts to start, so that no long one runs alone at the end."""
 

@@ -6,7 +6,8 @@ uv resolves, for Linux and macOS at once; pip installs, with `--no-deps`, becaus
 leaves out (see `[tool.uv]` in pyproject.toml) must stay out. docker/locks/ has one file for each
 image, with the part of that lock that it needs. Only `gpu` has packages that the lock lacks,
 CUDA's. torch's CPU build has a separate index and a separate file. benchmarks/locks/ has one file
-for each system we compare ourselves with.
+for each system we compare ourselves with. tests/clients/requirements.lock has the clients of other
+projects.
 """
 
 import re
@@ -24,6 +25,8 @@ IMAGES = ("archive", "cpu", "cpu-lean", "gpu")
 PEER_LOCKS = ROOT / "benchmarks" / "locks"
 PEERS = ("vllm", "llama-cpp")
 """The dependency groups of pyproject.toml that begin with `peer-`."""
+
+CLIENTS_LOCK = ROOT / "tests" / "clients" / "requirements.lock"
 
 NOT_IN_PEERS = ("torchvision", "torchaudio", "torchcodec")
 """PyPI's builds are for CUDA and break transformers beside a CPU build of torch. Serving text does
@@ -62,6 +65,9 @@ def main() -> int:
             text = peer_lock(peer)
             (PEER_LOCKS / f"{peer}.txt").write_text(text)
             print(f"benchmarks/locks/{peer}.txt: {len(locked_blocks(text))} packages")
+        text = clients_lock()
+        CLIENTS_LOCK.write_text(text)
+        print(f"tests/clients/{CLIENTS_LOCK.name}: {len(locked_blocks(text))} packages")
     except subprocess.CalledProcessError as error:
         print(f"error: {error.stderr.strip()}", file=sys.stderr)
         return 1
@@ -105,6 +111,15 @@ def peer_lock(peer: str) -> str:
     if "torch" in found:
         found["torch"] = (IMAGE_LOCKS / "torch.txt").read_text()
     header = f"# Made by `make lock` from the group peer-{peer} of pyproject.toml.\n"
+    return header + "".join(found[name] for name in sorted(found))
+
+
+def clients_lock() -> str:
+    """Return what the clients of tests/clients install."""
+    found = locked_blocks(
+        _compile("--group", "pyproject.toml:clients", "--no-config", "--universal")
+    )
+    header = "# Made by `make lock` from the group clients of pyproject.toml.\n"
     return header + "".join(found[name] for name in sorted(found))
 
 
