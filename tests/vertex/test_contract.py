@@ -10,7 +10,7 @@ stand-in guesses wrong. These tests were never run on the real service.
 import json
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import requests
@@ -21,6 +21,7 @@ from google.cloud.aiplatform_v1 import types
 from deploy.vertex.config import VertexSettings, load_settings
 from deploy.vertex.credentials import access_token
 from deploy.vertex.deployer import Deployer
+from deploy.vertex.messages import METRICS
 from deploy.vertex.operations import kind_of
 from deploy.vertex.predict import EXAMPLE
 from deploy.vertex.push import push
@@ -175,6 +176,35 @@ def test_stream_raw_predict(platform: Platform):
     assert any(line.startswith(b"data: ") for line in lines)
 
 
+def test_predict_passes_an_object_on(platform: Platform):
+    """At a dedicated endpoint `predictions` may be OpenAI's object instead of a list."""
+    chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 5}
+    instance = {"@requestFormat": "chatCompletions"} | chat
+    predictions = cast(dict, endpoint_of(platform).predict([instance]).predictions)
+    assert predictions["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_metrics_of_a_deployed_model_change_in_place(platform: Platform):
+    queue = "prometheus.googleapis.com/vertex_vllm_num_requests_waiting"
+    for name in (queue, METRICS["target_cpu"]):
+        change_metrics(platform, name)
+        (deployed,) = read_endpoint(platform).deployed_models
+        (spec,) = deployed.dedicated_resources.autoscaling_metric_specs
+        assert (spec.metric_name, spec.target) == (name, 60)
+
+
+def change_metrics(platform: Platform, name: str) -> None:
+    """Scale the deployed model by one metric only."""
+    (deployed,) = read_endpoint(platform).deployed_models
+    spec = types.AutoscalingMetricSpec(metric_name=name, target=60)
+    deployed.dedicated_resources.autoscaling_metric_specs = [spec]
+    platform.deployer.endpoints.mutate_deployed_model(
+        endpoint=platform.settings.endpoint_name(APP),
+        deployed_model=deployed,
+        update_mask={"paths": ["dedicated_resources.autoscaling_metric_specs"]},
+    ).result(timeout=1200)
+
+
 def test_rejects_a_body_of_11_mb(platform: Platform):
     body, headers = b'"' + b"x" * 11_000_000 + b'"', {"Content-Type": "application/json"}
     response = endpoint_of(platform).raw_predict(body, headers)
@@ -203,6 +233,27 @@ def test_rejects_an_image_that_does_not_exist(platform: Platform):
 def test_rejects_a_deployment_timeout_over_two_hours(platform: Platform):
     with pytest.raises(errors.InvalidArgument):
         upload(platform, serving_container_deployment_timeout=7201)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"serving_container_invoke_route_prefix": "/*"},  # with a predict route
+        {
+            "serving_container_invoke_route_prefix": "/v1/*",
+            "serving_container_predict_route": None,
+        },
+    ],
+    ids=["with predict_route", "another prefix"],
+)
+def test_rejects_another_invoke_prefix(platform: Platform, wrong: dict):
+    with pytest.raises(errors.InvalidArgument):
+        upload(platform, **wrong)
+
+
+def test_rejects_an_unknown_autoscaling_metric(platform: Platform):
+    with pytest.raises(errors.BadRequest):
+        change_metrics(platform, "prometheus.googleapis.com/no_such_metric")
 
 
 def test_rejects_an_unknown_field(platform: Platform):

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.api_core import exceptions
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.slow
 
 QUESTION = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
 PROMPT = {"instances": [QUESTION], "parameters": {"max_new_tokens": 20}}
+CHAT = QUESTION | {"max_tokens": 20, "temperature": 0}
+FORMAT = {"@requestFormat": "chatCompletions"}
 APP = "smollm2-135m"
 SHORT = {"deployment_timeout": {"seconds": 80}}  # 8 s here: four containers start at once
 
@@ -193,6 +196,7 @@ def test_sdk_end_to_end_with_the_real_image(docker_standin, real):
         with ThreadPoolExecutor(16) as pool:
             responses = list(pool.map(lambda _: endpoint.predict(**PROMPT), range(16)))
         assert all("Paris" in a.predictions[0] for a in responses)
+        answers_openais_chat_in_an_instance(endpoint)
     finally:
         endpoint.undeploy_all()
         endpoint.delete()
@@ -200,6 +204,67 @@ def test_sdk_end_to_end_with_the_real_image(docker_standin, real):
     assert aiplatform.Endpoint.list() == aiplatform.Model.list() == []
     upload = [c for c in docker_standin.calls() if c["method"] == "UploadModel"]
     assert upload[-1]["transport"] == "grpc"
+
+
+def answers_openais_chat_in_an_instance(endpoint: Any) -> None:
+    headers, expected = {"Content-Type": "application/json"}, endpoint.predict([FORMAT | CHAT])
+    text = expected.predictions["choices"][0]["message"]["content"]
+    assert "Paris" in text and expected.predictions["usage"]["completion_tokens"] > 1
+    body = {"instances": [FORMAT | CHAT]}
+    raw = endpoint.raw_predict(json.dumps(body).encode(), headers).json()["predictions"]
+    assert raw["choices"][0]["message"]["content"] == text
+    body = {"instances": [FORMAT | CHAT | {"stream": True}]}
+    lines = list(endpoint.stream_raw_predict(json.dumps(body).encode(), headers))
+    assert text_of(lines) == text and lines[-2:] == [b"data: [DONE]", b""]
+
+
+def text_of(lines: list[bytes]) -> str:
+    """The text in the lines of a streamed chat."""
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+    return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+
+
+def test_invoke_reaches_openais_routes_of_the_real_image(docker_standin, real):
+    import google.auth
+    import requests
+    from google.cloud import aiplatform
+
+    credentials, _ = google.auth.default(["https://www.googleapis.com/auth/cloud-platform"])
+    aiplatform.init(
+        project=docker_standin.project, location=docker_standin.region, credentials=credentials
+    )
+    model = aiplatform.Model.upload(
+        display_name=APP,
+        serving_container_image_uri=real,
+        serving_container_invoke_route_prefix="/*",
+        serving_container_health_route="/ping",
+        serving_container_ports=[7080],
+        serving_container_shared_memory_size_mb=512,
+        serving_container_startup_probe_exec=["/opt/serving/ready"],
+        serving_container_startup_probe_timeout_seconds=10,
+    )
+    endpoint = aiplatform.Endpoint.create(display_name=APP, dedicated_endpoint_enabled=True)
+    model.deploy(endpoint=endpoint, machine_type="n1-standard-4", traffic_percentage=100)
+    route, headers = f"/predictions/{APP}/1.0/v1", {"Content-Type": "application/json"}
+    try:
+        path, body = f"{route}/chat/completions", json.dumps(CHAT).encode()
+        whole = endpoint.invoke(path, body, headers)
+        text = whole.json()["choices"][0]["message"]["content"]
+        assert "Paris" in text
+        body = json.dumps(CHAT | {"stream": True}).encode()
+        assert text_of(list(endpoint.invoke(path, body, headers, stream=True))) == text
+        token = Path(os.environ["CLOUDSDK_AUTH_ACCESS_TOKEN_FILE"]).read_text()
+        url = f"https://{endpoint.gca_resource.dedicated_endpoint_dns}/v1/{endpoint.resource_name}"
+        models = requests.get(
+            f"{url}/invoke{route}/models", headers={"Authorization": f"Bearer {token}"}, timeout=60
+        )
+        assert [one["id"] for one in models.json()["data"]] == [APP]
+        with pytest.raises(ValueError, match=r"400.*invoke"):
+            endpoint.predict([QUESTION])
+    finally:
+        endpoint.undeploy_all()
+        endpoint.delete()
+        model.delete()
 
 
 def test_gcloud_and_curl_end_to_end_with_the_real_image(docker_standin, real, tmp_path):
@@ -231,6 +296,13 @@ def test_gcloud_and_curl_end_to_end_with_the_real_image(docker_standin, real, tm
     assert "Paris" in run("endpoints", "predict", endpoint, f"--json-request={request}")
     raw = [f"--request=@{request}", "--http-headers=Content-Type=application/json"]
     assert "Paris" in run("endpoints", "raw-predict", endpoint, *raw)
+    # Options beside the prompt, and nulls, as LangChain and LiteLLM send them.
+    flat = {"prompt": "The capital of France is", "max_tokens": 5, "temperature": 0, "stop": None}
+    request.write_text(json.dumps({"instances": [flat], "parameters": None}))
+    assert "Paris" in run("endpoints", "predict", endpoint, f"--json-request={request}")
+    request.write_text(json.dumps({"instances": [FORMAT | CHAT]}))
+    assert "chat.completion" in run("endpoints", "raw-predict", endpoint, *raw)
+    request.write_text(json.dumps(PROMPT))
     token = Path(os.environ["CLOUDSDK_AUTH_ACCESS_TOKEN_FILE"]).read_text()
     parent = f"projects/{docker_standin.project}/locations/{region}"
     curl = ["curl", "--silent", "--show-error", "--fail-with-body", "--data", f"@{request}"]
