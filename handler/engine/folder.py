@@ -5,7 +5,6 @@ engine that needs neither torch nor transformers does not wait for their imports
 """
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,10 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from tokenizers import Tokenizer
 
 from handler.engine import Messages, Tools
+from handler.engine.abilities import examine
 from handler.engine.chat_template import read_chat_template, special_tokens, text_of
 from handler.engine.special import ControlTokens, Shield, TemplatedPrompt
 from handler.engine.text import Decoder
-
-_PROBES = [["user"], ["user", "assistant", "user"], ["system", "user"]]
-"""Roles of the conversations that show which tokens a chat template writes."""
 
 
 class ModelFolder:
@@ -43,13 +40,11 @@ class ModelFolder:
         self.decode = Decoder(self._tokenizer, clean_up=cleans)
         self._template = read_chat_template(path, self._tokenizer_config)
         self._special_tokens = special_tokens(self._tokenizer_config)
-        rendered = []
-        for roles in _PROBES:
-            with suppress(Exception):  # some templates reject some roles
-                messages = [{"role": role, "content": "1"} for role in roles]
-                rendered.append(self._render(messages) or "")
+        self.abilities = examine(self._render)
         reads = self._template.reads if self._template else lambda _: False
-        self._control = ControlTokens(self._tokenizer, self._named_tokens(), rendered, reads)
+        self._control = ControlTokens(
+            self._tokenizer, self._named_tokens(), self.abilities.rendered, reads
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return token ids, with the start token if the tokenizer adds one.
@@ -70,19 +65,26 @@ class ModelFolder:
             TemplateSyntaxError: the template has an error.
             TemplateError: the template rejects these messages.
         """
+        if self._template is None:
+            return None
         shield = Shield(self._control)
         try:
-            text = self._render(shield.hide(messages), tools)
-            return None if text is None else shield.restore(text)
+            messages = self.abilities.fit(messages, tools)
+            return shield.restore(self._render(*shield.hide(messages, tools)))
         except TemplateSyntaxError:
             raise
         except Exception as error:  # its message may quote a message
             raise TemplateError(str(shield.restore(str(error)))) from error
 
-    def _render(self, messages: Messages, tools: Tools | None = None) -> str | None:
+    def _render(self, messages: Messages, tools: Tools | None = None) -> str:
         if self._template is None:
-            return None
+            return ""
         return self._template.render(messages, self._special_tokens, tools)
+
+    def special_token(self, text: str) -> int | None:
+        """Return the id of a token that `decode` leaves out; None if there is no such token."""
+        token = self._tokenizer.token_to_id(text)
+        return token if token is not None and self.decode.leaves_out(token) else None
 
     def token(self, token_id: int) -> str | None:
         """Return the text of one token, special or not; None if there is no such token."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from handler.engine import Messages
+from handler.engine import Messages, Tools
 
 
 class TemplatedPrompt(str):
@@ -42,15 +42,15 @@ class TemplatedPrompt(str):
 class ControlTokens:
     """The control tokens of one tokenizer: its special tokens, and those that the template writes.
 
-    Other added tokens, such as `<tool_call>` or a run of spaces, are what the tokenizer makes of
-    them in every text. So is a token that the vocabulary builds from ordinary text.
+    Other added tokens, such as a run of spaces, are what the tokenizer makes of them in every text.
+    So is a token that the vocabulary builds from ordinary text.
 
     Args:
         tokenizer: the model's.
         named: tokens that other files of the model call special.
         rendered: some texts by the chat template, to see which tokens it writes.
         reads: whether the chat template looks for a token in messages, as for `</think>`. Then the
-            template has to see the token, unless it is special.
+            template has to see the token in contents, unless it is special.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class ControlTokens:
         state = json.loads(tokenizer.to_str())
         merged = _merged(state["model"])
         self._names: dict[str, str] = {}
+        self._read: set[str] = set()
         conditions = {}
         for token in state["added_tokens"]:
             text = token["content"]
@@ -71,7 +72,10 @@ class ControlTokens:
             if len(text.strip()) < 2 or text in merged:
                 continue
             written = not text.strip().isalnum() and any(text in other for other in rendered)
-            if token["special"] or text in named or (written and not reads(text)):
+            special = token["special"] or text in named
+            if special or written:
+                if not special and reads(text):
+                    self._read.add(text)
                 self._names[text] = token["content"] = f"q{secrets.token_hex(16)}q"
         _rename(state["model"], self._names)
         self._tokenizer, self._renamed = tokenizer, Tokenizer.from_str(json.dumps(state))
@@ -93,12 +97,20 @@ class ControlTokens:
             begin += len(part)
         return self._renamed.encode("".join(parts), add_special_tokens=not prompt.complete).ids
 
-    def find(self, text: str) -> list[tuple[int, int]]:
+    def find(self, text: str, *, whole: bool = False, shown: bool = False) -> list[tuple[int, int]]:
         """Return where `text` has a control token, or a part of one at its beginning or end.
 
         Text beside a part may complete it: the template's, or that of another message.
+
+        Args:
+            text: by a user.
+            whole: find no parts.
+            shown: find no token that the template has to see.
         """
-        found = [m.span() for m in self._added.finditer(text) if m[0] in self._names]
+        hidden = self._names.keys() - self._read if shown else self._names.keys()
+        found = [m.span() for m in self._added.finditer(text) if m[0] in hidden]
+        if whole:
+            return _joined(found)
         begin, end = len(text) - len(text.lstrip()), len(text.rstrip())
         for n in range(min(self._longest, end - begin), 0, -1):
             if text[begin : begin + n] in self._tails:
@@ -133,12 +145,16 @@ class ControlTokens:
         return self._added.sub(name, part)
 
 
+_TYPES = frozenset(
+    ("function", "object", "array", "string", "integer", "number", "boolean", "null")
+)
+
 _PIECE = 4
 """Digits in a row that count as a piece of a Shield's number."""
 
 
 class Shield:
-    """Hides the control tokens in the messages of one request from their template.
+    """Hides the control tokens in the messages and tools of one request from their template.
 
     It replaces each with a number that no user can guess and that survives what templates do with
     text: trim it, look for words in it, change its case.
@@ -152,18 +168,26 @@ class Shield:
         self._pieces: set[str] = set()
         """What is left of our number where a template takes it apart, forwards or backwards."""
 
-    def hide(self, messages: Messages) -> Messages:
-        """Return the messages with numbers in place of control tokens.
+    def hide(self, messages: Messages, tools: Tools | None) -> tuple[Messages, Tools | None]:
+        """Return messages and tools with numbers in place of control tokens, also in keys.
 
         Templates compare the roles with words of theirs, and clients can send no other roles.
+        They look for tokens in contents, but not in what comes from or describes a tool.
         """
-        hidden = [m | {"content": self._hide(m["content"])} for m in messages]
+        hidden = [
+            {
+                key: value if key == "role" else self._hide(value, shown=_looked_at(key, message))
+                for key, value in message.items()
+            }
+            for message in messages
+        ]
+        hidden_tools = self._hide(tools)
         if self._hidden:
             for digits in (self._key[:-1], self._key[-2::-1]):
                 self._pieces |= {digits[i : i + _PIECE] for i in range(len(digits) - _PIECE + 1)}
-            said = " ".join(m["content"] for m in messages)
+            said = json.dumps([messages, tools], ensure_ascii=False)
             self._pieces = {piece for piece in self._pieces if piece not in said}
-        return hidden
+        return hidden, hidden_tools
 
     def restore(self, text: str) -> TemplatedPrompt:
         """Return a text with the control tokens back in their places, as text by a user.
@@ -177,13 +201,27 @@ class Shield:
         parts[1::2] = [self._hidden[int(number)] for number in parts[1::2]]
         return TemplatedPrompt(*parts, complete=True)
 
-    def _hide(self, text: str) -> str:
+    def _hide(self, value: Any, *, shown: bool = False) -> Any:
+        if isinstance(value, str):
+            # Templates compare the types in a JSON schema with words of theirs, too.
+            return self._hide_in(value, whole=value in _TYPES, shown=shown)
+        if isinstance(value, list):
+            return [self._hide(item) for item in value]
+        if isinstance(value, dict):  # templates read keys by name, as in `function.parameters`
+            return {self._hide_in(k, whole=True): self._hide(v) for k, v in value.items()}
+        return value
+
+    def _hide_in(self, text: str, *, whole: bool, shown: bool = False) -> str:
         pieces, done = [], 0
-        for begin, end in self._control.find(text):
+        for begin, end in self._control.find(text, whole=whole, shown=shown):
             pieces += [text[done:begin], f"{self._key}{len(self._hidden)}_"]
             self._hidden.append(text[begin:end])
             done = end
         return "".join([*pieces, text[done:]])
+
+
+def _looked_at(key: str, message: dict[str, Any]) -> bool:
+    return key == "content" and message["role"] != "tool"
 
 
 def _joined(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
