@@ -17,6 +17,8 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from handler.headers import Header, header_reader
 from handler.metrics import Metrics
 from handler.openai import MODELS, models
 from handler.origin import exposed_headers
-from handler.prompt import render
+from handler.prompt import ChatTemplate, render
 from handler.request import Request, default_parameters
 from handler.response import (
     PROBE,
@@ -43,6 +45,7 @@ from handler.response import (
     error_response,
     json_response,
 )
+from handler.tool_calls import RequestedTools, ToolError, ToolUse
 
 logger = logging.getLogger(__name__)
 
@@ -241,12 +244,19 @@ class LLMHandler:
             RequestError: the engine cannot run one of them, or too much waits.
         """
         waiting_tokens = self.engine.waiting_tokens
+        tools = self._use_tools(request.tools) if request.tools else None
+        chat_prompt: ChatTemplate = self.engine.chat_prompt
+        if tools and tools.shown:
+            chat_prompt = partial(self.engine.chat_prompt, tools=tools.shown)
         for i, instance in enumerate(request.instances):
-            prompt = render(instance, self.app.prompt, self.engine.chat_prompt)
+            prompt = render(instance, self.app.prompt, chat_prompt)
+            sampling = instance.sampling
+            if tools and tools.json_schema is not None:
+                sampling = replace(sampling, json_schema=tools.json_schema)
             key = SequenceKey(request_id, i)
             try:
                 prompt_tokens = self.engine.submit(
-                    key, prompt.text, instance.sampling, stream=request.stream
+                    key, prompt.text, sampling, stream=request.stream
                 )
             except PromptError as error:
                 field = instance.field
@@ -254,8 +264,23 @@ class LLMHandler:
             except ParameterError as error:
                 field = request.fields.get(error.parameter, error.parameter)
                 raise RequestError(400, f"{field}: {error}", field) from error
-            active.add(key, prompt_tokens, prompt.echo)
+            active.add(key, prompt_tokens, prompt.echo, tools.reader() if tools else None)
             self._check_queue(waiting_tokens, self.engine.waiting_tokens - waiting_tokens)
+
+    def _use_tools(self, requested: RequestedTools) -> ToolUse:
+        """Prepare the use of tools.
+
+        Raises:
+            RequestError: this model, or this app's prompt style, cannot use them.
+        """
+        if self.app.prompt.style == "instruct" and requested.mode != "none":
+            field = f"{requested.prefix}tools"
+            text = f"{field}: this app writes prompts without a chat template, so without tools"
+            raise RequestError(400, text, field)
+        try:
+            return ToolUse(self.engine.folder, requested)
+        except ToolError as error:
+            raise RequestError(400, f"{error.field}: {error}", error.field) from error
 
     def _check_capacity(self, wanted: int) -> None:
         if self.drain.requested():

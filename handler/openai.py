@@ -9,9 +9,9 @@ Source: https://platform.openai.com/docs/api-reference. `top_k`, `min_p`, `repet
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from handler.config import App, load_app, show
 from handler.engine import Messages, Sampling
@@ -28,6 +28,7 @@ from handler.fields import (
 )
 from handler.openai_response import ChatShape, CompletionsShape, OpenAIShape
 from handler.request import Conversation, Decoding, Instance, MaxTokens, Request, Timeout
+from handler.tool_calls import RequestedTools
 
 CHAT, COMPLETIONS, MODELS = "v1/chat/completions", "v1/completions", "v1/models"
 
@@ -37,8 +38,8 @@ FORMAT = "@requestFormat"
 _NOT_HERE = dict.fromkeys(
     (
         *("audio", "best_of", "function_call", "functions", "logit_bias", "modalities"),
-        *("moderation", "prediction", "reasoning", "reasoning_effort", "suffix", "tool_choice"),
-        *("tools", "verbosity", "web_search_options", "prompt_token_ids", "guided_regex"),
+        *("moderation", "prediction", "reasoning", "reasoning_effort", "suffix", "verbosity"),
+        *("web_search_options", "prompt_token_ids", "guided_regex"),
         *("guided_choice", "guided_grammar", "use_beam_search", "chat_template", "documents"),
         *("min_tokens", "stop_token_ids", "bad_words", "prompt_logprobs", "length_penalty"),
     ),
@@ -111,6 +112,56 @@ class _OpenAIBody(Decoding):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
+class FunctionTool(Input):
+    """A function that the model may call."""
+
+    rule = 'an object, {"name": ..., "description": ..., "parameters": {...}}'
+
+    name: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9_.-]{1,128}$"),
+        Rule("1 to 128 letters, digits and _ . -"),
+    ]
+    description: str | None = None
+    parameters: Annotated[dict[str, Any] | None, Rule("a JSON schema, an object")] = None
+    strict: bool | None = None
+
+
+class Tool(Input):
+    """Something that the model may call."""
+
+    rule = 'an object, {"type": "function", "function": {...}}'
+
+    type: Literal["function"]
+    function: FunctionTool
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the tool as chat templates read it, with the keys in the usual order."""
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        function["parameters"] = self.function.parameters or {"type": "object", "properties": {}}
+        return {"type": "function", "function": function}
+
+
+class ToolChoice(NamedTuple):
+    """Whether to call a tool: `RequestedTools.mode`, and the name of the one to call."""
+
+    mode: Literal["auto", "required", "none"]
+    name: str | None = None
+
+
+def _read_choice(value: Any) -> ToolChoice:
+    """Read a word, or an object that names a function."""
+    if value in ("auto", "required", "none"):
+        return ToolChoice(value)
+    function = value.get("function") if isinstance(value, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if isinstance(name, str) and value.get("type", "function") == "function":
+        return ToolChoice("required", name)
+    raise ValueError("is no choice")
+
+
 class ChatBody(_OpenAIBody):
     """The body of `/v1/chat/completions`."""
 
@@ -122,6 +173,19 @@ class ChatBody(_OpenAIBody):
         Field(ge=0, le=20),
         Doc("The likeliest tokens to return at each position, with `logprobs`."),
     ] = 0
+    tools: Annotated[
+        list[Tool] | None,
+        Field(max_length=128, fail_fast=True),
+        Rule("a list of up to {max_length} tools"),
+        Doc("Functions that the model may call, if its chat template has them.", default="none"),
+    ] = None
+    tool_choice: Annotated[
+        Any,
+        BeforeValidator(_read_choice),
+        Rule('"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'),
+        Doc("Whether it has to call one, or the one to call.", default='"auto"'),
+    ] = ToolChoice("auto")
+    parallel_tool_calls: Annotated[bool, Doc("Allow more than one call in a completion.")] = True
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatBody":
@@ -129,7 +193,34 @@ class ChatBody(_OpenAIBody):
             raise problem("was given as well as max_tokens; give one", "max_completion_tokens")
         if self.top_logprobs and not self.logprobs:
             raise problem('is only allowed with "logprobs": true', "top_logprobs")
+        self._check_tools()
         return self
+
+    def _check_tools(self) -> None:
+        names = [tool.function.name for tool in self.tools or ()]
+        choice: ToolChoice = self.tool_choice
+        if choice.mode == "required" and not names:
+            raise problem("needs tools", "tool_choice")
+        if choice.name is not None and choice.name not in names:
+            text = f"{show(choice.name)} is none of the tools; there are {', '.join(names)}"
+            raise problem(text, "tool_choice.function.name")
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                text = f"{show(name)} is the name of another tool, too"
+                raise problem(text, f"tools[{i}].function.name")
+        free = self.response_format is None or self.response_format.type == "text"
+        if names and choice.mode != "none" and not free:
+            text = 'is not supported together with tools; give "tool_choice": "none"'
+            raise problem(text, "response_format")
+
+    def requested_tools(self, prefix: str) -> RequestedTools | None:
+        """Return the tools, if there are any."""
+        if not self.tools:
+            return None
+        tools = [tool.for_template() for tool in self.tools]
+        choice: ToolChoice = self.tool_choice
+        parallel = self.parallel_tool_calls
+        return RequestedTools(tools, choice.mode, choice.name, parallel, prefix)
 
 
 Prompts = Annotated[
@@ -327,7 +418,10 @@ def _request(
         names["logprobs"] = "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
     fields = {name: f"{prefix}{names.get(name, name)}" for name in Sampling.__dataclass_fields__}
     seconds = app.limits.seconds if body.timeout is None else body.timeout
-    return Request(instances, body.stream, seconds, shape, fields)
+    tools = body.requested_tools(prefix) if isinstance(body, ChatBody) else None
+    if tools and tools.mode == "required":
+        fields["json_schema"] = f"{prefix}tools"
+    return Request(instances, body.stream, seconds, shape, tools, fields)
 
 
 def _next_seed(seed: int, i: int) -> int:

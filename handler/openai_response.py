@@ -12,6 +12,7 @@ from typing import Any
 from handler.engine import TokenLogprob
 from handler.errors import RequestError, google_error, openai_error
 from handler.shapes import Completion
+from handler.tool_calls import new_call_id
 
 DONE = "[DONE]"
 """The data of the last event of a stream."""
@@ -102,16 +103,26 @@ class ChatShape(OpenAIShape):
         """Write a whole completion."""
         return {
             "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": self._message(completion),
             "logprobs": _chat_logprobs(completion.logprobs),
             "finish_reason": _finish_reason(completion),
         }
+
+    def _message(self, completion: Completion) -> dict[str, Any]:
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        if not completion.calls:
+            return message
+        content = completion.text or None
+        return message | {"content": content, "tool_calls": _tool_calls(completion)}
 
     def piece(self, index: int, completion: Completion) -> dict[str, Any]:
         """Write what is new of a completion. Its first piece names the role."""
         delta: dict[str, Any] = {} if completion.begun else {"role": "assistant", "content": ""}
         if completion.unsent:
             delta["content"] = completion.unsent
+        if completion.calls:  # whole, because they are known only now
+            calls = enumerate(_tool_calls(completion))
+            delta["tool_calls"] = [{"index": i} | call for i, call in calls]
         return {
             "index": index,
             "delta": delta,
@@ -173,8 +184,17 @@ def _unsent(completion: Completion) -> list[TokenLogprob]:
     return completion.logprobs[len(completion.logprobs) - completion.unsent_logprobs :]
 
 
+def _tool_calls(completion: Completion) -> list[dict[str, Any]]:
+    return [
+        {"id": new_call_id(), "type": "function", "function": call._asdict()}
+        for call in completion.calls
+    ]
+
+
 def _finish_reason(completion: Completion) -> str | None:
     reason = completion.finish_reason
+    if reason == "stop" and completion.calls:
+        return "tool_calls"
     return reason and _FINISH_REASONS.get(reason, reason)
 
 

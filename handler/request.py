@@ -33,6 +33,7 @@ from handler.fields import (
     validate,
 )
 from handler.shapes import Shape, VertexShape
+from handler.tool_calls import RequestedTools
 
 StopString = Annotated[
     str,
@@ -268,12 +269,15 @@ class FunctionCall(Input):
 
     def parsed(self) -> dict[str, Any]:
         """Return the call with its arguments as an object, as chat templates read it."""
-        return {"name": self.name, "arguments": from_json(self.arguments or "{}")}
+        return {"name": self.name, "arguments": self._object()}
+
+    def _object(self) -> Any:
+        return from_json(self.arguments or "{}", allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check(self) -> "FunctionCall":
         try:
-            is_object = isinstance(self.parsed()["arguments"], dict)
+            is_object = isinstance(self._object(), dict)
         except ValueError:
             is_object = False
         if not is_object:
@@ -417,6 +421,7 @@ class Request:
         stream: whether text is sent as it is generated.
         seconds: the time in which it must be answered.
         shape: writes the responses.
+        tools: what the model may call.
         fields: field of `Sampling` -> its name in the body, where that is another one.
     """
 
@@ -424,6 +429,7 @@ class Request:
     stream: bool
     seconds: float
     shape: Shape
+    tools: RequestedTools | None = None
     fields: dict[str, str] = field(default_factory=lambda: {"json_schema": "response_format"})
 
 

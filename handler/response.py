@@ -10,6 +10,7 @@ from handler.engine import Progress, SequenceKey
 from handler.errors import RequestError
 from handler.request import Request
 from handler.shapes import RANDOM_WEIGHTS, Completion
+from handler.tool_calls import Reader
 
 JSON = "application/json"
 EVENTS = "text/event-stream"
@@ -74,9 +75,13 @@ class ActiveRequest:
         """One for each instance, in the order of the request."""
         self._stream_started = False
 
-    def add(self, key: SequenceKey, prompt_tokens: int, echo: str) -> None:
+    def add(
+        self, key: SequenceKey, prompt_tokens: int, echo: str, reader: Reader | None = None
+    ) -> None:
         """Expect the completion of the next instance; its text begins with `echo`."""
-        self.completions[key] = Completion(prompt_tokens, text=echo, unsent=echo)
+        completion = Completion(prompt_tokens, text=echo, unsent=echo)
+        completion.reader = reader or completion.reader
+        self.completions[key] = completion
 
     def update(self, progress: Progress) -> None:
         """Record what the engine reports on one of the completions."""
@@ -85,8 +90,12 @@ class ActiveRequest:
             completion.first_token_at = progress.first_token_at or time.monotonic()
             completion.queue_seconds = progress.queue_seconds
         completion.completion_tokens = progress.completion_tokens
-        completion.text += progress.text
-        completion.unsent += progress.text
+        text = completion.reader.push(progress.text, progress.token_ids)
+        if progress.finish_reason:
+            rest, completion.calls = completion.reader.finish()
+            text += rest
+        completion.text += text
+        completion.unsent += text
         completion.logprobs += progress.logprobs
         completion.unsent_logprobs += len(progress.logprobs)
         if progress.finish_reason:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from handler.engine import FinishReason, TokenLogprob
 from handler.errors import RequestError, google_error
+from handler.tool_calls import Reader, ToolCall
 
 RANDOM_WEIGHTS = "random weights: the text means nothing"
 
@@ -17,6 +18,7 @@ RANDOM_WEIGHTS = "random weights: the text means nothing"
 class Completion:
     """What is known of one completion. `text` is all of it, `unsent` its last part.
 
+    `reader` separates the text from `calls`, which are known when the completion has ended.
     `logprobs` are of all its tokens, if the request asked for them; the last `unsent_logprobs` of
     them were not sent yet.
     """
@@ -34,6 +36,8 @@ class Completion:
     end_sent: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
     unsent_logprobs: int = 0
+    reader: Reader = field(default_factory=Reader)
+    calls: list[ToolCall] = field(default_factory=list)
 
 
 class Shape(Protocol):

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from handler.config import EngineConfig
+    from handler.engine.folder import ModelFolder
 
 FinishReason = Literal["stop", "length", "timeout", "error"]
 """Why a completion ended: by an end token or a stop string; at `max_new_tokens` or the end of the
@@ -154,6 +155,9 @@ class Engine(Protocol):
 
     max_context: int
     """The most tokens of one sequence, prompt and completion together."""
+
+    folder: "ModelFolder"
+    """The model's folder: what its tokenizer and its chat template can do."""
 
     @property
     def unfinished(self) -> int:

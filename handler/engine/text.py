@@ -35,6 +35,10 @@ class Decoder:
         """Return text before it is cleaned up."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
+    def leaves_out(self, token_id: int) -> bool:
+        """Return whether a token is special, so that it has no text."""
+        return token_id in self._special
+
     def may_change(self, token_id: int) -> bool:
         """Return whether the tokens after this one can still change the text before them.
 
@@ -133,7 +137,7 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max((_overlap(text, s) for s in self._stop), default=0)
+        keep = max((overlap(text, s) for s in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -160,7 +164,7 @@ def _byte_tokens(tokenizer: Tokenizer) -> set[int]:
     return {token for name in names if (token := tokenizer.token_to_id(name)) is not None}
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Return the length of the longest end of `text` that is a beginning of `stop`."""
     for n in range(min(len(text), len(stop) - 1), 0, -1):
         if stop.startswith(text[-n:]):
