@@ -192,7 +192,7 @@ _OTHER_NAMES = {
         for name, others in {
             "top_k": ("topK",),
             "top_p": ("topP",),
-            "stop": ("stop_sequences", "stopSequences", "stop_strings"),
+            "stop": ("stop_sequences", "stopSequences", "stop_strings", "stop_words"),
             "repetition_penalty": ("repeat_penalty",),
             "presence_penalty": ("presencePenalty",),
             "frequency_penalty": ("frequencyPenalty",),
@@ -201,9 +201,16 @@ _OTHER_NAMES = {
         for other in others
     },
     "do_sample": "is not known here; a temperature over 0 samples, and 0 does not",
-    "n": "is not known here; repeat the instance, or use /v1/chat/completions",
-    "num_return_sequences": "is not known here; repeat the instance, or use /v1/chat/completions",
+    **dict.fromkeys(
+        ("n", "best_of", "num_return_sequences", "candidateCount", "candidate_count"),
+        "is not known here; repeat the instance, or use /v1/chat/completions",
+    ),
     "logprobs": "is not known here; /v1/chat/completions has it",
+    **dict.fromkeys(
+        ("num_beams", "use_beam_search", "length_penalty", "no_repeat_ngram_size", "typical_p"),
+        "is not supported by this server; leave it out",
+    ),
+    "inputs": "is not known here; write prompt",
 }
 """Names that other servers use -> what the error says."""
 
@@ -245,10 +252,10 @@ def _joined_parts(content: Any) -> Any:
         raise problem("is an empty list; give a string or text parts")
     texts = []
     for i, part in enumerate(content):
-        kind = part.get("type", "text") if isinstance(part, dict) else None
-        if kind in ("text", "input_text") and isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
-        elif isinstance(kind, str) and kind not in ("text", "input_text"):
+        elif isinstance(kind, str) and kind != "text":
             raise problem(f'{show(kind)} is not supported; only "text" is', f"[{i}].type")
         else:
             rule = 'a text part, {"type": "text", "text": ...}'
@@ -384,6 +391,11 @@ class InstanceBody(Parameters):
 
 class Body(Input):
     """The whole request."""
+
+    hints: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("contents", "generationConfig", "systemInstruction"),
+        "belongs to Gemini's API; send instances with messages",
+    )
 
     instances: Annotated[
         list[InstanceBody],

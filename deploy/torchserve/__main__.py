@@ -35,6 +35,7 @@ def serve(
     with server:
         test = f"make test APP={server.name} PORT={server.port}"
         print(f"ready: POST {server.url}   (test: {test}; stop: Ctrl-C)", flush=True)
+        print(f"base URL for clients of OpenAI's API: {server.openai_url}", flush=True)
         reason = server.watch()
         raise ServerError(f"{reason}. {server.log_end()}")
 

@@ -92,6 +92,11 @@ class Server:
         return f"http://127.0.0.1:{self.port}/predictions/{self.name}"
 
     @property
+    def openai_url(self) -> str:
+        """The base URL for clients of OpenAI's API."""
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    @property
     def management_address(self) -> str:
         """TorchServe's `management_address`; it begins with `unix:` if it is a socket.
 
