@@ -6,6 +6,7 @@ import io.netty.channel.ChannelDuplexHandler;
 import io.netty.channel.ChannelFuture;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.channel.ChannelInboundHandlerAdapter;
+import io.netty.channel.ChannelOption;
 import io.netty.channel.ChannelPipeline;
 import io.netty.channel.ChannelPromise;
 import io.netty.channel.EventLoopGroup;
@@ -93,6 +94,8 @@ public final class Frontend extends ModelServer {
     private static final class Setup extends ChannelInboundHandlerAdapter {
         @Override
         public void channelRegistered(ChannelHandlerContext context) {
+            // TorchServe's 0 resets a connection instead of ending it: clients lose what they have not read.
+            context.channel().config().setOption(ChannelOption.SO_LINGER, -1);
             ChannelPipeline pipeline = context.pipeline();
             pipeline.addAfter("http", "keep-alive", new HttpServerKeepAliveHandler());
             pipeline.addAfter("aggregator", "requests", new Requests());
