@@ -7,6 +7,7 @@ handler for the interpreter lock. An engine without sequences uses no CPU.
 Not here: HTTP, JSON and prompt formats. See `request.py` and `prompt.py`.
 """
 
+import builtins
 import secrets
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -82,14 +83,16 @@ class Sampling:
 class TokenLogprob(NamedTuple):
     """A generated token, its natural-log probability, and the likeliest tokens at its step.
 
-    `text` is what the tokenizer makes of this token alone. `top` is empty unless the request asked
-    for it; each entry's own `top` is empty.
+    `text` is what the tokenizer makes of this token alone, with U+FFFD for a part of a character;
+    `bytes` is the token's part of the completion, None if the tokenizer does not say. `top` is
+    empty unless the request asked for it; each entry's own `top` is empty.
     """
 
     token_id: int
     text: str
     logprob: float
     top: tuple["TokenLogprob", ...] = ()
+    bytes: "builtins.bytes | None" = None
 
 
 @dataclass

@@ -12,14 +12,17 @@ import time
 from collections.abc import Hashable, Set
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import openvino
+import openvino.opset13 as ops
 import openvino_genai as genai
 
 from handler.config import EngineConfig, OpenVINOConfig
-from handler.engine import EngineLoad, Messages, Progress, Sampling, Tools
+from handler.engine import EngineLoad, Messages, ParameterError, Progress, Sampling, Tools
 from handler.engine.folder import ModelFolder
+from handler.engine.json_schema import for_xgrammar, read_schema, tokens_for_xgrammar
 from handler.engine.positions import context
 from handler.engine.self_check import RECORD, Record, check_record
 from handler.engine.sequence import Sequence, new_sequence
@@ -43,6 +46,9 @@ _BLOCK_TOKENS = 32
 _SMALLEST_TOP_P = 1e-30
 """The pipeline reads it in 32 bits, where a smaller one can be 0, which it rejects. The likeliest
 token alone has a higher probability, so the result is the same."""
+
+
+_OTHER_ENGINE = "serve the model with ENGINE=transformers"
 
 
 @dataclass
@@ -94,7 +100,7 @@ class OpenVINOEngine:
         self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         model = sum(path.stat().st_size for path in weights.glob("*.bin"))
         self._pipeline = genai.ContinuousBatchingPipeline(
-            weights, _scheduler(config, model), "CPU", options
+            weights, _vocabulary(self.folder), _scheduler(config, model), "CPU", **options
         )
         self._step_tokens = settings.max_num_batched_tokens
         self._prefix_caching = settings.prefix_caching
@@ -127,6 +133,10 @@ class OpenVINOEngine:
             self.description += f", {self._self_check(weights / RECORD)}"
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
+        _check(sampling)
+        end_tokens: Set[int] = self.end_tokens
+        if read_schema(sampling, lambda: self.folder.reader):
+            end_tokens = end_tokens or {0}  # as `_generation`
         sequence = new_sequence(
             key,
             prompt,
@@ -135,7 +145,7 @@ class OpenVINOEngine:
             folder=self.folder,
             max_context=self.max_context,
             vocabulary=self.folder.vocabulary(),
-            end_tokens=self.end_tokens,
+            end_tokens=end_tokens,
         )
         self._generations[key] = _generation(
             sampling, sequence.max_new_tokens, sequence.end_tokens, self._lookup
@@ -195,7 +205,10 @@ class OpenVINOEngine:
 
     @property
     def load(self) -> EngineLoad:
-        return EngineLoad(len(self._running), len(self._waiting), self.waiting_tokens)
+        # In percent, after the last step. Blocks of ended sequences, which stay in the prefix cache
+        # until others need them, do not count. How much of a prompt was there, GenAI does not say.
+        use = self._pipeline.get_metrics().cache_usage / 100 if self._running else 0.0
+        return EngineLoad(len(self._running), len(self._waiting), self.waiting_tokens, use)
 
     def _ready(self) -> bool:
         return bool(self._ended) or any(r.sequence.urgent for r in self._running.values())
@@ -289,8 +302,11 @@ class OpenVINOEngine:
             while handle.can_read():
                 # Empty if the pipeline gave the sequence up, for example for lack of cache.
                 for output in handle.read().values():
-                    for token in output.generated_ids:
+                    values = output.generated_log_probs
+                    for token, value in zip(output.generated_ids, values, strict=True):
                         if not sequence.finish_reason:
+                            if running.generation.logprobs:
+                                sequence.logprobs.append(self.folder.logprob(token, value))
                             sequence.append(token)
             status = handle.get_status()
             if status == genai.GenerationStatus.RUNNING:
@@ -333,6 +349,29 @@ class OpenVINOEngine:
         return round(100 / percent) * _BLOCK_TOKENS
 
 
+def _check(sampling: Sampling) -> None:
+    """Reject what GenAI lacks or does wrong.
+
+    Raises:
+        ParameterError: names the other engine.
+    """
+    if sampling.logprobs:
+        raise ParameterError(
+            "logprobs",
+            "asks for other tokens than the chosen one, which the engine openvino does not report: "
+            f"use 0 for the chosen token alone, or {_OTHER_ENGINE}",
+        )
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(sampling, name):
+            # GenAI 2026.4 moves a logit towards zero, so it makes repetition likelier where the
+            # logit is negative. A test notices when this changes.
+            raise ParameterError(
+                name,
+                "must be 0 with the engine openvino, which would make some tokens likelier "
+                f"instead: use repetition_penalty, or {_OTHER_ENGINE}",
+            )
+
+
 def _generation(
     sampling: Sampling, max_new_tokens: int, end_tokens: Set[int], lookup: int = 0
 ) -> genai.GenerationConfig:
@@ -345,14 +384,41 @@ def _generation(
     if lookup:
         config.num_assistant_tokens, config.max_ngram_size = lookup, _NGRAM
     config.repetition_penalty = sampling.repetition_penalty
+    # GenAI reports the chosen token's value, before penalties, temperature and filters.
+    config.logprobs = int(sampling.logprobs is not None)
+    if sampling.json_schema is not None:
+        config.structured_output_config = genai.StructuredOutputConfig(
+            json_schema=for_xgrammar(sampling.json_schema)
+        )
     config.do_sample = sampling.temperature > 0
     if config.do_sample:
         config.temperature = sampling.temperature
         config.top_p = max(sampling.top_p, _SMALLEST_TOP_P)
         if sampling.top_k:
             config.top_k = sampling.top_k
+        config.min_p = sampling.min_p
         config.rng_seed = sampling.random_state
     return config
+
+
+def _vocabulary(folder: ModelFolder) -> genai.Tokenizer:
+    """Return the tokens by id, as GenAI needs them for JSON schemas; none if they are not known.
+
+    GenAI reads them from the constants of a node with this name in the model of a detokenizer. It
+    calls the model once. Text is decoded elsewhere.
+    """
+    tokens = tokens_for_xgrammar(folder.reader)
+    lengths = np.array([len(token) for token in tokens], dtype=np.int64)
+    ends = lengths.cumsum()
+    ids = ops.parameter([-1, -1], np.int64)
+    parts = [ops.reshape(ids, ops.constant([-1]), False)]
+    for values in (ends - lengths, ends, np.frombuffer(b"".join(tokens), np.uint8)):
+        parts.append(ops.constant(values.astype(np.int64)))
+    node = ops.concat(parts, 0)
+    node.set_friendly_name("VocabDecoder")
+    with TemporaryDirectory() as path:
+        openvino.save_model(openvino.Model([node], [ids]), f"{path}/openvino_detokenizer.xml")
+        return genai.Tokenizer(path)
 
 
 def properties(config: EngineConfig) -> dict[str, str | int]:

@@ -49,8 +49,8 @@ class Sequence:
         """Note that the first forward pass begins."""
         self.started_at = self.started_at or time.monotonic()
 
-    def append(self, token: int) -> None:
-        """Add the next token, which may end the sequence."""
+    def append(self, token: int, *, last: bool = False) -> None:
+        """Add the next token, which may end the sequence; the `last` one completes it."""
         if self.first_token_at is None:
             self.first_token_at = time.monotonic()
         self.token_ids.append(token)
@@ -58,7 +58,7 @@ class Sequence:
             self.end("stop")
             return
         self.pending += self.text_stream.push(token)
-        if self.text_stream.stopped:
+        if self.text_stream.stopped or last:
             self.end("stop")
         elif self.completion_tokens >= self.max_new_tokens:
             self.end("length")

@@ -18,11 +18,13 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from llguidance import LLTokenizer
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
@@ -31,10 +33,11 @@ from handler.engine import EngineLoad, Messages, Progress, Sampling, Tools
 from handler.engine.batch import Batch, can_batch
 from handler.engine.folder import ModelFolder
 from handler.engine.generation import GenerationLoop
+from handler.engine.json_schema import read_schema
 from handler.engine.loading import device_summary, load_model, vocabulary
 from handler.engine.positions import context
 from handler.engine.reference import score
-from handler.engine.sampling import Sampler
+from handler.engine.sampling import Sampler, logprobs
 from handler.engine.self_check import SERVE_ANYWAY, SelfCheckError, compare, complete, prompts
 from handler.engine.sequence import Sequence, new_sequence
 from handler.engine.waiting import SHARE, Waiting
@@ -91,6 +94,10 @@ class TransformersEngine:
         )
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
+        grammar = read_schema(sampling, lambda: self._reader)
+        end_tokens: Set[int] = self.end_tokens
+        if grammar and self._reader and not end_tokens:  # then the library chose one
+            end_tokens = {self._reader.eos_token}
         sequence = new_sequence(
             key,
             prompt,
@@ -99,10 +106,10 @@ class TransformersEngine:
             folder=self.folder,
             max_context=self.max_context,
             vocabulary=self._vocabulary,
-            end_tokens=self.end_tokens,
+            end_tokens=end_tokens,
         )
         self._waiting.add(sequence)
-        self._samplers[key] = Sampler(sampling)
+        self._samplers[key] = Sampler(sampling, sequence.prompt_tokens, grammar)
         return sequence.prompt_tokens
 
     def advance(self, seconds: float) -> list[Progress]:
@@ -151,7 +158,16 @@ class TransformersEngine:
     @property
     def load(self) -> EngineLoad:
         running = len(self._batch) + bool(self._long)
-        return EngineLoad(running, len(self._waiting), self.waiting_tokens)
+        held = sum(len(sequence.token_ids) for sequence in self._batch.sequences)
+        held += self._long.done if self._long else 0
+        use = held / (self._max_batch * self.max_context)
+        # It has no prefix cache.
+        return EngineLoad(running, len(self._waiting), self.waiting_tokens, use, 0)
+
+    @cached_property
+    def _reader(self) -> LLTokenizer | None:
+        """The tokenizer for JSON schemas, made for the first request with one."""
+        return self.folder.token_reader(self.end_tokens)
 
     def _ready(self) -> bool:
         return bool(self._done) or any(s.urgent for s in self._batch.sequences)
@@ -285,7 +301,10 @@ class TransformersEngine:
                 logger.error("no token for a sequence: %s", error)
                 sequence.end("error")
             else:
-                sequence.append(token)
+                if sampler.logprobs is not None:
+                    chosen, *top = logprobs(logits[i], token, sampler.logprobs)
+                    sequence.logprobs.append(self.folder.logprob(*chosen, top))
+                sequence.append(token, last=sampler.complete)
         return torch.tensor([sequence.token_ids[-1] for sequence in sequences])
 
     def _collect(self) -> list[Progress]:

@@ -1,0 +1,264 @@
+"""JSON schemas that completions must fulfill: checked before anything runs, and as masks of tokens.
+
+The library llguidance checks a schema for both engines, and computes the masks of `transformers`.
+GenAI has xgrammar inside for `openvino`. It ignores keywords that it does not know, and an error in
+it ends the pipeline, so `for_xgrammar` lets only schemas through that it is known to fulfill.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from handler.engine import ParameterError, Sampling
+
+MAX_CHARACTERS = 65_536
+"""Length of a schema's text. One with 2,000 properties has 60,000 and compiles in 0.2 s."""
+
+_LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=100_000, verbose_errors=False)
+"""A fifth of the library's own. A step over the limit takes about 0.1 s and ends the sequence."""
+
+_RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+_EXACT = 2**53 - 1
+
+_OPTIONS: Any = {"whitespace_pattern": " ?"}
+"""At most one space between two parts, so that no completion runs on in white space."""
+
+
+class Grammar:
+    """The state of one completion in its schema.
+
+    Args:
+        schema: the text of a JSON schema.
+        tokenizer: the model's, with its end tokens; None if the library cannot read it.
+
+    Raises:
+        ParameterError: says what is wrong with the schema, or that the model's tokens do not allow
+            one.
+    """
+
+    def __init__(self, schema: str, tokenizer: LLTokenizer | None) -> None:
+        if tokenizer is None:
+            raise _error(
+                "cannot be used with this model: the bytes of its tokens are not known, as in "
+                "tokenizers of words or of sentence pieces without bytes"
+            )
+        content = _read(schema)
+        _bound(content)
+        grammar = LLMatcher.grammar_from_json_schema(content, overrides=_OPTIONS)
+        self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
+        if not self._matcher.is_error():
+            self._matcher.compute_bitmask()  # finds a schema that no text fulfills
+        if self._matcher.is_error():
+            why = self._matcher.get_error().split("<state>")[0].strip()
+            why = "no text can fulfill it" if why.startswith("NoExtension") else _line(why)
+            raise _error(f"cannot be used: {why}")
+
+    def allowed(self, rows: int) -> np.ndarray:
+        """Return for each of a model's logits whether its token may come next."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        mask = np.zeros(rows, bool)
+        known = np.unpackbits(bits, count=min(rows, bits.size * 8), bitorder="little")
+        mask[: known.size] = known
+        if self._matcher.is_error() or not mask.any():
+            raise ArithmeticError(f"no token continues the JSON: {self._matcher.get_error()}")
+        return mask
+
+    def add(self, token: int) -> None:
+        """Add the token that was chosen."""
+        self._matcher.consume_token(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow but an end token."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+def read_schema(sampling: Sampling, tokenizer: Callable[[], LLTokenizer | None]) -> Grammar | None:
+    """Return the grammar of a request; None if it has no schema.
+
+    Raises:
+        ParameterError: as `Grammar`, or the request wants no end.
+    """
+    if sampling.json_schema is None:
+        return None
+    if sampling.ignore_eos:
+        raise ParameterError("ignore_eos", "must be false with a JSON schema, which has an end")
+    return Grammar(sampling.json_schema, tokenizer())
+
+
+def _read(schema: str) -> dict[str, Any]:
+    if len(schema) > MAX_CHARACTERS:
+        raise _error(f"has {len(schema)} characters; at most {MAX_CHARACTERS} are allowed")
+    try:
+        content = json.loads(schema)
+        # The library reads options from it, such as one that ignores keywords.
+        extended = isinstance(content, dict) and "x-guidance" in json.dumps(content)
+    except (ValueError, RecursionError) as error:
+        raise _error(f"is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise _error("must be a JSON object")
+    if extended:
+        raise _error("must not contain x-guidance")
+    return content
+
+
+def _bound(schema: Any) -> None:
+    """Give integers without limits those of exact numbers in JSON.
+
+    Otherwise a model may write digits until its tokens are used up.
+    """
+    if not isinstance(schema, dict):
+        return
+    if schema.get("type") == "integer" and not schema.keys() & _RANGE:
+        schema |= {"minimum": -_EXACT, "maximum": _EXACT}
+    if schema.get("type") == "array":
+        schema.setdefault("items", {})  # the default, which xgrammar does not know
+    for child in _children(schema).values():
+        _bound(child)
+
+
+def _children(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the schemas inside a schema, by their place in it."""
+    children = {}
+    for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
+        if isinstance(several := schema.get(key), list):
+            children |= {f"{key}/{i}": child for i, child in enumerate(several)}
+    for key in ("properties", "patternProperties", "$defs", "definitions"):
+        if isinstance(named := schema.get(key), dict):
+            children |= {f"{key}/{name}": child for name, child in named.items()}
+    return children | {k: schema[k] for k in ("items", "additionalProperties") if k in schema}
+
+
+_SPACE = "\ue000"
+"""Stands for a space in what xgrammar reads of the schema and of the tokens.
+
+It would allow any white space between two parts, without end. With this no token is white space for
+it, so a completion has none outside of strings. The character is for private use, as are all that
+begin with the same byte.
+"""
+
+_NEVER = re.compile(rb"[\x00-\x1f\xee]")
+"""Bytes that no token may have: JSON escapes control characters, and the last one begins `_SPACE`.
+"""
+
+_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly"}
+_ANNOTATIONS |= {"writeOnly", "$comment", "$schema", "$id", "$defs", "definitions"}
+
+_KEYWORDS = {
+    "string": {"minLength", "maxLength", "pattern", "format"},
+    "integer": _RANGE,
+    "number": _RANGE,
+    "boolean": set(),
+    "null": set(),
+    "array": {"items", "prefixItems", "minItems", "maxItems"},
+    "object": {"properties", "required", "additionalProperties"},
+}
+_ALONE = ("$ref", "anyOf", "oneOf", "allOf", "const", "enum")
+_FORMATS = {"date", "time", "date-time", "uuid", "ipv4", "email"}
+
+_PATTERN = re.compile(
+    r"""\^?(?:
+        [^\\\[\](){}|^$*+?/"\x00-\x1f]              # a character
+        | \\[dw.\-+*?()\[\]{}|/$^]                  # a class, or a character with a meaning
+        | \[\^?(?:\\[dw.\-\]\[/]|[^\\\[\]\s&~"-]|[0-9A-Za-z]-[0-9A-Za-z]|-(?=\])|\x20(?!-))+\]
+        | [()|] | \(\?:
+        | [*+?](?![*+?]) | \{\d{1,3}(?:,\d{0,3})?\}
+    )*\$?""",
+    re.VERBOSE,
+)
+"""Regular expressions that xgrammar reads as JSON Schema defines them."""
+
+_MOST = 256
+"""Of characters or items that a schema counts; xgrammar's time grows with it."""
+
+
+def for_xgrammar(schema: str) -> str:
+    """Return a schema that `Grammar` accepts as xgrammar reads it.
+
+    Raises:
+        ParameterError: names the part that xgrammar does not fulfill.
+    """
+    content = json.loads(schema)
+    _check(content, "schema")
+    _bound(content)
+    # Only strings have spaces in compact JSON.
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    if _NEVER.search(text.encode("utf-8", "replace")):
+        raise _unknown("schema", "a character for private use")
+    return text.replace(" ", _SPACE)
+
+
+def tokens_for_xgrammar(tokenizer: LLTokenizer | None) -> list[bytes]:
+    """Return the tokens' bytes as xgrammar reads them: none for those that JSON cannot contain."""
+    if tokenizer is None:
+        return []
+    tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
+    return [
+        b""
+        if tokenizer.is_special_token(i) or _NEVER.search(token)
+        else token.replace(b" ", _SPACE.encode())
+        for i, token in enumerate(tokens)
+    ]
+
+
+def _check(schema: Any, where: str) -> None:
+    """Reject what xgrammar does not fulfill in a schema or below it."""
+    if schema is True or schema is False:
+        return
+    keys = set(schema) - _ANNOTATIONS
+    if alone := next((key for key in _ALONE if key in keys), None):
+        rest = keys - {alone} - ({"type"} if alone in ("const", "enum") else set())
+        if rest:
+            raise _unknown(where, f"{sorted(rest)[0]} beside {alone}")
+        if alone == "$ref" and not re.fullmatch(r"#(/[^~%]+)?", schema["$ref"]):
+            raise _unknown(where, f"$ref to {schema['$ref']}")
+        if alone == "allOf" and len(schema["allOf"]) > 1:
+            raise _unknown(where, "allOf of several schemas")
+    else:
+        _check_types(schema, keys, where)
+    for name, child in _children(schema).items():
+        _check(child, f"{where}/{name}")
+
+
+def _check_types(schema: dict[str, Any], keys: set[str], where: str) -> None:
+    types = schema.get("type", [])
+    types = types if isinstance(types, list) else [types]
+    if not types:
+        types = [kind for kind in ("object", "array") if keys and keys <= _KEYWORDS[kind]]
+        if keys and not types:
+            raise _unknown(where, f"{sorted(keys)[0]} without type")
+    allowed = {"type"}.union(*(_KEYWORDS[kind] for kind in types))
+    if unknown := keys - allowed:
+        raise _unknown(where, sorted(unknown)[0])
+    if (kinds := keys & {"pattern", "format", "minLength", "maxLength"}) and (
+        ("pattern" in kinds or "format" in kinds) and len(kinds) > 1
+    ):
+        raise _unknown(where, " beside ".join(sorted(kinds)[:2]))
+    if "format" in keys and schema["format"] not in _FORMATS:
+        raise _unknown(where, f"format {schema['format']}")
+    if "pattern" in keys and not _PATTERN.fullmatch(schema["pattern"]):
+        raise _unknown(where, f"pattern {schema['pattern']}")
+    if missing := set(schema.get("required", [])) - set(schema.get("properties", {})):
+        raise _unknown(where, f"required {sorted(missing)[0]} that is not in properties")
+    for key in ("minLength", "maxLength", "minItems", "maxItems"):
+        if schema.get(key, 0) > _MOST:
+            raise _unknown(where, f"{key} over {_MOST}")
+
+
+def _unknown(where: str, what: str) -> ParameterError:
+    return _error(
+        f"has {what} at {where}, which the engine openvino cannot fulfill: leave it out, or serve "
+        "the model with ENGINE=transformers"
+    )
+
+
+def _error(message: str) -> ParameterError:
+    return ParameterError("json_schema", message)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:300]
