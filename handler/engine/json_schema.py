@@ -123,7 +123,7 @@ def _bound(schema: Any) -> None:
 
 def _children(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schemas inside a schema, by their place in it."""
-    children = {}
+    children: dict[str, Any] = {}
     for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
         if isinstance(several := schema.get(key), list):
             children |= {f"{key}/{i}": child for i, child in enumerate(several)}
