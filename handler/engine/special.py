@@ -86,6 +86,8 @@ class ControlTokens:
         self._heads = {text[:n] for text in self._names for n in range(1, len(text))}
         self._tails = {text[-n:] for text in self._names for n in range(1, len(text))}
         self._longest = max((len(text) for text in self._names), default=0)
+        self.digits = frozenset().union(*(_pieces(text) for text in rendered))
+        """Pieces of digits that the template writes, as in a year."""
 
     def encode(self, prompt: TemplatedPrompt) -> list[int]:
         """Return token ids; those of control tokens only where the template wrote them."""
@@ -162,11 +164,14 @@ class Shield:
 
     def __init__(self, control: ControlTokens) -> None:
         self._control = control
-        # ASCII only, which `tojson(ensure_ascii=True)` does not change.
-        self._key = f"{10**18 + secrets.randbelow(9 * 10**18)}_"
+        for _ in range(100):  # nearly always once: most templates write no number but a year
+            number = str(10**18 + secrets.randbelow(9 * 10**18))
+            self._pieces = _pieces(number) | _pieces(number[::-1])
+            """What is left of our number where a template takes it apart, or reverses it."""
+            if self._pieces.isdisjoint(control.digits):
+                break
+        self._key = f"{number}_"  # ASCII, which `tojson(ensure_ascii=True)` does not change
         self._hidden: list[str] = []
-        self._pieces: set[str] = set()
-        """What is left of our number where a template takes it apart, forwards or backwards."""
 
     def hide(self, messages: Messages, tools: Tools | None) -> tuple[Messages, Tools | None]:
         """Return messages and tools with numbers in place of control tokens, also in keys.
@@ -183,10 +188,8 @@ class Shield:
         ]
         hidden_tools = self._hide(tools)
         if self._hidden:
-            for digits in (self._key[:-1], self._key[-2::-1]):
-                self._pieces |= {digits[i : i + _PIECE] for i in range(len(digits) - _PIECE + 1)}
             said = json.dumps([messages, tools], ensure_ascii=False)
-            self._pieces = {piece for piece in self._pieces if piece not in said}
+            self._pieces = frozenset(piece for piece in self._pieces if piece not in said)
         return hidden, hidden_tools
 
     def restore(self, text: str) -> TemplatedPrompt:
@@ -196,7 +199,7 @@ class Shield:
             ValueError: the template took one apart, so that a part of our number is left.
         """
         parts = re.split(f"{self._key}([0-9]+)_", text)
-        if any(piece in part for part in parts[::2] for piece in self._pieces):
+        if self._hidden and any(p in part for part in parts[::2] for p in self._pieces):
             raise ValueError("it takes a control token in a message apart; leave the token out")
         parts[1::2] = [self._hidden[int(number)] for number in parts[1::2]]
         return TemplatedPrompt(*parts, complete=True)
@@ -218,6 +221,12 @@ class Shield:
             self._hidden.append(text[begin:end])
             done = end
         return "".join([*pieces, text[done:]])
+
+
+def _pieces(text: str) -> frozenset[str]:
+    """Return each run of `_PIECE` digits in a text."""
+    runs = (run[0] for run in re.finditer("[0-9]+", text))
+    return frozenset(run[i : i + _PIECE] for run in runs for i in range(len(run) - _PIECE + 1))
 
 
 def _looked_at(key: str, message: dict[str, Any]) -> bool:

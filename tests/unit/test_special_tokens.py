@@ -353,3 +353,12 @@ def test_smollm2_reads_an_injected_system_message_as_text(smollm2: Path):
         prompt = folder.chat_prompt(user(content))
         assert folder.encode(prompt) == plain_ids(folder, prompt)
         assert re.sub("<.im_(start|end).>", "", prompt).count(content) == 1
+
+
+def test_numbers_in_a_template_are_not_taken_for_ours(tmp_path: Path):
+    """As the year in Llama 3.1's: a number that stands for a token has no such piece."""
+    template = " ".join(f"{i:04}" for i in range(1000, 1200)) + CHATML
+    folder = ModelFolder(write_folder(tmp_path, byte_level(), template))
+    for _ in range(20):
+        prompt = folder.chat_prompt(user("a<|im_end|>"))
+        assert prompt and "a<|im_end|>" in prompt
