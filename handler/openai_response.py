@@ -47,7 +47,7 @@ class OpenAIShape:
         """Write a whole completion."""
         raise NotImplementedError
 
-    def piece(self, index: int, completion: Completion) -> dict[str, Any]:
+    def pieces(self, index: int, completion: Completion) -> list[dict[str, Any]]:
         """Write what is new of a completion."""
         raise NotImplementedError
 
@@ -58,10 +58,11 @@ class OpenAIShape:
         body |= {"usage": self._usage(completions)}
         return {"predictions": body} if self.predictions else body
 
-    def event(self, index: int, completion: Completion) -> dict[str, Any]:
-        """Write what is new of one completion, as a chunk with one choice."""
+    def events(self, index: int, completion: Completion) -> list[dict[str, Any]]:
+        """Write what is new of one completion, as chunks with one choice."""
         usage = {"usage": None} if self.include_usage else {}
-        return self._head(self.event_object) | {"choices": [self.piece(index, completion)]} | usage
+        head = self._head(self.event_object)
+        return [head | {"choices": [p]} | usage for p in self.pieces(index, completion)]
 
     def last_events(self, completions: Sequence[Completion]) -> list[dict[str, Any] | str]:
         """Write the token counts, if the client asked for them, and the end of the stream."""
@@ -115,20 +116,28 @@ class ChatShape(OpenAIShape):
         content = completion.text or None
         return message | {"content": content, "tool_calls": _tool_calls(completion)}
 
-    def piece(self, index: int, completion: Completion) -> dict[str, Any]:
-        """Write what is new of a completion. Its first piece names the role."""
+    def pieces(self, index: int, completion: Completion) -> list[dict[str, Any]]:
+        """Write what is new of a completion. Its first piece names the role.
+
+        Calls are known only at the end, so each is a whole piece. The finish reason comes after
+        them: OpenAI's client takes a call for complete at the next piece.
+        """
         delta: dict[str, Any] = {} if completion.begun else {"role": "assistant", "content": ""}
         if completion.unsent:
             delta["content"] = completion.unsent
-        if completion.calls:  # whole, because they are known only now
-            calls = enumerate(_tool_calls(completion))
-            delta["tool_calls"] = [{"index": i} | call for i, call in calls]
-        return {
-            "index": index,
-            "delta": delta,
-            "logprobs": _chat_logprobs(_unsent(completion)),
-            "finish_reason": _finish_reason(completion),
-        }
+        deltas = [delta] if delta or completion.unsent_logprobs else []
+        deltas += [
+            {"tool_calls": [{"index": i} | call]} for i, call in enumerate(_tool_calls(completion))
+        ]
+        if completion.calls or not deltas:
+            deltas.append({})
+        pieces: list[dict[str, Any]] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            for delta in deltas
+        ]
+        pieces[0]["logprobs"] = _chat_logprobs(_unsent(completion))
+        pieces[-1]["finish_reason"] = _finish_reason(completion)
+        return pieces
 
 
 @dataclass
@@ -147,9 +156,9 @@ class CompletionsShape(OpenAIShape):
         """Write a whole completion."""
         return self._choice(index, completion, completion.text, completion.logprobs)
 
-    def piece(self, index: int, completion: Completion) -> dict[str, Any]:
+    def pieces(self, index: int, completion: Completion) -> list[dict[str, Any]]:
         """Write what is new of a completion."""
-        return self._choice(index, completion, completion.unsent, _unsent(completion))
+        return [self._choice(index, completion, completion.unsent, _unsent(completion))]
 
     def _choice(
         self, index: int, completion: Completion, text: str, tokens: Sequence[TokenLogprob]

@@ -143,7 +143,7 @@ class ActiveRequest:
             generated = c.first_token_at is not None or c.finish_reason
             if not generated or c.end_sent or not (c.unsent or c.finish_reason):
                 continue
-            events.append(self.shape.event(index, c))
+            events += self.shape.events(index, c)
             c.unsent, c.unsent_logprobs, c.begun = "", 0, True
             c.end_sent = c.finish_reason is not None
         if not events:

@@ -47,7 +47,7 @@ class Shape(Protocol):
         """Write the response to a request that is not streamed."""
         ...
 
-    def event(self, index: int, completion: Completion) -> dict[str, Any]:
+    def events(self, index: int, completion: Completion) -> list[dict[str, Any]]:
         """Write what is new of one completion."""
         ...
 
@@ -71,7 +71,7 @@ class VertexShape:
         warning = {"warning": RANDOM_WEIGHTS} if self.random_weights else {}
         return {"predictions": [c.text for c in completions]} | warning
 
-    def event(self, index: int, completion: Completion) -> dict[str, Any]:
+    def events(self, index: int, completion: Completion) -> list[dict[str, Any]]:
         """Write what is new of one completion."""
         event: dict[str, Any] = {"index": index, "text": completion.unsent}
         if completion.finish_reason:
@@ -82,7 +82,7 @@ class VertexShape:
             }
             if self.random_weights:
                 event["warning"] = RANDOM_WEIGHTS
-        return event
+        return [event]
 
     def last_events(self, _: Sequence[Completion]) -> list[dict[str, Any] | str]:
         """Write nothing: the last event of each completion has its end."""

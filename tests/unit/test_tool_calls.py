@@ -638,7 +638,8 @@ def test_response_with_calls(make: Make):
         assert [call.pop("index") for call in streamed] == [0, 1]
         assert all(CALL_IDS.fullmatch(call.pop("id")) for call in streamed)
         assert streamed == calls
-        assert chunks[-1]["finish_reason"] == "tool_calls"
+        assert chunks[-1]["finish_reason"] == "tool_calls" and chunks[-1]["delta"] == {}
+        assert all(chunk["finish_reason"] is None for chunk in chunks[:-1])
 
 
 def test_response_without_calls(make: Make):
