@@ -1,4 +1,4 @@
-"""Compile `deploy/torchserve/Frontend.java` into `frontend.jar` beside it.
+"""Compile `deploy/torchserve/*.java` into `frontend.jar` beside them.
 
     python -m tools.frontend
 
@@ -15,7 +15,9 @@ import zipfile
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "deploy" / "torchserve"
-SOURCE, JAR = FOLDER / "Frontend.java", FOLDER / "frontend.jar"
+SOURCES, JAR = sorted(FOLDER.glob("*.java")), FOLDER / "frontend.jar"
+SERVICES = {"META-INF/services/org.pytorch.serve.servingsdk.ModelServerEndpoint": "WorkerMetrics"}
+"""Our classes that TorchServe looks for, by the file in the jar that names them."""
 RELEASE = "17"
 """The oldest Java that TorchServe runs on, and the compiler that makes the committed jar."""
 
@@ -33,18 +35,28 @@ def compiler() -> str | None:
 
 
 def build(javac: str, target: Path) -> None:
-    """Compile the source into a jar whose bytes depend only on the source and the compiler."""
+    """Compile the sources into a jar whose bytes depend only on the source and the compiler."""
     spec = importlib.util.find_spec("ts")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("torchserve is not installed")
     classpath = Path(spec.origin).parent / "frontend" / "*"
     with tempfile.TemporaryDirectory() as folder:
-        options = ["-Xlint:all", "-Werror", "--release", RELEASE, "-g:none", "-cp", str(classpath)]
-        subprocess.run([javac, *options, "-d", folder, str(SOURCE)], check=True)
+        options = [
+            "-Xlint:all,-processing",
+            "-Werror",
+            "--release",
+            RELEASE,
+            "-g:none",
+            "-cp",
+            str(classpath),
+        ]
+        subprocess.run([javac, *options, "-d", folder, *map(str, SOURCES)], check=True)
         with zipfile.ZipFile(target, "w") as jar:
             for file in sorted(Path(folder).rglob("*.class")):
                 entry = zipfile.ZipInfo(file.relative_to(folder).as_posix())  # dated 1980
                 jar.writestr(entry, file.read_bytes())  # stored, not compressed
+            for file_name, class_name in SERVICES.items():
+                jar.writestr(zipfile.ZipInfo(file_name), f"serving.{class_name}\n")
 
 
 def main() -> int:

@@ -215,7 +215,6 @@ OTHER_PATHS = [
     "/models/{name}?customized=true",
     "/predictions/../models/{name}",
     "/predictions/..%2fmodels",
-    "/metrics",
     "/workflows",
     "http://169.254.169.254/computeMetadata/v1/",
 ]

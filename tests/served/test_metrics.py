@@ -175,6 +175,25 @@ def test_both_text_formats_are_clean(server):
     assert len(labels) < 250, "labels have few values, whatever clients send"
 
 
+def test_inference_port_serves_the_same_metrics(server):
+    """Platforms look for /metrics on the port that they know. The text is kept for a second."""
+    base = server.url.split("/predictions")[0]
+    names = {name for name in values(server) if not name.startswith("process_")}
+
+    def served() -> bool:
+        response = httpx.get(f"{base}/metrics")
+        assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+        families = text_string_to_metric_families(response.text)
+        found = {sample.name for family in families for sample in family.samples}
+        return {name.split()[0] for name in names} <= found
+
+    wait_until(served, timeout=5)
+    for method in ("POST", "PUT", "DELETE"):
+        assert httpx.request(method, f"{base}/metrics").status_code == 405
+    for path in ("/metrics/../models", "/models", "/models/tiny"):
+        assert httpx.get(base + path).status_code in (404, 405)
+
+
 @pytest.mark.skipif(
     not shutil.which("promtool"),
     reason="promtool is not installed (Debian: apt-get install prometheus)",
@@ -252,6 +271,19 @@ def test_gauges_return_to_zero_after_all_clients_left(small):
     wait_until(lambda: small.ready() and not values(small)["llm_running_sequences"], timeout=10)
     ended = moved(before, values(small), "llm_sequences_total")
     assert sum(ended.values()) == 1, ended
+
+
+def test_inference_port_says_when_no_worker_serves_metrics(small):
+    base = small.url.split("/predictions")[0]
+    (worker,) = small.workers()
+    os.kill(worker["pid"], signal.SIGSTOP)
+    try:
+        time.sleep(1.1)  # what is kept
+        assert httpx.get(f"{base}/metrics", timeout=10).status_code == 503
+        assert httpx.get(f"{base}/ping", timeout=5).status_code == 200, "uses the same threads"
+    finally:
+        os.kill(worker["pid"], signal.SIGCONT)
+    wait_until(lambda: httpx.get(f"{base}/metrics").status_code == 200, timeout=10)
 
 
 def test_metrics_come_back_with_a_new_worker(small):
