@@ -109,6 +109,17 @@ def scaling(settings: VertexSettings) -> str:
     return f"for each replica: {', '.join(texts)}"
 
 
+def openai_url(settings: VertexSettings, app: str, host: str) -> str:
+    """The base URL for clients of OpenAI's API, of an endpoint with `invoke_route_prefix`.
+
+    Args:
+        settings: the project and region.
+        app: the APP.
+        host: the endpoint's host name.
+    """
+    return f"https://{host}/v1/{settings.endpoint_name(app)}/invoke/v1"
+
+
 def token_use(settings: VertexSettings, app: str, host: str) -> str:
     """Say what an access token is for, and which address clients take. It contains no token.
 
@@ -122,7 +133,7 @@ def token_use(settings: VertexSettings, app: str, host: str) -> str:
     if settings.invoke_route_prefix:
         return (
             "An access token is the API key of every OpenAI client. It is valid for an hour.\n"
-            f"  base_url: {endpoint}/invoke/predictions/{app}/1.0/v1\n"
+            f"  base_url: {openai_url(settings, app, host)}\n"
             f"  api_key:  $({get})\n"
             f"  model:    {app}"
         )

@@ -242,7 +242,7 @@ def test_token_use_names_the_base_url_only_where_there_is_one(tmp_path):
     text = token_use(load_settings(project="a-project", invoke_route_prefix="/*"), APP, host)
     assert (
         f"base_url: https://{host}/v1/projects/a-project/locations/europe-west4/endpoints/"
-        f"serving-llms-{APP}/invoke/predictions/{APP}/1.0/v1\n" in text
+        f"serving-llms-{APP}/invoke/v1\n" in text
     )
     for given in ({}, SHARED):
         settings = load_settings(file_with(tmp_path, project="a-project", **given))
