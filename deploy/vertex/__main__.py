@@ -115,6 +115,8 @@ def status(
     settings = _settings(config, project, region)
     with _deployer(settings, app) as deployer:
         print(texts.status(settings, app, deployer.resources()))
+        if served := deployer.served():
+            print(f"{texts.limits(served[0])}; {texts.methods(served[0])}")
 
 
 @app.command()
@@ -144,10 +146,12 @@ def token(
         return
     settings = _settings(config, project, region)
     with _deployer(settings, app) as deployer:
-        endpoint = deployer.observe().endpoint
-    if endpoint is None:
-        raise UserError(f"{app} has no endpoint in {settings.region}; run `make deploy APP={app}`")
-    print(texts.token_use(settings, app, endpoint.host))
+        served = deployer.served()
+    if served is None:
+        raise UserError(
+            f"nothing of {app} is deployed in {settings.region}; run `make deploy APP={app}`"
+        )
+    print(texts.token_use(served[0], app, served[1]))
 
 
 @app.command()

@@ -236,17 +236,26 @@ def other_doors(state: State, container: Fields) -> str | None:
         state: with what serves now.
         container: what will serve.
     """
+    wanted, busiest = container.get("invoke_route_prefix", ""), _busiest(state)
+    prefix = _prefix(state, busiest) if busiest else None
+    if busiest is None or prefix is None or prefix == wanted:
+        return None
+    return (
+        f"invoke_route_prefix: {wanted or 'none'}, and {prefix or 'none'} at version "
+        f"{busiest.version}, which serves now and stops: clients must change from "
+        f"{_doors(prefix)} to {_doors(wanted)}"
+    )
+
+
+def served_prefix(state: State) -> str | None:
+    """The `invoke_route_prefix` of what gets most requests; None if nothing is deployed."""
+    busiest = _busiest(state)
+    return (_prefix(state, busiest) or "") if busiest else None
+
+
+def _busiest(state: State) -> DeployedModel | None:
     deployed = state.endpoint.deployed if state.endpoint else ()
-    wanted = container.get("invoke_route_prefix", "")
-    for model in sorted(deployed, key=lambda model: model.traffic, reverse=True)[:1]:
-        prefix = _prefix(state, model)
-        if prefix is not None and prefix != wanted:
-            return (
-                f"invoke_route_prefix: {wanted or 'none'}, and {prefix or 'none'} at version "
-                f"{model.version}, which serves now and stops: clients must change from "
-                f"{_doors(prefix)} to {_doors(wanted)}"
-            )
-    return None
+    return max(deployed, key=lambda model: model.traffic, default=None)
 
 
 def undeploy(endpoint: Endpoint) -> list[Change]:

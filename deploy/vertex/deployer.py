@@ -170,6 +170,22 @@ class Deployer:
         """
         return list(self.inventory(every_app).resources("" if every_app else self.app))
 
+    def served(self) -> tuple[VertexSettings, str] | None:
+        """How clients reach what is deployed: the settings as they are there, and the host name.
+
+        None if nothing is deployed. The settings' own values may wait for the next `deploy`.
+        """
+        state = self.observe()
+        prefix = changes.served_prefix(state)
+        if state.endpoint is None or prefix is None:
+            return None
+        there = {
+            "dedicated": state.endpoint.dedicated,
+            "inference_timeout": state.endpoint.inference_timeout or None,
+            "invoke_route_prefix": prefix or None,
+        }
+        return self.settings.model_copy(update=there), state.endpoint.host
+
     # ---- observe
 
     def observe(self) -> State:

@@ -175,7 +175,9 @@ def test_command_line_from_deploy_to_cleanup(app: Rehearsed, tmp_path, capsys):
     assert "https://serving-llms-clients.europe-west4-" in capsys.readouterr().out
     assert command_line.main(["deploy", *given, "--image", app.image("2"), "--canary", "20"]) == 0
     assert command_line.main(["status", *given]) == 0
-    assert "you pay for 2 of these" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "you pay for 2 of these" in shown
+    assert "dedicated endpoint: 10 MB, 600 s, streaming; :predict, :rawPredict" in shown
     assert command_line.main(["rollback", *given]) == 0
     assert command_line.main(["test", *given]) == 0
     assert "stream_raw_predict:" in capsys.readouterr().out
@@ -200,7 +202,10 @@ def test_token_is_printed_only_on_request(app: Rehearsed, tmp_path, capsys):
     config.write_text(small(**INVOKE).model_dump_json())
     given = ["token", app.app, "--config", str(config)]
     assert command_line.main(given) == 1
-    assert "clients has no endpoint in europe-west4; run `make deploy" in capsys.readouterr().err
+    assert (
+        "nothing of clients is deployed in europe-west4; run `make deploy"
+        in capsys.readouterr().err
+    )
     app.deploy(**INVOKE)
     assert command_line.main([*given, "--print"]) == 0
     printed = capsys.readouterr().out.strip()
@@ -209,6 +214,12 @@ def test_token_is_printed_only_on_request(app: Rehearsed, tmp_path, capsys):
     shown = capsys.readouterr().out
     host = "https://serving-llms-clients.europe-west4-"
     assert f"base_url: {host}" in shown and shown.count(printed) == 0
+    plain = tmp_path / "plain.json"
+    plain.write_text(small().model_dump_json())  # not deployed yet: the text is about what is
+    assert command_line.main(["token", app.app, "--config", str(plain)]) == 0
+    assert capsys.readouterr().out == shown
+    assert command_line.main(["status", app.app, "--config", str(plain)]) == 0
+    assert "/invoke/PATH (preview); :predict" in capsys.readouterr().out
     base = next(line.split()[1] for line in shown.splitlines() if "base_url" in line)
     chat = {"messages": [{"role": "user", "content": "hello"}]}
     response = requests.post(
