@@ -37,6 +37,7 @@ from deploy.vertex.changes import (
 )
 from deploy.vertex.config import MANAGED_BY, VertexSettings, api_host
 from deploy.vertex.credentials import default_credentials
+from deploy.vertex.gauges import check_gauges
 from deploy.vertex.operations import READ_TIMEOUT, RETRY, Operations
 from deploy.vertex.state import (
     Endpoint,
@@ -102,6 +103,7 @@ class Deployer:
             GoogleAPICallError: Google rejected it, or the model server never became ready.
         """
         check_canary(canary)
+        check_gauges(self.settings, self.app)
         if not image_uri.startswith(f"{self.settings.region}-docker.pkg.dev/"):
             raise UserError(
                 f"image_uri: {image_uri} given; should be in Artifact Registry in the same region, "
