@@ -43,6 +43,7 @@ from deploy.torchserve.watch import (
 )
 from handler import openai
 from handler.config import DEFAULTS, load_app
+from handler.metrics import FrontendResponses, Metrics
 from handler.request import parameter_table
 
 
@@ -53,9 +54,28 @@ def make_help() -> str:
     return f"```console\n$ make help\n{output}```"
 
 
+def metrics_table() -> str:
+    """List what /metrics reports, as the server declares it, and of the process nothing."""
+    collected = Metrics(load_app("smollm2-135m"), "").registry.collect()
+    families = [family for family in collected if not family.name.startswith("process_")]
+    families += FrontendResponses("").describe()
+    rows = ["| metric | type | label | meaning |", "|---|---|---|---|"]
+    for family in families:
+        name = family.name + ("_total" if family.type == "counter" else "")
+        labels: dict[str, list[str]] = {}
+        for sample in family.samples:
+            for label, text in sample.labels.items():
+                if label not in ("model", "le") and text not in labels.setdefault(label, []):
+                    labels[label].append(text)
+        shown = "; ".join(f"`{k}`: {', '.join(labels[k])}" for k in labels)
+        rows.append(f"| `{name}` | {family.type} | {shown} | {family.documentation.rstrip('.')} |")
+    return "\n".join(rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(table, name) for name in TABLES},
     "make-help": make_help,
+    "metrics": metrics_table,
     "parameters": parameter_table,
     "openai-chat": functools.partial(openai.parameter_table, "chat"),
     "openai-completions": functools.partial(openai.parameter_table, "completions"),
