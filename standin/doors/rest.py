@@ -60,8 +60,9 @@ def _find(
     if request.host == "iamcredentials.googleapis.com" and path.endswith("/allowedLocations"):
         return "allowedLocations", _allowed_locations()
     if version in methods.VERSIONS:
-        # Not decoded: the model server gets the path of `invoke` as the client wrote it.
-        match = _PREDICT.fullmatch(request.rel_url.raw_path.lstrip("/").partition("/")[2])
+        # First not decoded: the model server gets the path of `invoke` as the client wrote it.
+        written = request.rel_url.raw_path.lstrip("/").partition("/")[2]
+        match = _PREDICT.fullmatch(written) or _PREDICT.fullmatch(path)
         if match and match["chat"]:
             return "chatCompletions", _chat_completions()
         if match and request.method in (_INVOKE_VERBS if match["invoke"] else ("POST",)):

@@ -239,6 +239,9 @@ def test_invoke_passes_any_path_but_the_root_on(grpc_client, standin):
     assert seen["headers"]["X-Own"] == "yes" and seen["headers"]["Accept"] == "text/event-stream"
     assert "authorization" not in {header.lower() for header in seen["headers"]}
 
+    response = post(host, name, "/invoke/v1/models/a:predict/chat/completions", CHAT)
+    assert response.json()["path"] == "/v1/models/a:predict/chat/completions"
+
     # GET, as for /v1/models; other verbs are not known.
     seen = session().get(f"{url}/invoke/echo/models?x=1", timeout=9).json()
     assert (seen["verb"], seen["path"]) == ("GET", "/echo/models?x=1")
@@ -290,7 +293,7 @@ def test_invoke_needs_the_prefix_and_a_dedicated_endpoint(grpc_client):
 def test_predictions_may_be_an_object_on_a_dedicated_endpoint(grpc_client):
     endpoint = grpc_client.running(dedicated=True)
     host, name = endpoint.dedicated_endpoint_dns, endpoint.name
-    for verb in (":predict", ":rawPredict"):
+    for verb in (":predict", ":rawPredict", "%3Apredict"):  # some clients encode the colon
         response = post(host, name, verb, {"instances": [FORMAT | CHAT]})
         assert response.json()["predictions"]["choices"][0]["message"]["content"] == "a"
     response = post(host, name, ":predict", {"instances": [1], "parameters": {"odd": True}})
