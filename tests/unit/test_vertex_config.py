@@ -219,6 +219,7 @@ def test_plan_shows_requests_methods_and_what_decides_the_replicas(tmp_path, giv
 @pytest.mark.parametrize("target", ["target_requests_waiting", "target_kv_cache"])
 def test_deploy_needs_the_gauges_that_it_scales_by(target, monkeypatch, tmp_path):
     config = app_yaml(APP)
+    assert config["app"]["metrics"]["vllm_names"] is False  # the switch has this name
     monkeypatch.setattr(gauges, "app_yaml", lambda app, local: config)
     config["app"]["metrics"] = {"vllm_names": False}
     settings = load_settings(**{target: 4})
