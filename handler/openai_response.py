@@ -122,7 +122,8 @@ class ChatShape(OpenAIShape):
         Calls are known only at the end, so each is a whole piece. The finish reason comes after
         them: OpenAI's client takes a call for complete at the next piece.
         """
-        delta: dict[str, Any] = {} if completion.begun else {"role": "assistant", "content": ""}
+        empty = None if completion.calls else ""
+        delta: dict[str, Any] = {} if completion.begun else {"role": "assistant", "content": empty}
         if completion.unsent:
             delta["content"] = completion.unsent
         deltas = [delta] if delta or completion.unsent_logprobs else []

@@ -245,6 +245,10 @@ def _no_number(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+_COMBINED = {"$ref", "allOf", "anyOf", "oneOf", "const", "enum"}
+"""Keys of JSON schemas that say what the type is."""
+
+
 def _forced_schema(requested: RequestedTools) -> dict[str, Any]:
     """Return the JSON schema of one function's arguments, or that of a list of calls.
 
@@ -256,7 +260,8 @@ def _forced_schema(requested: RequestedTools) -> dict[str, Any]:
         if schema.get("type", "object") != "object":
             field = f"{requested.prefix}tools[{i}].function.parameters"
             raise ToolError(field, 'should be a schema of the type "object"')
-        schema = {"type": "object"} | schema
+        if not schema.keys() & _COMBINED:
+            schema = {"type": "object"} | schema
         if function["name"] == requested.name:
             return schema
         place = f"function{i}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema
 import openai
 import pytest
 
@@ -97,9 +98,11 @@ def load(kind: str, weights: Path, cache: Path) -> Any:
     return create_engine(folder, config)
 
 
-@pytest.fixture(params=["transformers", "openvino"])
-def engine(request: pytest.FixtureRequest, taught: Path, tmp_path: Path) -> Any:
-    return load(request.param, taught, tmp_path)
+@pytest.fixture(scope="module", params=["transformers", "openvino"])
+def engine(
+    request: pytest.FixtureRequest, taught: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    return load(request.param, taught, tmp_path_factory.mktemp("export"))
 
 
 def test_client_calls_a_tool_and_gets_the_answer(client: Client, engine: Any):
@@ -129,6 +132,78 @@ def test_client_calls_a_tool_and_gets_the_answer(client: Client, engine: Any):
     second = api.chat.completions.create(messages=messages, **options).choices[0]
     assert second.finish_reason == "stop" and second.message.tool_calls is None
     assert second.message.content == "It is 49."
+
+
+def other(**parameters: Any) -> Any:
+    return {"type": "function", "function": {"name": "other", "parameters": parameters}}
+
+
+TREE = {
+    "properties": {"root": {"$ref": "#/$defs/Node"}, "kind": {"enum": ["a", "b"]}},
+    "required": ["root", "kind"],
+    "additionalProperties": False,
+    "$defs": {
+        "Node": {
+            "type": "object",
+            "properties": {"leaf": {"type": "boolean"}},
+            "required": ["leaf"],
+            "additionalProperties": False,
+        }
+    },
+}
+
+
+def test_forced_calls_fulfill_their_schema(client: Client, engine: Any):
+    """Also of a model that would write something else: here at a high temperature."""
+    api = client(engine)
+    tools = [TOOL, other(**TREE)]
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+    named: Any = {"type": "function", "function": {"name": "other"}}
+    called = set()
+    for seed in range(12):
+        choice = api.chat.completions.create(
+            model="model",
+            messages=[{"role": "user", "content": f"{seed}?"}],
+            tools=tools,
+            tool_choice=named if seed % 2 else "required",
+            parallel_tool_calls=False,
+            max_tokens=300,
+            temperature=1.5,
+            seed=seed,
+        ).choices[0]
+        assert choice.finish_reason == "tool_calls" and choice.message.content is None
+        (call,) = choice.message.tool_calls or ()
+        assert call.type == "function"
+        jsonschema.validate(json.loads(call.function.arguments), schemas[call.function.name])
+        called.add((seed % 2, call.function.name))
+    assert called >= {(1, "other"), (0, "square")} and (1, "square") not in called
+
+
+def test_forced_calls_are_streamed(client: Client, engine: Any):
+    with client(engine).chat.completions.stream(
+        model="model",
+        messages=QUESTION,
+        tools=[other(**TREE)],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=300,
+        temperature=0,
+    ) as stream:
+        kinds = [event.type for event in stream]
+        choice = stream.get_final_completion().choices[0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    assert "content.delta" not in kinds and "tool_calls.function.arguments.done" in kinds
+    (call,) = choice.message.tool_calls or ()
+    jsonschema.validate(json.loads(call.function.arguments), TREE)
+
+
+def test_wrong_schema_of_a_tool_is_named(client: Client, engine: Any):
+    wrong = other(properties={"x": {"type": "strange"}})
+    with pytest.raises(openai.BadRequestError) as rejected:
+        client(engine).chat.completions.create(
+            model="model", messages=QUESTION, tools=[wrong], tool_choice="required"
+        )
+    assert rejected.value.param == "tools" and engine.unfinished == 0
 
 
 def test_model_without_tools_is_named(client: Client, taught: Path, tmp_path: Path):

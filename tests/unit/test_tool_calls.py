@@ -633,7 +633,8 @@ def test_response_with_calls(make: Make):
         chunks = [c["choices"][0] for c in answers(chat(stream=True), use(folder).reader(), *texts)]
         deltas = [chunk["delta"] for chunk in chunks]
         assert deltas[0]["role"] == "assistant"
-        assert "".join(delta.get("content", "") for delta in deltas) == (content or "")
+        assert "".join(delta.get("content") or "" for delta in deltas) == (content or "")
+        assert content or deltas[0]["content"] is None
         streamed = [call for delta in deltas for call in delta.get("tool_calls", [])]
         assert [call.pop("index") for call in streamed] == [0, 1]
         assert all(CALL_IDS.fullmatch(call.pop("id")) for call in streamed)
