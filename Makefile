@@ -103,7 +103,7 @@ model: setup ## Get the weights of APP (MODEL_DIR=path for your own, SHAPE_ONLY=
 archive: setup ## Build the archive of APP (FORMAT=zip-store for a .mar, ENGINE=transformers)
 	@$(PY) -m deploy.archive $(ARCHIVE)
 
-serve: setup ## Serve APP with TorchServe, without Docker, until Ctrl-C
+serve: setup ## Serve APP with TorchServe, without Docker, until Ctrl-C (CORS_ORIGIN=http://... lets a web page in)
 	@exec $(PY) -m deploy.torchserve serve $(ARCHIVE) --port "$(PORT)"
 
 test: ## Send the request of quickstart to a running server and print the JSON
@@ -151,7 +151,7 @@ build-dev: setup ## Build an image of APP with both engines (Docker or podman)
 build-pro: setup ## Build the smallest image of APP (TARGET=gpu for CUDA, BAKED=no without weights)
 	@$(PY) -m deploy.image build $(WEIGHTS) --tag pro $(if $(TARGET),--target $(TARGET)) $(if $(filter no,$(BAKED)),--without-weights)
 
-run: setup ## Run the image of APP, hardened, on PORT (TAG=pro, MEMORY=3g)
+run: setup ## Run the image of APP, hardened, on PORT (TAG=pro, MEMORY=3g, CORS_ORIGIN=http://...)
 	@$(PY) -m deploy.image run "$(APP)" --tag "$(TAG)" --port "$(PORT)" $(if $(MEMORY),--memory $(MEMORY))
 
 stop: setup ## Stop the container of APP after requests in flight finish

@@ -6,6 +6,7 @@ python -m deploy.image stop smollm2-135m                 # make stop; also delet
 python -m deploy.image push smollm2-135m --registry europe-west4-docker.pkg.dev/PROJECT/serving
 """
 
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from deploy.image.context import CONTEXT, prepare_context
 from deploy.image.push import push_image
 from deploy.image.run import PORT, STOP_SECONDS, container_name, run_container
 from deploy.image.runtime import container_runtime, runtime_output
+from deploy.torchserve.launch import CORS_ORIGIN
 from deploy.weights.fetch import get_weights
 
 Tag = Annotated[str, typer.Option(help="The image's tag.")]
@@ -79,7 +81,15 @@ def run(
     container = container_name(name)
     if runtime_output(container_runtime(), "container", "inspect", container):
         print(f"replacing the existing container {container}")
-    run_container(name, tag=tag, port=port, memory=memory or None, store=MODEL_STORE)
+    origin = os.environ.get(CORS_ORIGIN)
+    run_container(
+        name,
+        tag=tag,
+        port=port,
+        memory=memory or None,
+        store=MODEL_STORE,
+        environment={CORS_ORIGIN: origin} if origin else None,
+    )
     print(f"{container}: ready after {time.monotonic() - began:.1f} s on port {port}")
 
 

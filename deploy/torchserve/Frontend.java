@@ -13,6 +13,7 @@ import io.netty.channel.EventLoopGroup;
 import io.netty.handler.codec.http.FullHttpRequest;
 import io.netty.handler.codec.http.HttpHeaderNames;
 import io.netty.handler.codec.http.HttpHeaders;
+import io.netty.handler.codec.http.HttpMethod;
 import io.netty.handler.codec.http.HttpResponse;
 import io.netty.handler.codec.http.HttpServerKeepAliveHandler;
 import io.netty.handler.codec.http.HttpVersion;
@@ -175,6 +176,11 @@ public final class Frontend extends ModelServer {
             HttpHeaders headers = request.headers();
             headers.remove("url_path"); // TorchServe adds it, but not on each path
             headers.set("http_method", request.method().name());
+            if (request.method().equals(HttpMethod.HEAD)) {
+                request.setMethod(HttpMethod.GET); // plug-ins know no HEAD; netty sends no body
+            } else if (request.uri().equals("/metrics") && !request.method().equals(HttpMethod.GET)) {
+                request.setMethod(HttpMethod.POST); // which the plug-in rejects
+            }
             if (request.decoderResult().isSuccess()) {
                 request.setUri(complete(request.uri()));
                 if (isForm(headers) && beginsAsJson(request.content())) {

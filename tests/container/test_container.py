@@ -271,6 +271,7 @@ def test_port_of_vertex_ai(lean, port):
         ("AIP_HTTP_PORT=7082", "AIP_HTTP_PORT: port 7082 is for the metrics"),
         ("AIP_HTTP_PORT=http", "AIP_HTTP_PORT: 'http' is not a whole number from 1 to 65535"),
         ("MODEL_STORE=/srv", "/srv is empty, but should hold one archive"),
+        ("CORS_ORIGIN=localhost:3000", "CORS_ORIGIN: 'localhost:3000' is no origin"),
         ("DRAIN_SECONDS=long", "DRAIN_SECONDS: 'long' is not a whole number from 0 to 86400"),
     ],
 )

@@ -219,6 +219,13 @@ def test_other_methods_answer_at_once_and_generate_nothing(tiny_server, method, 
     assert generated_tokens(tiny_server) == before
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "OPTIONS", "PATCH", "DELETE"])
+def test_metrics_answer_get_and_head_only(tiny_server, method):
+    url = tiny_server.url.split("/predictions")[0] + "/metrics"
+    response = httpx.request(method, url, timeout=5)
+    assert response.status_code == (200 if method in ("GET", "HEAD") else 405)
+
+
 @pytest.mark.parametrize("name", ["Content-Encoding", "content-encoding"])
 def test_gzip_bodies_are_read(tiny_server, name):
     content = gzip.compress(json.dumps(OK).encode())

@@ -27,6 +27,7 @@ from deploy.torchserve.launch import (
     BUFFERS,
     FOREIGN_LIMIT,
     OVER_LIMIT,
+    cors_settings,
     java_command,
     max_request_size,
     read_properties,
@@ -190,6 +191,40 @@ def test_java_command_and_configuration():
     assert main == "serving.Frontend" and classes.split(":")[0].endswith("/frontend.jar")
     # A full heap ends Java, full network buffers fail at once; neither leaves it half alive.
     assert {"-XX:+ExitOnOutOfMemoryError", f"-Dio.netty.maxDirectMemory={BUFFERS}"} <= {*command}
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "http://localhost:3000", "https://example.com", "http://[::1]:8080", "tauri://localhost"],
+)
+def test_cors_setting_allows_one_origin_and_its_headers(origin):
+    assert cors_settings(origin)["CORS_ORIGIN"] == origin
+    assert "authorization" in cors_settings(origin)["CORS_HEADERS"]
+
+
+def test_cors_is_off_by_default():
+    assert set(cors_settings("").values()) == {""}
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "localhost:3000",
+        "http://localhost:3000/",
+        "http://a http://b",
+        "http://a,http://b",
+        "http://Example.com",
+        "http://*.example.com",
+        "http://a:0",
+        "http://a\n",
+        "http://a$b",
+        "null",
+        " ",
+    ],
+)
+def test_rejects_a_cors_setting_that_is_no_origin(origin):
+    with pytest.raises(ValueError, match=r"CORS_ORIGIN: .* is no origin; write one"):
+        cors_settings(origin)
 
 
 def test_largest_body_is_a_little_over_the_limit_of_the_app(tmp_path):
