@@ -180,7 +180,7 @@ def describe(declaration: Declaration, limits: Limits) -> str:
         text = _WORDS[kind]
     elif origin is Literal:
         *first, last = (json.dumps(value) for value in get_args(kind))
-        text = f"{', '.join(first)} or {last}"
+        text = f"{', '.join(first)} or {last}" if first else last
     else:
         text = getattr(kind, "rule", "")
     bounds: dict[str, Any] = {}

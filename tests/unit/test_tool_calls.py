@@ -39,6 +39,7 @@ from handler.tool_calls import (
     _CallReader,
 )
 from tests.unit.test_chat_templates import CODE, THOUGHTS, TRL, WORDS
+from tests.unit.test_llm_handler import Worker
 from tests.vocabularies import CHATML, byte_level, write_tokenizer
 
 TEMPLATES = {name: text for name, text in (CODE | TRL).items() if not name.endswith("_training")}
@@ -569,7 +570,11 @@ def test_tools_of_a_request():
     [
         ({"tools": {}}, "tools", "a list of up to 128 tools"),
         ({"tools": [TOOL] * 129}, "tools", "a list of up to 128 tools"),
-        ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].type", '"function"'),
+        (
+            {"tools": [{"type": "custom", "custom": {}}]},
+            "tools[0].type",
+            'should be "function", not',
+        ),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "is missing"),
         ({"tools": [tool(name="a b")]}, "tools[0].function.name", "1 to 128 letters"),
         ({"tools": [tool(name="a\n")]}, "tools[0].function.name", "1 to 128 letters"),
@@ -652,3 +657,13 @@ def test_response_without_calls(make: Make):
     chunks = answers(chat(stream=True), use(folder).reader(), "Hel", "lo <tool_call>{", "")
     content = [chunk["choices"][0]["delta"].get("content") for chunk in chunks]
     assert content == ["Hel", "lo ", "<tool_call>{"]
+
+
+def test_app_with_its_own_prompt_style_has_no_tools(monkeypatch: pytest.MonkeyPatch):
+    """Its prompts do not come from the chat template, so the tools would not be in them."""
+    worker = Worker(monkeypatch).handler
+    style = {"style": "instruct", "template": "{prompt}"}
+    prompt = worker.app.prompt.model_copy(update=style)
+    worker.app = worker.app.model_copy(update={"prompt": prompt})
+    with pytest.raises(RequestError, match=r"^instances\[0\]\.tools: this app writes prompts"):
+        worker._use_tools(RequestedTools(TOOLS, prefix="instances[0]."))
