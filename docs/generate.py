@@ -43,6 +43,7 @@ from deploy.torchserve.watch import (
 )
 from handler import openai
 from handler.config import DEFAULTS, load_app
+from handler.engine import EngineLoad
 from handler.metrics import FrontendResponses, Metrics
 from handler.request import parameter_table
 
@@ -56,8 +57,9 @@ def make_help() -> str:
 
 def metrics_table() -> str:
     """List what /metrics reports, as the server declares it, and of the process nothing."""
-    collected = Metrics(load_app("smollm2-135m"), "").registry.collect()
-    families = [family for family in collected if not family.name.startswith("process_")]
+    metrics = Metrics(load_app("smollm2-135m"), "")
+    metrics.set_load(EngineLoad(0, 0, 0, cached_prompt_tokens=0))
+    families = [f for f in metrics.registry.collect() if not f.name.startswith("process_")]
     families += FrontendResponses("").describe()
     rows = ["| metric | type | label | meaning |", "|---|---|---|---|"]
     for family in families:

@@ -93,6 +93,8 @@ class Metrics:
         self._application = make_wsgi_app(self.registry)
         self._model = model_name
         self._cached_tokens = 0
+        self._cached_prompt_tokens: Counter | None = None
+        """Missing unless the engine knows it: 0 would mean that the cache is of no use."""
 
         self._requests = self._counters(
             "llm_requests_total", "Answered requests, by outcome", "outcome", OUTCOMES
@@ -108,9 +110,6 @@ class Metrics:
         )
         self._prompt_tokens = self._counter(
             "llm_prompt_tokens_total", "Prompt tokens of sequences whose prefill is done"
-        )
-        self._cached_prompt_tokens = self._counter(
-            "llm_cached_prompt_tokens_total", "Prompt tokens that the prefix cache had"
         )
         self._completion_tokens = self._counter(
             "llm_completion_tokens_total", "Generated tokens, counted at each tick"
@@ -256,9 +255,12 @@ class Metrics:
             for gauge in gauges:
                 gauge.set(value)
         self._waiting_tokens.set(load.waiting_tokens)
-        cached = load.cached_prompt_tokens or 0
-        self._cached_prompt_tokens.inc(cached - self._cached_tokens)
-        self._cached_tokens = cached
+        if load.cached_prompt_tokens is not None:
+            self._cached_prompt_tokens = self._cached_prompt_tokens or self._counter(
+                "llm_cached_prompt_tokens_total", "Prompt tokens that the prefix cache had"
+            )
+            self._cached_prompt_tokens.inc(load.cached_prompt_tokens - self._cached_tokens)
+            self._cached_tokens = load.cached_prompt_tokens
 
     def _counters(
         self, name: str, text: str, label: str, values: tuple[str, ...]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.load import Target, closed_loop
 from deploy.common.paths import UserError
@@ -85,7 +86,21 @@ def test_management_is_reachable_only_from_inside(container):
             httpx.get(f"http://{address}:{port}/models", timeout=5)
 
 
-def test_container_listens_on_two_ports_and_a_socket(container):
+def test_metrics_are_on_the_port_of_predictions(container):
+    """A platform can read no other port: Vertex AI looks for /metrics in the container."""
+    base = URL.split("/predictions")[0]
+    body = {"instances": ["Paris"], "parameters": {"max_new_tokens": 3, "ignore_eos": True}}
+    assert httpx.post(URL, json=body, timeout=60).status_code == 200
+    time.sleep(1.1)  # the text is kept for a second
+    families = text_string_to_metric_families(httpx.get(f"{base}/metrics").text)
+    found = {sample.name: sample.value for family in families for sample in family.samples}
+    assert found["llm_sequence_completion_tokens_sum"] >= 3
+    assert found["llm_running_sequences"] == 0 and "torchserve_responses_total" in found
+    inside = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:7082/metrics').status)"
+    assert docker("exec", container, "python", "-c", inside) == "200"
+
+
+def test_container_listens_on_two_ports_and_two_sockets(container):
     """gRPC, which one call can use to kill the worker, listens where nobody can connect."""
     rows = [line.split() for line in docker("exec", container, "cat", "/proc/net/tcp").splitlines()]
     listening = {
@@ -94,7 +109,8 @@ def test_container_listens_on_two_ports_and_a_socket(container):
     loopback, every, multicast = "0100007F", "00000000", "010000E0"
     reachable = {(host, port) for host, port in listening if host != multicast}
     assert reachable == {(every, 7080), (loopback, 7082)}
-    docker("exec", container, "test", "-S", "/tmp/serving/management.sock")
+    for name in ("management", "metrics"):
+        docker("exec", container, "test", "-S", f"/tmp/serving/{name}.sock")
 
 
 def test_memory_under_two_hundred_requests(container):

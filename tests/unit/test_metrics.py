@@ -124,6 +124,12 @@ def test_load_sets_gauges_and_adds_new_prefix_cache_hits():
     assert value(metrics, "llm_cached_prompt_tokens_total") == 130
 
 
+def test_prefix_cache_hits_are_missing_if_the_engine_does_not_know_them():
+    metrics = Metrics(APP, "m")
+    metrics.set_load(EngineLoad(3, 2, 40, 0.25, None))
+    assert value(metrics, "llm_cached_prompt_tokens_total") is None
+
+
 def with_vllm_names() -> Metrics:
     config = merge(app_yaml("my-own-model", local=True), {"app": {"metrics": {"vllm_names": True}}})
     return Metrics(parse_app(config, "test"), "m")

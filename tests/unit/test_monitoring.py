@@ -10,6 +10,7 @@ import yaml
 
 from deploy.common.paths import ROOT
 from handler.config import load_app
+from handler.engine import EngineLoad
 from handler.metrics import Metrics
 
 FOLDER = ROOT / "deploy" / "monitoring"
@@ -53,6 +54,7 @@ def test_each_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not():
 
 def test_files_read_only_metrics_that_the_server_has():
     metrics = Metrics(load_app("my-own-model", local=True), "m")
+    metrics.set_load(EngineLoad(0, 0, 0, cached_prompt_tokens=0))
     known = {
         name
         for family in metrics.registry.collect()
