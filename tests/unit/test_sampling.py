@@ -75,17 +75,30 @@ COLD = 0.1
 """A temperature at which the probabilities of a random model differ from each other."""
 
 
-def expected_share(scores: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+def expected_share(
+    scores: torch.Tensor, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> torch.Tensor:
     """The definition: softmax of the logits, cut to the likeliest tokens, then scaled to 1."""
     chances, order = scores.softmax(-1).sort(descending=True)
+    least = min_p * chances[0]
     if top_p < 1:
         chances = chances.where(chances.cumsum(-1) - chances < top_p, 0)
+    chances = chances.where(chances >= least, 0)
     if top_k:
         chances[top_k:] = 0
     return torch.zeros_like(chances).scatter(0, order, chances / chances.sum())
 
 
-@pytest.mark.parametrize("cut", [{}, {"top_k": 7}, {"top_p": 0.6}], ids=["all", "top_k", "top_p"])
+CUTS = {
+    "all": {},
+    "top_k": {"top_k": 7},
+    "top_p": {"top_p": 0.6},
+    "min_p": {"min_p": 0.3},
+    "top_p and min_p": {"top_p": 0.8, "min_p": 0.2},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
 def test_tokens_are_drawn_with_the_probabilities_of_the_model(engine, weights, cut):
     """A chi-square test over 2,000 draws, each with its own seed, so the result never changes."""
     prompt = "The quick brown fox"
