@@ -1,9 +1,10 @@
 """Functions that a model may call: what its prompt shows, and the calls in its completion.
 
 There is no list of models here. `engine/abilities.py` finds out how a chat template writes a call,
-and models write calls as their template does. Covered is a JSON object with the name and the
-arguments, alone or in a list, after a marker or as the whole completion: so write Qwen 2.5 and 3,
-Hermes, Llama 3, Mistral, Cohere. A completion that is no such call is content, as in vLLM.
+and models write calls as their template does. A call that can be read is a JSON object with the
+name and the arguments, alone or in a list, after a marker or as the whole completion. The templates
+of Qwen 2.5 and 3, Llama 3, Mistral and Cohere write these. A completion without such a call is
+content, as in vLLM.
 """
 
 import json
