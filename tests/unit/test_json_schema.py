@@ -7,6 +7,7 @@ import pytest
 from llguidance import LLTokenizer
 
 from handler.engine import ParameterError, Sampling
+from handler.engine.folder import ModelFolder
 from handler.engine.json_schema import (
     MAX_CHARACTERS,
     Grammar,
@@ -159,6 +160,25 @@ def test_schema_has_an_end(tokenizer):
 def test_model_whose_tokens_are_unknown_cannot_have_a_schema():
     with pytest.raises(ParameterError, match="cannot be used with this model"):
         Grammar("{}", None)
+
+
+def test_tokens_of_words_have_no_bytes_and_no_schemas(tmp_path):
+    folder = ModelFolder(vocabularies.write_tokenizer(tmp_path, vocabularies.word_piece()))
+    entry = folder.logprob(9, -1.0, [(7, -1.0)])
+    assert (entry.text, entry.bytes) == (folder.token(9), None)
+    assert entry.top[0].token_id == 7
+    assert folder.reader is None
+    assert tokens_for_xgrammar(folder.reader) == []
+
+
+@pytest.mark.parametrize("make", [vocabularies.byte_level, vocabularies.sentencepiece])
+def test_bytes_of_tokens_join_to_the_text(tmp_path, make):
+    folder = ModelFolder(vocabularies.write_tokenizer(tmp_path, make()))
+    text = " the fox, 東京 🎉"
+    ids = [i for i in folder.encode(text) if folder.token(i) not in vocabularies.SPECIAL]
+    entries = [folder.logprob(token, -1.0) for token in ids]
+    assert b"".join(entry.bytes for entry in entries).decode().strip() == text.strip()
+    assert "\ufffd" in {entry.text for entry in entries}
 
 
 def test_grammar_is_complete_after_the_last_character(tokenizer):
