@@ -92,6 +92,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._application = make_wsgi_app(self.registry)
         self._model = model_name
+        self._most_running = app.engine.max_batch
         self._cached_tokens = 0
         self._cached_prompt_tokens: Counter | None = None
         """Missing unless the engine knows it: 0 would mean that the cache is of no use."""
@@ -246,10 +247,14 @@ class Metrics:
         self._refused[error.counted_as or _REASONS.get(error.code, "bad_request")].inc()
 
     def set_load(self, load: EngineLoad) -> None:
-        """Set the gauges; call at the end of each tick."""
+        """Set the gauges; call at the end of each tick.
+
+        OpenVINO's pipeline takes some more sequences than it runs at once. These wait there.
+        """
+        running = min(load.running, self._most_running)
         for gauges, value in (
-            (self._running, load.running),
-            (self._waiting, load.waiting),
+            (self._running, running),
+            (self._waiting, load.waiting + load.running - running),
             (self._cache, load.cache_use),
         ):
             for gauge in gauges:

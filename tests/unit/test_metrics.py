@@ -124,6 +124,13 @@ def test_load_sets_gauges_and_adds_new_prefix_cache_hits():
     assert value(metrics, "llm_cached_prompt_tokens_total") == 130
 
 
+def test_sequences_over_max_batch_count_as_waiting_wherever_they_wait():
+    metrics, most = Metrics(APP, "m"), APP.engine.max_batch
+    metrics.set_load(EngineLoad(most + 7, 2, 40))
+    assert value(metrics, "llm_running_sequences") == most
+    assert value(metrics, "llm_waiting_sequences") == 9
+
+
 def test_prefix_cache_hits_are_missing_if_the_engine_does_not_know_them():
     metrics = Metrics(APP, "m")
     metrics.set_load(EngineLoad(3, 2, 40, 0.25, None))
