@@ -95,7 +95,7 @@ public final class Frontend extends ModelServer {
     private static final class Setup extends ChannelInboundHandlerAdapter {
         @Override
         public void channelRegistered(ChannelHandlerContext context) {
-            // TorchServe's 0 resets a connection instead of ending it: clients lose what they have not read.
+            // TorchServe's 0 resets connections instead of ending them: clients lose unread data.
             context.channel().config().setOption(ChannelOption.SO_LINGER, -1);
             ChannelPipeline pipeline = context.pipeline();
             pipeline.addAfter("http", "keep-alive", new HttpServerKeepAliveHandler());
