@@ -8,7 +8,7 @@ it ends the pipeline, so `for_xgrammar` lets only schemas through that it is kno
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,7 @@ class Grammar:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(content), overrides=_OPTIONS)
         except ValueError as error:  # such as NaN, which JSON does not have
             raise _error(f"is not JSON: {_line(str(error))}") from error
+        self._end_tokens = tokenizer.eos_tokens
         self._matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
         if not self._matcher.is_error():
             self._matcher.compute_bitmask()  # finds a schema that no text fulfills
@@ -67,6 +68,8 @@ class Grammar:
         mask = np.zeros(rows, bool)
         known = np.unpackbits(bits, count=min(rows, bits.size * 8), bitorder="little")
         mask[: known.size] = known
+        if not self._matcher.is_accepting():  # an end token may have a text that would fit
+            mask[[token for token in self._end_tokens if token < rows]] = False
         if self._matcher.is_error() or not mask.any():
             raise ArithmeticError(f"no token continues the JSON: {self._matcher.get_error()}")
         return mask
@@ -205,14 +208,14 @@ def for_xgrammar(schema: str) -> str:
     return text.replace(" ", _SPACE)
 
 
-def tokens_for_xgrammar(tokenizer: LLTokenizer | None) -> list[bytes]:
+def tokens_for_xgrammar(tokenizer: LLTokenizer | None, end_tokens: Set[int]) -> list[bytes]:
     """Return the tokens' bytes as xgrammar reads them: none for those that JSON cannot contain."""
     if tokenizer is None:
         return []
     tokens = [tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size)]
     return [
         b""
-        if tokenizer.is_special_token(i) or _NEVER.search(token)
+        if i in end_tokens or tokenizer.is_special_token(i) or _NEVER.search(token)
         else token.replace(b" ", _SPACE.encode())
         for i, token in enumerate(tokens)
     ]

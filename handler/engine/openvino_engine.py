@@ -100,7 +100,7 @@ class OpenVINOEngine:
         self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         model = sum(path.stat().st_size for path in weights.glob("*.bin"))
         self._pipeline = genai.ContinuousBatchingPipeline(
-            weights, _vocabulary(self.folder), _scheduler(config, model), "CPU", **options
+            weights, self._vocabulary(), _scheduler(config, model), "CPU", **options
         )
         self._step_tokens = settings.max_num_batched_tokens
         self._prefix_caching = settings.prefix_caching
@@ -331,6 +331,26 @@ class OpenVINOEngine:
             return "no self-check, because the archive was made without it"
         return check_record(self, self.folder.encode, Record.read(record))
 
+    def _vocabulary(self) -> genai.Tokenizer:
+        """Return the tokens by id, as GenAI needs them for JSON schemas; none if not known.
+
+        GenAI reads them from the constants of a node with this name in a detokenizer's model. It
+        calls the model once. Text is decoded elsewhere.
+        """
+        tokens = tokens_for_xgrammar(self.folder.reader, self.end_tokens or {0})
+        tokens = tokens[: self.folder.vocabulary()]
+        lengths = np.array([len(token) for token in tokens], dtype=np.int64)
+        ends = lengths.cumsum()
+        ids = ops.parameter([-1, -1], np.int64)
+        parts = [ops.reshape(ids, ops.constant([-1]), False)]
+        for values in (ends - lengths, ends, np.frombuffer(b"".join(tokens), np.uint8)):
+            parts.append(ops.constant(values.astype(np.int64)))
+        node = ops.concat(parts, 0)
+        node.set_friendly_name("VocabDecoder")
+        with TemporaryDirectory() as path:
+            openvino.save_model(openvino.Model([node], [ids]), f"{path}/openvino_detokenizer.xml")
+            return genai.Tokenizer(path)
+
     def _warm_up(self) -> int:
         """Run one short request, since the first forward pass compiles and allocates.
 
@@ -399,26 +419,6 @@ def _generation(
         config.min_p = sampling.min_p
         config.rng_seed = sampling.random_state
     return config
-
-
-def _vocabulary(folder: ModelFolder) -> genai.Tokenizer:
-    """Return the tokens by id, as GenAI needs them for JSON schemas; none if they are not known.
-
-    GenAI reads them from the constants of a node with this name in the model of a detokenizer. It
-    calls the model once. Text is decoded elsewhere.
-    """
-    tokens = tokens_for_xgrammar(folder.reader)
-    lengths = np.array([len(token) for token in tokens], dtype=np.int64)
-    ends = lengths.cumsum()
-    ids = ops.parameter([-1, -1], np.int64)
-    parts = [ops.reshape(ids, ops.constant([-1]), False)]
-    for values in (ends - lengths, ends, np.frombuffer(b"".join(tokens), np.uint8)):
-        parts.append(ops.constant(values.astype(np.int64)))
-    node = ops.concat(parts, 0)
-    node.set_friendly_name("VocabDecoder")
-    with TemporaryDirectory() as path:
-        openvino.save_model(openvino.Model([node], [ids]), f"{path}/openvino_detokenizer.xml")
-        return genai.Tokenizer(path)
 
 
 def properties(config: EngineConfig) -> dict[str, str | int]:

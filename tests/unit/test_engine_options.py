@@ -289,6 +289,19 @@ def test_bad_schema_is_rejected_before_anything_runs(engine):
     assert engine.alive()
 
 
+@pytest.mark.parametrize("kind", ENGINES)
+def test_model_whose_tokens_are_unknown_is_served_without_schemas(
+    kind, weights, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ModelFolder, "token_reader", lambda *_: None)
+    engine = load(kind, weights, tmp_path, precision="fp16")
+    (one,) = run(engine, [(PROMPT, Sampling(5, logprobs=0, ignore_eos=True))])
+    assert len(one.logprobs) == 5
+    assert one.logprobs[0].bytes is None
+    with pytest.raises(ParameterError, match="cannot be used with this model"):
+        engine.submit(0, PROMPT, Sampling(json_schema="{}"), stream=False)
+
+
 def test_load_rises_with_sequences_and_falls_to_zero(engine):
     assert engine.load[:4] == (0, 0, 0, 0.0)
     for i in range(4):

@@ -168,7 +168,7 @@ def test_tokens_of_words_have_no_bytes_and_no_schemas(tmp_path):
     assert (entry.text, entry.bytes) == (folder.token(9), None)
     assert entry.top[0].token_id == 7
     assert folder.reader is None
-    assert tokens_for_xgrammar(folder.reader) == []
+    assert tokens_for_xgrammar(folder.reader, set()) == []
 
 
 @pytest.mark.parametrize("make", [vocabularies.byte_level, vocabularies.sentencepiece])
@@ -192,6 +192,18 @@ def test_grammar_is_complete_after_the_last_character(tokenizer):
     assert grammar.complete
 
 
+def test_end_token_with_a_text_does_not_end_a_string():
+    """Such as dolly's "### End", which is also four words of English."""
+    words = vocabularies.byte_level()
+    letter, quote = words.encode("a").ids[0], words.encode('"').ids[0]
+    reader = LLTokenizer(words.to_str(), slices=[], eos_token=[letter])
+    grammar = Grammar('{"type": "string"}', reader)
+    for _ in range(2):
+        assert not grammar.allowed(reader.vocab_size)[letter]
+        grammar.add(quote)
+    assert grammar.complete
+
+
 def test_at_most_one_space_between_two_parts(tokenizer):
     encode = vocabularies.byte_level().encode
     grammar = Grammar("{}", tokenizer)
@@ -212,7 +224,8 @@ def test_logits_without_a_token_are_not_allowed(tokenizer):
 
 def test_xgrammar_reads_no_white_space(tokenizer):
     """Otherwise a completion could consist of spaces until its tokens are used up."""
-    tokens = tokens_for_xgrammar(tokenizer)
+    tokens = tokens_for_xgrammar(tokenizer, {69})
+    assert tokens[69] == b""
     assert len(tokens) == tokenizer.vocab_size
     assert not [token for token in tokens if any(byte in b" \t\r\n" for byte in token)]
     assert " " not in for_xgrammar('{"enum": ["New York"]}')
