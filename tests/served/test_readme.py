@@ -70,10 +70,21 @@ def test_curl_commands_of_the_api_page(smollm2_server):
         command = command.replace("localhost:7080", f"localhost:{smollm2_server.port}")
         run = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
         outputs.append(run.stdout)
-    first, second = json.loads(outputs[0])["predictions"]
+    several, chat, streamed = outputs
+    first, second = json.loads(several)["predictions"]
     assert first.startswith("Once upon a time") and "Paris" in second
-    events = list(server_sent_events(outputs[1].split("\n"), "curl"))
+    assert "Paris" in json.loads(chat)["predictions"]["choices"][0]["message"]["content"]
+    events = list(server_sent_events(streamed.split("\n"), "curl"))
     assert len(events) > 1 and events[-1]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize("document", [README, API], ids=["README", "API"])
+def test_python_code_of_the_documents(smollm2_server, document):
+    """With the port of this server."""
+    code = re.search(r"```python\n(.*?)```", document, re.DOTALL)[1]
+    code = code.replace("localhost:7080", f"localhost:{smollm2_server.port}")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "Paris" in run.stdout, run.stderr
 
 
 def test_error_on_the_api_page(smollm2_server):
