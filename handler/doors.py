@@ -56,7 +56,10 @@ def parse(route: str, raw: Any, app: App, defaults: dict[str, Any], model: str) 
         return openai.parse_chat(raw, app, defaults, model)
     if route == openai.COMPLETIONS:
         return openai.parse_completions(raw, app, defaults, model)
-    chat = openai.chat_instance(raw)
+    chat, where = openai.chat_instance(raw), "instances[0]"
+    if isinstance(raw, dict) and "messages" in raw and "instances" not in raw:
+        # What Google's ENDPOINT/chat/completions may pass on; llama.cpp's server takes it, too.
+        chat, where = raw, ""
     if chat is not None:
-        return openai.parse_chat(chat, app, defaults, model, where="instances[0]")
+        return openai.parse_chat(chat, app, defaults, model, where=where, predict=True)
     return parse_body(raw, app, defaults)

@@ -261,7 +261,13 @@ class CompletionsBody(_OpenAIBody):
 
 
 def parse_chat(
-    raw: Any, app: App, defaults: dict[str, Any], model: str, *, where: str = ""
+    raw: Any,
+    app: App,
+    defaults: dict[str, Any],
+    model: str,
+    *,
+    where: str = "",
+    predict: bool = False,
 ) -> Request:
     """Check the body of a chat completion.
 
@@ -270,8 +276,9 @@ def parse_chat(
         app: has the limits of one request.
         defaults: the app's, from `default_parameters`.
         model: the served model's name.
-        where: the place of `raw` in the body: an instance of Vertex AI's API, where the endpoint
-            decides about the model.
+        where: the place of `raw` in the body, if it is an instance of Vertex AI's API.
+        predict: whether it came to Vertex AI's route. There the endpoint decides about the model,
+            and errors are those of Google's APIs.
 
     Raises:
         RequestError: the body is not what it should be.
@@ -282,9 +289,9 @@ def parse_chat(
     if body.logprobs:
         sampling["logprobs"] = body.top_logprobs or 0
     messages: Messages = [message.for_template() for message in body.messages]
-    shape = ChatShape(model, body.n, body.include_usage, predictions=bool(where))
+    shape = ChatShape(model, body.n, body.include_usage, predict=predict, wrapped=bool(where))
     prefix = f"{where}." if where else ""
-    if not where:
+    if not predict:
         _check_model(body, model)
     return _request(body, app, [(messages, f"{prefix}messages")], sampling, shape, prefix)
 

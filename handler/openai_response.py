@@ -29,13 +29,15 @@ class OpenAIShape:
         model: the model's name in the responses.
         n: completions of each prompt.
         include_usage: whether a stream ends with the token counts.
-        predictions: write `{"predictions": {...}}` around a whole response, for Vertex AI.
+        predict: the request came to Vertex AI's route, so errors are those of Google's APIs.
+        wrapped: write `{"predictions": {...}}` around a whole response.
     """
 
     model: str
     n: int = 1
     include_usage: bool = False
-    predictions: bool = False
+    predict: bool = False
+    wrapped: bool = False
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -56,7 +58,7 @@ class OpenAIShape:
         choices = [self.choice(i, c) for i, c in enumerate(completions)]
         body = self._head(self.whole_object) | {"choices": choices}
         body |= {"usage": self._usage(completions)}
-        return {"predictions": body} if self.predictions else body
+        return {"predictions": body} if self.wrapped else body
 
     def events(self, index: int, completion: Completion) -> list[dict[str, Any]]:
         """Write what is new of one completion, as chunks with one choice."""
@@ -74,7 +76,7 @@ class OpenAIShape:
 
     def error(self, error: RequestError) -> dict[str, Any]:
         """Write an error; through `predict`, as all errors there."""
-        return google_error(error) if self.predictions else openai_error(error)
+        return google_error(error) if self.predict else openai_error(error)
 
     def _head(self, name: str) -> dict[str, Any]:
         return {

@@ -246,6 +246,14 @@ def test_chat_through_predict():
     assert json.loads(sent)["predictions"]["choices"][0]["message"]["content"] == "a"
 
 
+def test_bare_chat_through_predict_is_answered_without_predictions():
+    """What raw_predict sends, and what Google's ENDPOINT/chat/completions may pass on."""
+    request = predict({"model": "google/gemma", "messages": HI})
+    ((_, sent),) = answer(request, step("a", 1, "stop"))
+    assert json.loads(sent)["choices"][0]["message"]["content"] == "a"
+    assert request.shape.error(RequestError(400, "x"))["error"]["status"] == "INVALID_ARGUMENT"
+
+
 @pytest.mark.parametrize(
     ("body", "field"),
     [
