@@ -37,7 +37,7 @@ from tests.clients.environment import (
 )
 
 APP = "smollm2-135m"
-BARE, TRANSFORMERS, CONTAINER, PAGE = 7300, 7310, 7320, 7330
+BARE, TRANSFORMERS, CONTAINER, PAGE, TINY = 7300, 7310, 7320, 7330, 7340
 """Ports: of the servers (each takes the second one after it, too), and of the browser's page."""
 
 MESSAGES = [{"role": "user", "content": "What is the capital of Japan?"}]
@@ -98,7 +98,13 @@ def run_node() -> Run:
     except OutOfReach as reason:
         pytest.skip(f"no clients: {reason}")
 
-    return lambda name, given: run_script(["node", folder / f"{name}.mjs"], given)
+    def run(name: str, given: Any) -> Any:
+        # The stand-in's variable, and the one that Node reads.
+        authority = os.environ.get("SSL_CERT_FILE")
+        more = {"NODE_EXTRA_CA_CERTS": authority} if authority else {}
+        return run_script(["node", folder / f"{name}.mjs"], given, more)
+
+    return run
 
 
 @pytest.fixture(scope="session")

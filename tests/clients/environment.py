@@ -6,6 +6,7 @@ The main environment stays without them. If no registry can be reached, `install
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -101,8 +102,15 @@ def browser() -> str:
     raise OutOfReach("Chromium is not installed")
 
 
-def run_script(command: list[str | Path], given: Any) -> Any:
+def run_script(
+    command: list[str | Path], given: Any, environment: dict[str, str] | None = None
+) -> Any:
     """Run a script that reads JSON from its input and prints JSON as its last line.
+
+    Args:
+        command: the program and the script.
+        given: the input.
+        environment: more variables.
 
     Raises:
         ScriptError: it failed, or printed something else.
@@ -111,6 +119,7 @@ def run_script(command: list[str | Path], given: Any) -> Any:
         run = subprocess.run(
             command,
             input=json.dumps(given),
+            env=os.environ | (environment or {}),
             capture_output=True,
             text=True,
             timeout=SECONDS,
