@@ -49,7 +49,7 @@ class Sampling:
 
     `logprobs` is the number of likeliest tokens to report at each step besides the chosen one;
     None reports nothing. `json_schema` is the text of a JSON schema that the completion fulfills;
-    None leaves the text free, and "{}" allows any JSON value.
+    None leaves the text free, and "{}" allows any JSON object or array.
     """
 
     max_new_tokens: int = 50

@@ -25,6 +25,9 @@ _LIMITS = LLParserLimits(initial_lexer_fuel=200_000, step_lexer_fuel=100_000, ve
 _RANGE = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
 _EXACT = 2**53 - 1
 
+_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly"}
+_ANNOTATIONS |= {"writeOnly", "$comment", "$schema", "$id", "$defs", "definitions"}
+
 _OPTIONS: Any = {"whitespace_pattern": " ?"}
 """At most one space between two parts, so that no completion runs on in white space."""
 
@@ -48,7 +51,6 @@ class Grammar:
                 "tokenizers of words or of sentence pieces without bytes"
             )
         content = _read(schema)
-        _bound(content)
         try:
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(content), overrides=_OPTIONS)
         except ValueError as error:  # such as NaN, which JSON does not have
@@ -110,6 +112,9 @@ def _read(schema: str) -> dict[str, Any]:
         raise _error("must be a JSON object")
     if extended:
         raise _error("must not contain x-guidance")
+    if not content.keys() - _ANNOTATIONS:  # a model that begins with a number may never end it
+        content["anyOf"] = [{"type": "object"}, {"type": "array"}]
+    _bound(content)
     return content
 
 
@@ -152,9 +157,6 @@ _NEVER = re.compile(rb"[\x00-\x1f\xee]")
 """Bytes that no token may have: JSON escapes control characters, and the last one begins `_SPACE`.
 """
 
-_ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly"}
-_ANNOTATIONS |= {"writeOnly", "$comment", "$schema", "$id", "$defs", "definitions"}
-
 _KEYWORDS = {
     "string": {"minLength", "maxLength", "pattern", "format"},
     "integer": _RANGE,
@@ -193,14 +195,13 @@ def for_xgrammar(schema: str) -> str:
     Raises:
         ParameterError: names the part that xgrammar does not fulfill.
     """
-    content = json.loads(schema)
+    content = _read(schema)
     try:
         counted = _check(content, "schema")
     except (AttributeError, KeyError, TypeError) as error:  # in a part that nothing refers to
         raise _unknown("schema", "a part that is no schema") from error
     if counted > _MOST:
         raise _unknown("schema", f"lengths of {counted} characters together, more than {_MOST},")
-    _bound(content)
     # Only strings have spaces in compact JSON.
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
     if _NEVER.search(text.encode("utf-8", "replace")):

@@ -93,8 +93,8 @@ CUTS = {
     "all": {},
     "top_k": {"top_k": 7},
     "top_p": {"top_p": 0.6},
-    "min_p": {"min_p": 0.3},
-    "top_p and min_p": {"top_p": 0.8, "min_p": 0.2},
+    "min_p": {"min_p": 0.05},
+    "top_p and min_p": {"top_p": 0.95, "min_p": 0.05},
 }
 
 
