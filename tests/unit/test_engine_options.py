@@ -210,9 +210,9 @@ SCHEMAS = {
         "properties": {
             "ratio": {"type": "integer", "minimum": -5, "maximum": 5},
             "code": {"type": "string", "pattern": r"^[A-Z]{2}-\d{3} [a-z]{1,4}$"},
-            "day": {"type": "string", "format": "date"},
+            "key": {"type": "string", "format": "uuid"},  # of dates, 31 February passes
         },
-        "required": ["ratio", "code", "day"],
+        "required": ["ratio", "code", "key"],
         "additionalProperties": False,
     },
     "optional": {
@@ -249,12 +249,15 @@ def check_schemas(engine: Engine, each: int, prompt: str, tokens: int) -> None:
     assert [one.text for one in done[1:8:2]] == alone
 
 
-def test_random_weights_write_valid_json(engine):
-    check_schemas(engine, 3, PROMPT, 200)
+def test_40_requests_with_schemas_beside_40_without(engine):
+    """Random weights prefer no JSON, so what is valid is the engine's work."""
+    check_schemas(engine, 10, PROMPT, 200)
 
 
-def test_40_requests_with_schemas_beside_40_without(smollm2_engine):
-    check_schemas(smollm2_engine, 10, "Describe a place as JSON:", 400)
+@pytest.mark.parametrize(("kind", "each"), [("openvino", 10), ("transformers", 1)])
+def test_requests_with_schemas_to_a_real_model(make_smollm2, kind, each):
+    """With `transformers`, 40 of them take minutes in 32 bits."""
+    check_schemas(make_smollm2(kind), each, "Describe a place as JSON:", 400)
 
 
 def test_schema_with_stop_string_length_logprobs_and_stream(engine):
