@@ -45,7 +45,7 @@ from handler import openai
 from handler.config import DEFAULTS, load_app
 from handler.engine import EngineLoad
 from handler.metrics import FrontendResponses, Metrics
-from handler.request import parameter_table
+from handler.request import Decoding, SharedParameters, parameter_table
 
 
 def make_help() -> str:
@@ -56,7 +56,7 @@ def make_help() -> str:
 
 
 def metrics_table() -> str:
-    """List what /metrics reports, as the server declares it, and of the process nothing."""
+    """List the metrics that the server declares, without those of its process."""
     metrics = Metrics(load_app("smollm2-135m"), "")
     metrics.set_load(EngineLoad(0, 0, 0, cached_prompt_tokens=0))
     families = [f for f in metrics.registry.collect() if not f.name.startswith("process_")]
@@ -74,11 +74,17 @@ def metrics_table() -> str:
     return "\n".join(rows)
 
 
+def vertex_table() -> str:
+    """List the parameters that only Vertex AI's API has; `openai-chat` has the shared ones."""
+    names = [name for name in SharedParameters.model_fields if name not in Decoding.model_fields]
+    return parameter_table(names=names)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(table, name) for name in TABLES},
     "make-help": make_help,
     "metrics": metrics_table,
-    "parameters": parameter_table,
+    "parameters": vertex_table,
     "openai-chat": functools.partial(openai.parameter_table, "chat"),
     "openai-completions": functools.partial(openai.parameter_table, "completions"),
 }

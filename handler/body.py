@@ -1,4 +1,4 @@
-"""The bytes of a request's body, turned into JSON's values."""
+"""Read the bytes of a request's body as JSON."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from handler.origin import check_origin
 _JSON_TYPE = re.compile(r"(application|text)/json|[a-z]+/[^ ,;]+\+json")
 _FORM = "application/x-www-form-urlencoded"
 _GZIP = 47
-"""Tells zlib to expect the format of gzip or of deflate, as the first bytes say."""
+"""zlib's code for: detect gzip or deflate from the first bytes."""
 
 
 def read_json(parts: dict[str, Any], header: Header, limit: int) -> Any:
@@ -52,7 +52,7 @@ def read_json(parts: dict[str, Any], header: Header, limit: int) -> Any:
 def check_method(header: Header, *allowed: str) -> None:
     """Reject a request with another HTTP method.
 
-    TorchServe passes every method on. Only our own frontend says which it is.
+    TorchServe passes every method on. Our frontend adds the header with the method.
 
     Raises:
         RequestError: 405; the message names the method and those allowed.
@@ -83,7 +83,8 @@ def _decompress(payload: bytes, encoding: str, limit: int) -> bytes:
     """Undo a Content-Encoding, without using more memory than the limit.
 
     Raises:
-        RequestError: an encoding that is not supported, or data that are not in it.
+        RequestError: an encoding that is not supported, or data that are not in it or are too
+            long.
     """
     name = encoding.lower()
     if name in ("", "identity"):

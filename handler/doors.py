@@ -1,7 +1,7 @@
-"""Which API a request speaks, by its path.
+"""Which API a request uses, by its path.
 
-TorchServe passes everything after `/predictions/APP/VERSION/` on, in the header `url_path`. Without
-such a path, a request is in Vertex AI's shape.
+TorchServe passes everything after `/predictions/APP/VERSION/` on in the header `url_path`. Without
+such a path, a request has Vertex AI's shape.
 """
 
 from typing import Any
@@ -36,7 +36,7 @@ def find_route(path: str) -> str:
     if path == openai.MODELS or path.startswith(f"{openai.MODELS}/"):
         return openai.MODELS
     known = ", ".join(f"/{route}" for route in ROUTES)
-    raise RequestError(404, f"/{path[:60]}: there is no such route; there are {known}")
+    raise RequestError(404, f"/{path[:60]}: there is no such route; use one of {known}")
 
 
 def parse(route: str, raw: Any, app: App, defaults: dict[str, Any], model: str) -> Request:
@@ -50,7 +50,7 @@ def parse(route: str, raw: Any, app: App, defaults: dict[str, Any], model: str) 
         model: the served model's name.
 
     Raises:
-        RequestError: the body is not what it should be.
+        RequestError: a field is wrong; the message names it.
     """
     if route == openai.CHAT:
         return openai.parse_chat(raw, app, defaults, model)
@@ -58,7 +58,7 @@ def parse(route: str, raw: Any, app: App, defaults: dict[str, Any], model: str) 
         return openai.parse_completions(raw, app, defaults, model)
     chat, where = openai.chat_instance(raw), "instances[0]"
     if isinstance(raw, dict) and "messages" in raw and "instances" not in raw:
-        # What Google's ENDPOINT/chat/completions may pass on; llama.cpp's server takes it, too.
+        # Google's ENDPOINT/chat/completions may pass this on. llama.cpp's server accepts it too.
         chat, where = raw, ""
     if chat is not None:
         return openai.parse_chat(chat, app, defaults, model, where=where, predict=True)

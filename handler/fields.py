@@ -35,7 +35,7 @@ Declaration = tuple[Any, list[Any]]
 
 @dataclass(frozen=True)
 class Rule:
-    """What a field should be, where its type and bounds do not say it.
+    """The text of what a field should be, where its type and bounds do not suffice.
 
     `{ge}`, `{gt}`, `{le}`, `{min_length}` and `{max_length}` stand for the field's bounds.
     """
@@ -45,7 +45,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Doc:
-    """The effect of a parameter, and what is the default if no value says it."""
+    """The effect of a parameter, and the text for its default where no value describes it."""
 
     effect: str
     default: str = ""
@@ -88,7 +88,7 @@ class ZeroOrAtLeast:
 class Input(BaseModel):
     """No unknown names, no silent conversion ("5" is not 5, true is not 1), no NaN.
 
-    A field that is null is a field that was not given: many clients send all that they know.
+    A field that is null counts as not given, because many clients send every field they know.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -105,18 +105,18 @@ class Input(BaseModel):
 
 
 def problem(text: str, at: str = "") -> PydanticCustomError:
-    """Return the error for a value of which `text` says what is wrong.
+    """Return the error for a wrong value.
 
     Args:
-        text: completes a sentence that begins with the field.
+        text: what is wrong; it completes a sentence that begins with the field.
         at: the place in the value, as in `[1].type`.
     """
     return PydanticCustomError("problem", "{problem}", {"problem": text, "at": at})
 
 
 def _integral(value: Any) -> Any:
-    """Read 50.0 as 50. Every number is a double in `google.protobuf.Value`, so that is what comes
-    from Vertex AI for a client that uses gRPC.
+    """Read 50.0 as 50. Every number is a double in `google.protobuf.Value`, so Vertex AI sends 50.0
+    for a client that uses gRPC.
     """
     if isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return int(value)
@@ -288,7 +288,8 @@ def markdown_table(
         value = describe((kind, metadata), limits)
         if get_origin(kind) is list and get_args(kind)[0] is not str:
             value += f", each {describe(_declaration(get_args(kind)[0]), limits)}"
-        doc = next(item for item in metadata if isinstance(item, Doc))
+        # The outer annotation comes last, as in `Annotated[MaxTokens, Doc(...)]`.
+        doc = next(item for item in reversed(metadata) if isinstance(item, Doc))
         default = doc.default or json.dumps(defaults.get(name, field.default)).removesuffix(".0")
         lines.append(f"| `{name}` | {value} | {default} | {doc.effect} |")
     return "\n".join(lines)

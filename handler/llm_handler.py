@@ -275,7 +275,7 @@ class LLMHandler:
         """
         if self.app.prompt.style == "instruct" and requested.mode != "none":
             field = f"{requested.prefix}tools"
-            text = f"{field}: this app writes prompts without a chat template, so without tools"
+            text = f"{field}: this app does not support tools: its prompt style is instruct"
             raise RequestError(400, text, field)
         try:
             return ToolUse(self.engine.folder, requested)

@@ -1,11 +1,11 @@
-"""What the worker reports to Prometheus, and the thread that serves it.
+"""The metrics that the worker reports to Prometheus, and the thread that serves them.
 
-Values change inside the handler's ticks. A thread answers `GET /metrics` on loopback, in
-Prometheus' or OpenMetrics' text format, as the scraper asks. It runs only while it is scraped.
+Values change inside the handler's ticks. A thread answers `GET /metrics` on loopback, in the text
+format of Prometheus or OpenMetrics, as the scraper asks.
 
-The frontend has metrics of its own on a Unix socket, in a form that OpenMetrics parsers reject.
-The one among them that the worker cannot know is reported with ours: how many responses it sent,
-by class of status, including those to requests that never reached the worker.
+TorchServe's frontend reports metrics on a Unix socket, in a form that OpenMetrics parsers reject.
+The worker adds one of them to ours: how many responses the frontend sent, by class of status. They
+include responses to requests that never reached the worker.
 
 Names follow https://prometheus.io/docs/practices/naming: base units, `_total` for counters.
 """
@@ -44,7 +44,7 @@ from handler.shapes import Completion
 logger = logging.getLogger(__name__)
 
 PORT_VARIABLE = "SERVING_METRICS_PORT"
-"""The environment variable with the port of loopback to serve metrics on; without it, none are."""
+"""The environment variable with the loopback port for metrics; without it, none are served."""
 FRONTEND_VARIABLE = "SERVING_FRONTEND_METRICS"
 """The environment variable with TorchServe's `metrics_address`."""
 FRONTEND_SECONDS = 1.0
@@ -95,17 +95,17 @@ class Metrics:
         self._most_running = app.engine.max_batch
         self._cached_tokens = 0
         self._cached_prompt_tokens: Counter | None = None
-        """Missing unless the engine knows it: 0 would mean that the cache is of no use."""
+        """Missing unless the engine knows it, because 0 would mean that the cache has no effect."""
 
         self._requests = self._counters(
-            "llm_requests_total", "Answered requests, by outcome", "outcome", OUTCOMES
+            "llm_requests_total", "Responses to accepted requests, by outcome", "outcome", OUTCOMES
         )
         self._refused = self._counters(
             "llm_refused_requests_total", "Rejected requests, by reason", "reason", REFUSALS
         )
         self._sequences = self._counters(
             "llm_sequences_total",
-            "Ended sequences, by finish reason; cancelled: the client left",
+            "Sequences that ended, by finish reason; cancelled: the client left",
             "finish_reason",
             FINISH_REASONS,
         )
@@ -133,7 +133,7 @@ class Metrics:
         )
         self._duration = self._histogram(
             "llm_request_duration_seconds",
-            "From the arrival of an answered request to the end of its response",
+            "From the arrival of an accepted request to the end of its response",
             REQUEST_SECONDS,
         )
         self._sequence_prompt = self._histogram(
@@ -146,9 +146,7 @@ class Metrics:
         running = [self._gauge("llm_running_sequences", "Sequences that are being generated")]
         waiting = [self._gauge("llm_waiting_sequences", "Sequences that wait for their prefill")]
         cache = [
-            self._gauge(
-                "llm_kv_cache_usage_ratio", "Part of the KV cache that sequences hold, from 0 to 1"
-            )
+            self._gauge("llm_kv_cache_usage_ratio", "Fraction of the KV cache that sequences hold")
         ]
         self._waiting_tokens = self._gauge(
             "llm_waiting_prompt_tokens", "Prompt tokens of the sequences that wait"
@@ -262,7 +260,7 @@ class Metrics:
         self._waiting_tokens.set(load.waiting_tokens)
         if load.cached_prompt_tokens is not None:
             self._cached_prompt_tokens = self._cached_prompt_tokens or self._counter(
-                "llm_cached_prompt_tokens_total", "Prompt tokens that the prefix cache had"
+                "llm_cached_prompt_tokens_total", "Prompt tokens found in the prefix cache"
             )
             self._cached_prompt_tokens.inc(load.cached_prompt_tokens - self._cached_tokens)
             self._cached_tokens = load.cached_prompt_tokens
@@ -308,23 +306,24 @@ class FrontendResponses(Collector):
         self._address = address
 
     def describe(self) -> list[CounterMetricFamily]:
-        return [self._family()]
+        """Return the family with its labels, without asking the frontend."""
+        return [self._family({})]
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         """Ask the frontend. If it does not answer, only this metric is missing."""
-        family = self._family()
         try:
             counts = self._counts()
         except (OSError, HTTPException, ValueError) as error:
             logger.warning("no metrics of the frontend: %r", error)
             return
+        yield self._family(counts)
+
+    def _family(self, counts: dict[str, float]) -> CounterMetricFamily:
+        text = "Responses of TorchServe's frontend, including those to probes, by class of status"
+        family = CounterMetricFamily("torchserve_responses", text, labels=["status"])
         for status in ("2xx", "4xx", "5xx"):
             family.add_metric([status], counts.get(f"Requests{status.upper()}", 0.0))
-        yield family
-
-    def _family(self) -> CounterMetricFamily:
-        text = "Responses of TorchServe's frontend, by class of status; probes included"
-        return CounterMetricFamily("torchserve_responses", text, labels=["status"])
+        return family
 
     def _counts(self) -> dict[str, float]:
         connection = HTTPConnection("frontend", timeout=FRONTEND_SECONDS)

@@ -33,7 +33,7 @@ from handler.tool_calls import RequestedTools
 CHAT, COMPLETIONS, MODELS = "v1/chat/completions", "v1/completions", "v1/models"
 
 FORMAT = "@requestFormat"
-"""The key of an instance that says which API its content is of."""
+"""The key of an instance that names the API of its content."""
 
 _NOT_HERE = dict.fromkeys(
     (
@@ -45,11 +45,11 @@ _NOT_HERE = dict.fromkeys(
     ),
     "is not supported by this server; leave it out",
 )
-"""What OpenAI or vLLM have and we do not."""
+"""Fields of OpenAI or vLLM that this server does not support."""
 
 
 class StreamOptions(Input):
-    """What a stream has besides text."""
+    """What a stream reports besides text."""
 
     rule = 'an object, {"include_usage": true or false}'
 
@@ -58,7 +58,7 @@ class StreamOptions(Input):
 
 
 class _OpenAIBody(Decoding):
-    """What both routes have."""
+    """The fields of both routes."""
 
     hints: ClassVar[dict[str, str]] = _NOT_HERE
 
@@ -68,12 +68,12 @@ class _OpenAIBody(Decoding):
         WholeNumber,
         Field(ge=1),
         AppLimit("max_instances"),
-        Doc("Completions of each prompt. With a seed, each has the next seed."),
+        Doc("The completions of each prompt. With a `seed`, each one uses the next seed."),
     ] = 1
     stream: Annotated[bool, Doc("Send chunks as text is generated.")] = False
     stream_options: Annotated[
         StreamOptions | None,
-        Doc("`include_usage`: the last chunk has the token counts.", default="none"),
+        Doc("With `include_usage`, the last chunk has the token counts.", default="none"),
     ] = None
     timeout: Timeout = None
     user: Annotated[str | None, Doc("Ignored.", default="none")] = None
@@ -166,24 +166,26 @@ class ChatBody(_OpenAIBody):
     """The body of `/v1/chat/completions`."""
 
     messages: Annotated[Conversation, Doc("The conversation.", default="required")]
-    max_completion_tokens: Annotated[MaxTokens, Doc("The newer name of `max_tokens`.")] = None
+    max_completion_tokens: Annotated[
+        MaxTokens, Doc("The newer name of `max_tokens`; give only one.")
+    ] = None
     logprobs: Annotated[bool | None, Doc("Return the log-probability of each token.")] = False
     top_logprobs: Annotated[
         WholeNumber | None,
         Field(ge=0, le=20),
-        Doc("The likeliest tokens to return at each position, with `logprobs`."),
+        Doc("Return this many of the likeliest tokens at each position; needs `logprobs`."),
     ] = 0
     tools: Annotated[
         list[Tool] | None,
         Field(max_length=128, fail_fast=True),
         Rule("a list of up to {max_length} tools"),
-        Doc("Functions that the model may call, if its chat template has them.", default="none"),
+        Doc("Functions that the model may call, if its chat template supports tools.", "none"),
     ] = None
     tool_choice: Annotated[
         Any,
         BeforeValidator(_read_choice),
         Rule('"none", "auto", "required" or {"type": "function", "function": {"name": ...}}'),
-        Doc("Whether it has to call one, or the one to call.", default='"auto"'),
+        Doc("Whether the model must call a function, and which one.", default='"auto"'),
     ] = ToolChoice("auto")
     parallel_tool_calls: Annotated[bool, Doc("Allow more than one call in a completion.")] = True
 
@@ -200,17 +202,19 @@ class ChatBody(_OpenAIBody):
         names = [tool.function.name for tool in self.tools or ()]
         choice: ToolChoice = self.tool_choice
         if choice.mode == "required" and not names:
-            raise problem("needs tools", "tool_choice")
+            raise problem("needs tools, but none were given", "tool_choice")
         if choice.name is not None and choice.name not in names:
-            text = f"{show(choice.name)} is none of the tools; there are {', '.join(names)}"
+            text = f"{show(choice.name)} is not one of the tools: {', '.join(names)}"
             raise problem(text, "tool_choice.function.name")
         for i, name in enumerate(names):
             if name in names[:i]:
-                text = f"{show(name)} is the name of another tool, too"
+                text = f"{show(name)} is already the name of another tool; give each its own name"
                 raise problem(text, f"tools[{i}].function.name")
         free = self.response_format is None or self.response_format.type == "text"
         if names and choice.mode != "none" and not free:
-            text = 'is not supported together with tools; give "tool_choice": "none"'
+            text = (
+                'is not supported together with tools; leave one out, or set "tool_choice": "none"'
+            )
             raise problem(text, "response_format")
 
     def requested_tools(self, prefix: str) -> RequestedTools | None:
@@ -234,13 +238,14 @@ class CompletionsBody(_OpenAIBody):
     """The body of `/v1/completions`."""
 
     prompt: Annotated[
-        Prompts, Doc("The text to continue, or several; the model's whole input.", "required")
+        Prompts,
+        Doc("One text to continue, or several. Each is the model's whole input.", "required"),
     ]
     logprobs: Annotated[
         WholeNumber | None,
         Field(ge=0, le=20),
         Doc(
-            "Return the log-probabilities, and those of this many likeliest tokens.",
+            "Return the log-probability of each token, and of this many likeliest tokens.",
             default="none",
         ),
     ] = None
@@ -277,11 +282,11 @@ def parse_chat(
         defaults: the app's, from `default_parameters`.
         model: the served model's name.
         where: the place of `raw` in the body, if it is an instance of Vertex AI's API.
-        predict: whether it came to Vertex AI's route. There the endpoint decides about the model,
-            and errors are those of Google's APIs.
+        predict: whether it came to Vertex AI's route. There the endpoint determines the model, and
+            errors have the shape of Google's APIs.
 
     Raises:
-        RequestError: the body is not what it should be.
+        RequestError: a field is wrong; the message names it.
     """
     body = validate(ChatBody, _object(raw, where), app.limits, where)
     limit = body.max_tokens or body.max_completion_tokens or app.limits.max_new_tokens
@@ -313,7 +318,7 @@ def chat_instance(raw: Any) -> Any:
     """Return the body of a chat in a request to Vertex AI's `predict`; None if it has none.
 
     Raises:
-        RequestError: there are other instances beside it, or the format is another one.
+        RequestError: there are other instances or parameters, or the format is unknown.
     """
     instances = raw.get("instances") if isinstance(raw, dict) else None
     if not isinstance(instances, list):
@@ -365,9 +370,16 @@ def parameter_table(route: Literal["chat", "completions"]) -> str:
     defaults = {name: getattr(Sampling(), name, None) for name in Decoding.model_fields}
     given = {name: value for name, value in defaults.items() if value is not None}
     given |= {"max_tokens": most, "max_completion_tokens": most} | app.parameters
-    names = ["model", "messages"]
-    names += [name for name in ChatBody.model_fields if name not in names]
+    names = ["model", "messages", "max_completion_tokens", "max_tokens", "n", "stream"]
+    names += ["stream_options", *(name for name in ChatBody.model_fields if name not in names)]
+    names = sorted(dict.fromkeys(names), key=_is_ignored)
     return markdown_table(ChatBody, app.limits, given, names)
+
+
+def _is_ignored(name: str) -> bool:
+    """Whether a field of `ChatBody` has no effect; such fields are the last rows of the table."""
+    docs = (item for item in ChatBody.model_fields[name].metadata if isinstance(item, Doc))
+    return any(doc.effect.startswith("Ignored") for doc in docs)
 
 
 def _object(raw: Any, where: str = "") -> Any:
@@ -404,7 +416,7 @@ def _request(
     """Make one instance for each completion; `prompts` are prompts and their fields."""
     wanted, most = len(prompts) * body.n, app.limits.max_instances
     if wanted > most:
-        message = f"n: {wanted} completions were asked for; one request may have at most {most}"
+        message = f"n: the request asks for {wanted} completions; at most {most} are allowed"
         raise RequestError(400, message, f"{prefix}n")
     echo = isinstance(body, CompletionsBody) and bool(body.echo)
     seed = sampling.pop("seed", None)

@@ -1,8 +1,8 @@
 """Which web pages may use the server.
 
-A page in a browser can send a POST to any port of its user's machine without asking first, as long
-as the request looks like that of a form: with the types text/plain or form, or with no type at all.
-It cannot read the response, but the server would generate. Browsers add `Origin` to each such
+A page in a browser can send a POST to any port of its user's machine without a preflight, if the
+request looks like that of a form: its type is text/plain or that of a form, or it has none. The
+page cannot read the response, but the server would generate. Browsers add `Origin` to each such
 request, and pages can neither change nor remove it. Other clients do not send it.
 """
 
@@ -24,21 +24,23 @@ def allowed_origin() -> str:
 def check_origin(header: Header) -> None:
     """Reject a request that a web page sent, unless its origin is allowed.
 
-    The page's own site is not an exception: by changing a name's address (DNS rebinding), any page
-    can make the server look like its site.
+    A page of the server's own origin is rejected too: by changing the address of its name (DNS
+    rebinding), any page can have that origin.
 
     Raises:
         RequestError: 403; the message names the origin and the setting.
     """
     origin, allowed = header("origin"), allowed_origin()
-    # A link, an image or a script has no Origin, but tells that another site asked for it.
+    # Requests for links, images and scripts have no Origin, but this header.
     foreign = header("sec-fetch-site") in ("cross-site", "same-site")
     if allowed == "*" or (origin == allowed if origin else not foreign):
         return
     given = f"the web page {origin[:100]}" if origin and origin != "null" else "a web page"
-    may = f"only {allowed} may" if allowed else "by default no page may"
+    pages = f"only the pages of {allowed}" if allowed else "no web pages"
     raise RequestError(
-        403, f"the request comes from {given}; {may}. Start the server with {VARIABLE}=ORIGIN"
+        403,
+        f"the request comes from {given}; the server allows {pages}. To allow others, start it "
+        f"with {VARIABLE}=ORIGIN",
     )
 
 

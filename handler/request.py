@@ -1,6 +1,6 @@
-"""What a client asks for: typed, checked, and the same for every API.
+"""Requests as typed, checked values that are the same for every API.
 
-Here are the parameters and messages that all APIs share, and Vertex AI's shape:
+This module has the parameters and messages that all APIs share, and Vertex AI's shape:
 `{"instances": [...], "parameters": {...}}`. An instance is a string, `{"prompt": ...}` or
 `{"messages": [...]}`. It may have `parameters`, which override the shared ones, or the same names
 beside the prompt, as LangChain and litellm send them. `openai.py` has the bodies of OpenAI's API.
@@ -11,6 +11,7 @@ messages and `parameter_table`.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -51,7 +52,7 @@ StopStrings = Annotated[
 class JsonSchema(Input):
     """The schema of a response format."""
 
-    rule = 'an object, {"name": ..., "schema": {...}'
+    rule = 'an object, {"name": ..., "schema": {...}}'
 
     name: str | None = None
     description: str | None = None
@@ -60,7 +61,7 @@ class JsonSchema(Input):
 
 
 class ResponseFormat(Input):
-    """What a completion looks like: free text, a JSON object, or what a schema says."""
+    """The form of a completion: free text, a JSON object, or JSON that fulfills a schema."""
 
     rule = (
         '{"type": "text"}, {"type": "json_object"} or '
@@ -103,36 +104,36 @@ class Decoding(Input):
         float | None,
         Field(gt=0, le=1),
         Rule("a number over {gt}, at most {le}"),
-        Doc("Draw from the likeliest tokens that together have this probability."),
+        Doc("Sample from the likeliest tokens that together have this probability."),
     ] = None
     top_k: Annotated[
         WholeNumber | None,
         Field(ge=-1, le=1_000_000),
-        Doc("Draw from this many of the likeliest tokens; 0 or -1 is all."),
+        Doc("Sample from this many of the likeliest tokens; 0 or -1 means all."),
     ] = None
     min_p: Annotated[
         float | None,
         Field(ge=0, le=1),
-        Doc("Draw from tokens that have at least this part of the likeliest one's probability."),
+        Doc("Sample from tokens with at least this fraction of the likeliest one's probability."),
     ] = None
     repetition_penalty: Annotated[
         float | None,
         Field(ge=0.1, le=10),
-        Doc("Values over 1 make tokens that occurred before less likely."),
+        Doc("Values over 1 make tokens of the prompt and the completion less likely."),
     ] = None
     presence_penalty: Annotated[
         float | None,
         Field(ge=-2, le=2),
-        Doc("Values over 0 make tokens that were generated before less likely."),
+        Doc("Values over 0 make tokens of the completion less likely."),
     ] = None
     frequency_penalty: Annotated[
         float | None,
         Field(ge=-2, le=2),
-        Doc("The same, for each time that a token was generated."),
+        Doc("Like `presence_penalty`, but for each time the token was generated."),
     ] = None
     stop: Annotated[
         StopStrings | None,
-        Doc("Ends the completion before the first of these.", default="none"),
+        Doc("The completion ends before the first of these strings.", default="none"),
     ] = None
     seed: Annotated[
         WholeNumber | None,
@@ -413,7 +414,7 @@ class Instance:
         prompt: a text, or a conversation.
         sampling: how it is decoded.
         return_full_text: whether the prediction begins with the prompt; None: if it is plain text.
-        field: where it stands in the body, for error messages.
+        field: its place in the body, for error messages.
         raw: the prompt is the model's whole input, whatever the app's prompt style is.
     """
 
@@ -431,10 +432,10 @@ class Request:
     Args:
         instances: one for each completion.
         stream: whether text is sent as it is generated.
-        seconds: the time in which it must be answered.
+        seconds: how long the request may take.
         shape: writes the responses.
         tools: what the model may call.
-        fields: field of `Sampling` -> its name in the body, where that is another one.
+        fields: field of `Sampling` -> its name in the body, where the two differ.
     """
 
     instances: list[Instance]
@@ -468,7 +469,7 @@ def parse_body(raw: Any, app: App, defaults: dict[str, Any]) -> Request:
         defaults: the app's, from `default_parameters`.
 
     Raises:
-        RequestError: the body is not what it should be.
+        RequestError: a field is wrong; the message names it.
     """
     limits = app.limits
     if not isinstance(raw, dict):
@@ -510,7 +511,12 @@ def parse_body(raw: Any, app: App, defaults: dict[str, Any]) -> Request:
     )
 
 
-def parameter_table(model: type[BaseModel] = SharedParameters) -> str:
-    """Write the parameters as a Markdown table, with the limits and defaults of a plain app."""
+def parameter_table(model: type[BaseModel] = SharedParameters, names: Iterable[str] = ()) -> str:
+    """Write parameters as a Markdown table, with the limits and defaults of a plain app.
+
+    Args:
+        model: declares them.
+        names: the rows; all fields without it.
+    """
     app = load_app("an-app-without-a-yaml", local=True)
-    return markdown_table(model, app.limits, asdict(Sampling()) | app.parameters)
+    return markdown_table(model, app.limits, asdict(Sampling()) | app.parameters, names)

@@ -1,10 +1,10 @@
-"""Functions that a model may call: what its prompt shows, and the calls in its completion.
+"""The functions that a model may call: those in its prompt, and the calls in its completion.
 
-There is no list of models here. `engine/abilities.py` finds out how a chat template writes a call,
-and models write calls as their template does. A call that can be read is a JSON object with the
-name and the arguments, alone or in a list, after a marker or as the whole completion. The templates
-of Qwen 2.5 and 3, Llama 3, Mistral and Cohere write these. A completion without such a call is
-content, as in vLLM.
+This module has no list of models. `engine/abilities.py` finds out how a chat template writes a
+call, and models write calls as their template does. A call that can be read is a JSON object with
+the name and the arguments, alone or in a list, after a marker or as the whole completion. The
+templates of Qwen 2.5 and 3, Llama 3, Mistral and Cohere write these. A completion without such a
+call is content, as in vLLM.
 """
 
 import json
@@ -42,8 +42,8 @@ class ToolError(ValueError):
 class Reader:
     """Separates the content of one completion from its calls, as it is generated.
 
-    The results of `push` and the first of `finish`, joined, are the content. So a stream has the
-    same content as a plain response. This one takes all text as content.
+    The results of `push`, followed by the first result of `finish`, are the content. So a stream
+    has the same content as a plain response. This class takes all text as content.
     """
 
     def push(self, text: str, token_ids: list[int]) -> str:
@@ -61,8 +61,7 @@ class RequestedTools:
 
     Args:
         tools: as in OpenAI's API, and as chat templates read them.
-        mode: "auto" leaves it to the model whether it calls one, "required" does not, "none" shows
-            it none.
+        mode: "auto": the model may call one; "required": it must; "none": its prompt has no tools.
         name: the one to call, with the mode "required".
         parallel: whether a completion may have more than one call.
         prefix: where the request stands in the body, with a point; for error messages.
@@ -85,21 +84,23 @@ class ToolUse:
     def __init__(self, folder: ModelFolder, requested: RequestedTools) -> None:
         self._folder, self._requested = folder, requested
         self.shown = None if requested.mode == "none" else requested.tools
-        """The tools for the prompt. A model that sees none is not tempted to call one."""
+        """The tools for the prompt; None if it has none."""
         self.json_schema: str | None = None
         """The JSON schema that the completion has to fulfill, if a call is required."""
         if self.shown is None:
             return
         field = f"{requested.prefix}tools"
         if not folder.abilities.tools:
-            raise ToolError(field, "this model's chat template has no tools; leave them out")
+            raise ToolError(
+                field, "this model's chat template does not support tools; leave them out"
+            )
         if requested.mode == "required":
             self.json_schema = json.dumps(_forced_schema(requested))
         elif folder.abilities.format is None:
             raise ToolError(
                 field,
-                "the format in which this model writes calls is not read here; with the "
-                'tool_choice "required", or a function as tool_choice, its calls are JSON',
+                "the server cannot read the format in which this model writes calls; set "
+                'tool_choice to "required" or to a function, which makes the calls JSON',
             )
 
     def reader(self) -> Reader:

@@ -47,8 +47,7 @@ class Grammar:
     def __init__(self, schema: str, tokenizer: LLTokenizer | None) -> None:
         if tokenizer is None:
             raise _error(
-                "cannot be used with this model: the bytes of its tokens are not known, as in "
-                "tokenizers of words or of sentence pieces without bytes"
+                "cannot be used with this model, because the bytes of its tokens are not known"
             )
         content = _read(schema)
         try:
@@ -199,9 +198,9 @@ def for_xgrammar(schema: str) -> str:
     try:
         counted = _check(content, "schema")
     except (AttributeError, KeyError, TypeError) as error:  # in a part that nothing refers to
-        raise _unknown("schema", "a part that is no schema") from error
+        raise _unknown("schema", "a part that is not a schema") from error
     if counted > _MOST:
-        raise _unknown("schema", f"lengths of {counted} characters together, more than {_MOST},")
+        raise _unknown("schema", f"lengths that add up to {counted} characters, more than {_MOST},")
     # Only strings have spaces in compact JSON.
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
     if _NEVER.search(text.encode("utf-8", "replace")):
@@ -225,18 +224,18 @@ def tokens_for_xgrammar(tokenizer: LLTokenizer | None, end_tokens: Set[int]) -> 
 def _check(schema: Any, where: str) -> int:
     """Reject what xgrammar does not fulfill in a schema or below it; return what to count."""
     if schema is False and not where.endswith(("/items", "/additionalProperties")):
-        raise _unknown(where, "false")
+        raise _unknown(where, "the schema false")
     if schema is True or schema is False:
         return 0
     keys = set(schema) - _ANNOTATIONS
     if alone := next((key for key in _ALONE if key in keys), None):
         rest = keys - {alone} - ({"type"} if alone in ("const", "enum") else set())
         if rest:
-            raise _unknown(where, f"{sorted(rest)[0]} beside {alone}")
+            raise _unknown(where, f'"{sorted(rest)[0]}" beside "{alone}"')
         if alone == "$ref" and not re.fullmatch(r"#(/[^~%]+)?", schema["$ref"]):
-            raise _unknown(where, f"$ref to {schema['$ref']}")
+            raise _unknown(where, f'"$ref" to {schema["$ref"]}')
         if alone == "allOf" and len(schema["allOf"]) > 1:
-            raise _unknown(where, "allOf of several schemas")
+            raise _unknown(where, '"allOf" with several schemas')
     else:
         _check_types(schema, keys, where)
     counts = [int(count) for count in _COUNTS.findall(schema.get("pattern", ""))]
@@ -251,27 +250,27 @@ def _check_types(schema: dict[str, Any], keys: set[str], where: str) -> None:
     if not types:
         types = [kind for kind in ("object", "array") if keys and keys <= _KEYWORDS[kind]]
         if keys and not types:
-            raise _unknown(where, f"{sorted(keys)[0]} without type")
+            raise _unknown(where, f'"{sorted(keys)[0]}" without "type"')
     allowed = {"type"}.union(*(_KEYWORDS[kind] for kind in types))
     if unknown := keys - allowed:
-        raise _unknown(where, sorted(unknown)[0])
+        raise _unknown(where, f'"{sorted(unknown)[0]}"')
     if (kinds := keys & {"pattern", "format", "minLength", "maxLength"}) and (
         ("pattern" in kinds or "format" in kinds) and len(kinds) > 1
     ):
-        raise _unknown(where, " beside ".join(sorted(kinds)[:2]))
+        raise _unknown(where, " beside ".join(f'"{kind}"' for kind in sorted(kinds)[:2]))
     if "format" in keys and schema["format"] not in _FORMATS:
-        raise _unknown(where, f"format {schema['format']}")
+        raise _unknown(where, f'the "format" {schema["format"]}')
     if "pattern" in keys and not _is_plain(schema["pattern"]):
-        raise _unknown(where, f"pattern {schema['pattern']}")
+        raise _unknown(where, f'the "pattern" {schema["pattern"]}')
     if missing := set(schema.get("required", [])) - set(schema.get("properties", {})):
-        raise _unknown(where, f"required {sorted(missing)[0]} that is not in properties")
+        raise _unknown(where, f'"required" {sorted(missing)[0]} without the property')
 
     limits = [schema[key] for key in _RANGE if key in schema]
     if limits and "number" in types:
-        raise _unknown(where, "limits of a number that need not be an integer")
+        raise _unknown(where, 'limits of the type "number"')
     whole = all(float(limit).is_integer() for limit in limits)
     if any(abs(limit) > _EXACT for limit in limits) or ("integer" in types and not whole):
-        raise _unknown(where, "limits that are no integers, or more than 2^53")
+        raise _unknown(where, "limits that are not integers, or above 2^53")
     for name in schema.get("properties", {}):
         if _ESCAPED.search(name):
             raise _unknown(where, f"a property name with an escaped character, {name!r},")
@@ -293,8 +292,8 @@ def _is_plain(pattern: str) -> bool:
 
 def _unknown(where: str, what: str) -> ParameterError:
     return _error(
-        f"has {what} at {where}, which the engine openvino cannot fulfill: leave it out, or serve "
-        "the model with ENGINE=transformers"
+        f"has {what} at {where}, which the engine openvino does not support: leave it out, or "
+        "serve the model with ENGINE=transformers"
     )
 
 

@@ -212,4 +212,4 @@ def test_model_without_tools_is_named(client: Client, taught: Path, tmp_path: Pa
     with pytest.raises(openai.BadRequestError) as rejected:
         client(engine).chat.completions.create(model="model", messages=QUESTION, tools=[TOOL])
     assert rejected.value.param == "tools"
-    assert "this model's chat template has no tools" in rejected.value.message
+    assert "this model's chat template does not support tools" in rejected.value.message

@@ -142,7 +142,10 @@ def test_error_has_the_shape_of_openai():
 
 
 def test_too_many_completions_of_several_prompts():
-    assert "n: 40 completions" in rejected(complete, prompt=["a"] * 20, n=2).message
+    assert (
+        "n: the request asks for 40 completions"
+        in rejected(complete, prompt=["a"] * 20, n=2).message
+    )
 
 
 @pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]], 5, [], {}])

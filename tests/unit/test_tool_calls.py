@@ -448,14 +448,14 @@ def test_examining_a_template_takes_little_time(make: Make):
 
 
 def test_models_without_tools_are_named(make: Make):
-    with pytest.raises(ToolError, match="chat template has no tools") as refused:
+    with pytest.raises(ToolError, match="chat template does not support tools") as refused:
         use(make(CHATML))
     assert refused.value.field == "tools"
     for template in (None, "{% for m in messages %}"):
-        with pytest.raises(ToolError, match="has no tools"):
+        with pytest.raises(ToolError, match="does not support tools"):
             use(make(template))
     folder = make(TEMPLATES["trl, qwen3_6"])
-    with pytest.raises(ToolError, match="is not read here; with the tool_choice"):
+    with pytest.raises(ToolError, match="server cannot read the format"):
         use(folder)
     assert use(folder, mode="required").json_schema
     assert use(folder, mode="none").shown is None
@@ -580,20 +580,20 @@ def test_tools_of_a_request():
         ({"tools": [tool(name="a\n")]}, "tools[0].function.name", "1 to 128 letters"),
         ({"tools": [tool(parameters=[])]}, "tools[0].function.parameters", "a JSON schema"),
         ({"tools": [tool(more=1)]}, "tools[0].function.more", "is not known here"),
-        ({"tools": [TOOL, TOOL]}, "tools[1].function.name", "the name of another tool"),
+        ({"tools": [TOOL, TOOL]}, "tools[1].function.name", "already the name of another tool"),
         ({"tool_choice": "any"}, "tool_choice", '"none", "auto", "required" or {'),
         ({"tool_choice": {"type": "function"}}, "tool_choice", '"none", "auto", "required" or {'),
         (
             {"tool_choice": {"type": "function", "function": {"name": "x"}}},
             "tool_choice.function.name",
-            "is none of the tools; there are get_weather, now",
+            "is not one of the tools: get_weather, now",
         ),
         ({"tools": None, "tool_choice": "required"}, "tool_choice", "needs tools"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls", "true or false"),
         (
             {"response_format": {"type": "json_object"}},
             "response_format",
-            'is not supported together with tools; give "tool_choice": "none"',
+            'is not supported together with tools; leave one out, or set "tool_choice": "none"',
         ),
     ],
 )
@@ -665,5 +665,7 @@ def test_app_with_its_own_prompt_style_has_no_tools(monkeypatch: pytest.MonkeyPa
     style = {"style": "instruct", "template": "{prompt}"}
     prompt = worker.app.prompt.model_copy(update=style)
     worker.app = worker.app.model_copy(update={"prompt": prompt})
-    with pytest.raises(RequestError, match=r"^instances\[0\]\.tools: this app writes prompts"):
+    with pytest.raises(
+        RequestError, match=r"^instances\[0\]\.tools: this app does not support tools"
+    ):
         worker._use_tools(RequestedTools(TOOLS, prefix="instances[0]."))
