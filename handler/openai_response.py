@@ -5,6 +5,7 @@ Source: https://platform.openai.com/docs/api-reference, as the types of its Pyth
 
 import secrets
 import time
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,11 +179,13 @@ class CompletionsShape(OpenAIShape):
     ) -> dict[str, Any] | None:
         if not tokens:
             return None
+        # A character may be spread over several tokens. Each of them begins where it does.
+        read = getincrementaldecoder("utf-8")("replace").decode
         before = completion.logprobs[: len(completion.logprobs) - len(tokens)]
-        offset, offsets = sum(len(t.text) for t in before), []
+        offset, offsets = len(read(b"".join(t.bytes or b"" for t in before))), []
         for token in tokens:
             offsets.append(offset)
-            offset += len(token.text)
+            offset += len(read(token.bytes or b""))
         tops = [{t.text: t.logprob for t in token.top} for token in tokens]
         return {
             "tokens": [t.text for t in tokens],
@@ -218,4 +221,6 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": token.logprob, "bytes": [*token.text.encode()]}
+    """Write a token. Its bytes joined with those of the others are the completion's text."""
+    known = None if token.bytes is None else [*token.bytes]
+    return {"token": token.text, "logprob": token.logprob, "bytes": known}

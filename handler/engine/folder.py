@@ -103,7 +103,9 @@ class ModelFolder:
         self, token_id: int, value: float, top: Iterable[tuple[int, float]] = ()
     ) -> TokenLogprob:
         """Return the entry for a token, and for the likeliest ones beside it."""
-        raw = self.token_bytes[token_id] if token_id < len(self.token_bytes) else None
+        special = self.decode.leaves_out(token_id)
+        known = not special and token_id < len(self.token_bytes)
+        raw = self.token_bytes[token_id] if known else None
         text = (self.token(token_id) or "") if raw is None else raw.decode("utf-8", "replace")
         return TokenLogprob(
             token_id, text, value, tuple(self.logprob(*entry) for entry in top), raw

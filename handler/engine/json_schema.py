@@ -262,6 +262,8 @@ def _check_types(schema: dict[str, Any], keys: set[str], where: str) -> None:
         raise _unknown(where, f'the "format" {schema["format"]}')
     if "pattern" in keys and not _is_plain(schema["pattern"]):
         raise _unknown(where, f'the "pattern" {schema["pattern"]}')
+    if len(schema.get("prefixItems", ())) > schema.get("maxItems", math.inf):
+        raise _unknown(where, 'more "prefixItems" than "maxItems"')
     if missing := set(schema.get("required", [])) - set(schema.get("properties", {})):
         raise _unknown(where, f'"required" {sorted(missing)[0]} without the property')
 

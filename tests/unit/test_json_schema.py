@@ -139,6 +139,7 @@ ONLY_TRANSFORMERS = {
     "a quotation mark in a name": objects(**{'a"b': {}}),
     "private use": {"const": "\ue000"},
     "an unused part that is no schema": {"$defs": {"a": 5, "b": {"type": "bogus"}}},
+    "more places than items": {"type": "array", "prefixItems": [{}, {}], "maxItems": 1},
     "nested": objects(a={"type": "array", "items": {"type": "integer", "multipleOf": 3}}),
 }
 
@@ -179,6 +180,8 @@ def test_bytes_of_tokens_join_to_the_text(tmp_path, make):
     entries = [folder.logprob(token, -1.0) for token in ids]
     assert b"".join(entry.bytes for entry in entries).decode().strip() == text.strip()
     assert "\ufffd" in {entry.text for entry in entries}
+    special = [folder.logprob(folder.encode(t)[-1], -1.0) for t in vocabularies.SPECIAL]
+    assert [(e.text, e.bytes) for e in special] == [(t, None) for t in vocabularies.SPECIAL]
 
 
 def test_grammar_is_complete_after_the_last_character(tokenizer):

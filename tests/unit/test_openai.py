@@ -216,28 +216,38 @@ def test_failure_ends_a_stream_with_an_error_of_openai():
 
 
 def test_logprobs_of_a_chat_are_sent_once():
-    tokens = [TokenLogprob(1, "Hel", -0.5), TokenLogprob(2, "é", -1.0)]
+    tokens = [
+        TokenLogprob(1, "Hel", -0.5, bytes=b"Hel"),
+        TokenLogprob(2, "\ufffd", -1.0, bytes=b"\xc3"),
+        TokenLogprob(3, "<|im_end|>", -1.5),
+    ]
     request = chat(stream=True, logprobs=True)
     first, second, _ = events(
-        request, step("Hel", 1, logprobs=tokens[:1]), step("é", 2, "stop", logprobs=tokens[1:])
+        request, step("Hel", 1, logprobs=tokens[:1]), step("é", 3, "stop", logprobs=tokens[1:])
     )
     assert [t["token"] for t in first["choices"][0]["logprobs"]["content"]] == ["Hel"]
-    (token,) = second["choices"][0]["logprobs"]["content"]
-    assert token == {"token": "é", "logprob": -1.0, "bytes": [195, 169], "top_logprobs": []}
+    part, end = second["choices"][0]["logprobs"]["content"]
+    assert part == {"token": "\ufffd", "logprob": -1.0, "bytes": [195], "top_logprobs": []}
+    assert (end["token"], end["bytes"]) == ("<|im_end|>", None)
 
 
 def test_logprobs_of_a_completion_have_offsets():
-    tokens = [TokenLogprob(1, "Hel", -0.5), TokenLogprob(2, "lo", -1.0)]
+    tokens = [
+        TokenLogprob(1, "Hel\ufffd", -0.5, bytes=b"Hel\xc3"),
+        TokenLogprob(2, "\ufffd", -1.0, bytes=b"\xa9"),
+        TokenLogprob(3, "lo", -1.0, bytes=b"lo"),
+        TokenLogprob(4, "<|im_end|>", -1.0),
+    ]
     first, second, _ = events(
         complete(stream=True, logprobs=0),
-        *(step("Hel", 1, logprobs=tokens[:1]), step("lo", 2, "stop", logprobs=tokens[1:])),
+        *(step("Hel", 1, logprobs=tokens[:1]), step("élo", 4, "stop", logprobs=tokens[1:])),
     )
     assert first["choices"][0]["logprobs"]["text_offset"] == [0]
     assert second["choices"][0]["logprobs"] == {
-        "tokens": ["lo"],
-        "token_logprobs": [-1.0],
+        "tokens": ["\ufffd", "lo", "<|im_end|>"],
+        "token_logprobs": [-1.0, -1.0, -1.0],
         "top_logprobs": None,
-        "text_offset": [3],
+        "text_offset": [3, 4, 6],
     }
 
 
