@@ -92,7 +92,11 @@ class _OpenAIBody(Decoding):
         """Drop options that ask for nothing, which some clients send."""
         if not isinstance(value, dict):
             return value
-        nothing = {"logit_bias": {}, "modalities": ["text"], "best_of": value.get("n") or 1}
+        nothing: dict[str, Any] = {
+            "logit_bias": {},
+            "modalities": ["text"],
+            "best_of": value.get("n") or 1,
+        }
         nothing |= {"tools": [], "functions": [], "suffix": ""}
         return {
             name: item

@@ -100,6 +100,7 @@ def test_what_clients_send_without_wanting_anything_is_accepted():
     empty = {"logit_bias": {}, "modalities": ["text"], "tools": [], "store": False, "user": "me"}
     assert chat(**empty, metadata={"a": "b"}, service_tier="auto").instances == chat().instances
     assert complete(best_of=2, n=2, suffix="").instances == complete(n=2).instances
+    assert complete(best_of=1, n=None).instances == complete().instances
 
 
 @pytest.mark.parametrize(
