@@ -61,7 +61,7 @@ def metrics_table() -> str:
     metrics.set_load(EngineLoad(0, 0, 0, cached_prompt_tokens=0))
     families = [f for f in metrics.registry.collect() if not f.name.startswith("process_")]
     families += FrontendResponses("").describe()
-    rows = ["| metric | type | label | meaning |", "|---|---|---|---|"]
+    rows = ["| metric | type | meaning and label |", "|---|---|---|"]
     for family in families:
         name = family.name + ("_total" if family.type == "counter" else "")
         labels: dict[str, list[str]] = {}
@@ -69,8 +69,9 @@ def metrics_table() -> str:
             for label, text in sample.labels.items():
                 if label not in ("model", "le") and text not in labels.setdefault(label, []):
                     labels[label].append(text)
-        shown = "; ".join(f"`{k}`: {', '.join(labels[k])}" for k in labels)
-        rows.append(f"| `{name}` | {family.type} | {shown} | {family.documentation.rstrip('.')} |")
+        text = family.documentation.rstrip(".")
+        text += "".join(f". `{label}`: {', '.join(labels[label])}" for label in labels)
+        rows.append(f"| `{name}` | {family.type} | {text} |")
     return "\n".join(rows)
 
 

@@ -138,6 +138,7 @@ class Decoding(Input):
     seed: Annotated[
         WholeNumber | None,
         Field(ge=-(2**63), le=2**63 - 1),
+        Rule("a whole number from -2^63 to 2^63 - 1"),
         Doc(
             "The same seed gives the same completion. Seeds of 2^32 and above are reduced to 32 "
             "bits, so two of them can give the same completion.",

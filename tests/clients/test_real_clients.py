@@ -1,4 +1,4 @@
-"""Clients of other projects, unchanged, with nothing but a `base_url`.
+"""Clients of other projects, unchanged, with only a `base_url`.
 
 Each script in scripts/ runs in its own environment and does everything with one client.
 """

@@ -115,7 +115,7 @@ def test_pipelined_requests_after_an_error_are_dropped_with_the_connection(tiny_
     assert closed and response.startswith(b"HTTP/1.1 400") and b"SECOND" not in response
 
 
-def test_client_that_leaves_with_pipelined_requests_hurts_nobody(tiny_server):
+def test_client_that_leaves_with_pipelined_requests_affects_no_other(tiny_server):
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", tiny_server.port)) as connection:
             connection.sendall(request(body("gone", 50)) * 20)
@@ -172,7 +172,7 @@ def test_models_are_listed_without_name_or_version(tiny_server, path):
 
 
 @pytest.mark.parametrize("path", ["/v1/models/tiny:predict", "/invocations", "/models/tiny/invoke"])
-def test_paths_of_kserve_and_sagemaker_stay(tiny_server, path):
+def test_paths_of_kserve_and_sagemaker_still_work(tiny_server, path):
     url = tiny_server.url.split("/predictions")[0] + path
     expected = httpx.post(tiny_server.url, json=OK, timeout=30).json()
     forged = {"url_path": "v1/models", "http_method": "GET"}

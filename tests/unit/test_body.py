@@ -166,7 +166,7 @@ def test_names_the_byte_of_latin_1():
 
 
 @pytest.mark.parametrize("body", [b"\x00" * 10, b"\x00", b"\xff\xfe", b"\xff\xfe\x00\x00"])
-def test_does_not_guess_an_encoding_of_bytes_that_are_no_json(body):
+def test_does_not_guess_an_encoding_of_bytes_that_are_not_json(body):
     assert "UTF-16;" not in error(400, body) and "UTF-32;" not in error(400, body)
 
 

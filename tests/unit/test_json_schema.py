@@ -145,7 +145,7 @@ ONLY_TRANSFORMERS = {
 
 
 @pytest.mark.parametrize("name", ONLY_TRANSFORMERS)
-def test_names_the_engine_that_can_what_xgrammar_cannot(tokenizer, name):
+def test_names_the_engine_that_supports_what_xgrammar_does_not(tokenizer, name):
     schema = json.dumps(ONLY_TRANSFORMERS[name])
     Grammar(schema, tokenizer)
     with pytest.raises(ParameterError, match="ENGINE=transformers"):

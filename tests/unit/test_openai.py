@@ -94,7 +94,7 @@ def test_completions_are_in_the_order_of_prompts_and_then_of_n():
     assert found["usage"] == {"prompt_tokens": 10, "completion_tokens": 8, "total_tokens": 18}
 
 
-def test_what_clients_send_without_wanting_anything_is_accepted():
+def test_accepts_options_that_ask_for_nothing():
     nulls = dict.fromkeys(["stop", "logit_bias", "functions", "tools", "logprobs", "user", "n"])
     assert chat(**nulls).instances == chat().instances
     empty = {"logit_bias": {}, "modalities": ["text"], "tools": [], "store": False, "user": "me"}

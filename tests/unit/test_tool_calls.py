@@ -259,7 +259,7 @@ NO_CALLS = {
 
 
 @pytest.mark.parametrize("name", [QWEN, LLAMA, MISTRAL])
-def test_what_is_no_call_is_content(make: Make, name: str):
+def test_text_without_a_call_is_content(make: Make, name: str):
     """The completion is content as a whole, in a stream too."""
     folder = make(TEMPLATES[name])
     for kind, text in NO_CALLS.items():
