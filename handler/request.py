@@ -104,17 +104,17 @@ class Decoding(Input):
         float | None,
         Field(gt=0, le=1),
         Rule("a number over {gt}, at most {le}"),
-        Doc("Sample from the likeliest tokens that together have this probability."),
+        Doc("Draw from the likeliest tokens that together have this probability."),
     ] = None
     top_k: Annotated[
         WholeNumber | None,
         Field(ge=-1, le=1_000_000),
-        Doc("Sample from this many of the likeliest tokens; 0 or -1 means all."),
+        Doc("Draw from this many of the likeliest tokens; 0 or -1 means all."),
     ] = None
     min_p: Annotated[
         float | None,
         Field(ge=0, le=1),
-        Doc("Sample from tokens with at least this fraction of the likeliest one's probability."),
+        Doc("Draw from tokens with at least this fraction of the likeliest one's probability."),
     ] = None
     repetition_penalty: Annotated[
         float | None,

@@ -152,7 +152,7 @@ def test_names_the_engine_that_supports_what_xgrammar_does_not(tokenizer, name):
         for_xgrammar(schema)
 
 
-def test_schema_has_an_end(tokenizer):
+def test_rejects_ignore_eos_with_a_schema(tokenizer):
     with pytest.raises(ParameterError) as error:
         read_schema(Sampling(json_schema="{}", ignore_eos=True), lambda: tokenizer)
     assert error.value.parameter == "ignore_eos"
