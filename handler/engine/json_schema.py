@@ -170,15 +170,16 @@ _FORMATS = {"date", "date-time", "uuid"}
 
 _PATTERN = re.compile(
     r"""\^?(?:
-        [^\\\[\](){}|^$*+?/"\x00-\x1f]              # a character
+        [^\\\[\](){}|^$*+?./"\x00-\x1f]             # a character
         | \\[dw.\-+*?()\[\]{}|/$^]                  # a class, or a character with a meaning
-        | \[\^?(?:\\[dw.\-\]\[/]|[^\\\[\]\s&~"-]|[0-9A-Za-z]-[0-9A-Za-z]|-(?=\])|\x20(?!-))+\]
+        | \[(?!\^)(?:\\[dw.\-\]\[/]|[^\\\[\]\s&~"-]|[0-9A-Za-z]-[0-9A-Za-z]|-(?=\])|\x20(?!-))+\]
         | [()|] | \(\?:
         | [*+?](?![*+?]) | \{\d{1,3}(?:,\d{0,3})?\}
     )*\$?""",
     re.VERBOSE,
 )
-"""Regular expressions that xgrammar reads as JSON Schema defines them."""
+"""Regular expressions that xgrammar reads as JSON Schema defines them. It would let "." and "[^a]"
+be a quotation mark, which ends the string."""
 
 _ESCAPED = re.compile(r'["\\\x00-\x1f]')
 _COUNTS = re.compile(r"(?<!\\)\{(?:\d+,)?(\d+)")
@@ -202,7 +203,10 @@ def for_xgrammar(schema: str) -> str:
     if counted > _MOST:
         raise _unknown("schema", f"lengths that add up to {counted} characters, more than {_MOST},")
     # Only strings have spaces in compact JSON.
+    content = _Unions(content).schema
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False)
+    if len(text) > 2 * MAX_CHARACTERS:
+        raise _unknown("schema", "too many alternatives, or integers between limits,")
     if _NEVER.search(text.encode("utf-8", "replace")):
         raise _unknown("schema", "a character for private use")
     return text.replace(" ", _SPACE)
@@ -276,6 +280,115 @@ def _check_types(schema: dict[str, Any], keys: set[str], where: str) -> None:
     for name in schema.get("properties", {}):
         if _ESCAPED.search(name):
             raise _unknown(where, f"a property name with an escaped character, {name!r},")
+
+
+class _Unions:
+    """Rewrites the alternatives in a schema so that GenAI's xgrammar reads them rightly.
+
+    It merges alternatives that begin or end alike: of "a" and "aba" it makes "ababa", too, and of
+    the range 0 to 120 also 124. It does not merge references, so each alternative becomes one.
+    """
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._definitions: dict[str, Any] = {}
+        self._prefix = "u"
+        while any(name.startswith(self._prefix) for name in root.get("$defs", {})):
+            self._prefix += "u"
+        self.schema: dict[str, Any] = self._write(root, "schema")
+        if self._definitions:
+            self.schema["$defs"] = self.schema.get("$defs", {}) | self._definitions
+
+    def _write(self, schema: Any, where: str) -> Any:
+        if not isinstance(schema, dict):
+            return schema
+        if schema.get("$ref", "#").count("/") not in (0, 2):
+            raise _unknown(where, f"$ref to {schema['$ref']}, which is not a definition,")
+        written = dict(schema)
+        for key in ("properties", "$defs", "definitions"):
+            if isinstance(named := schema.get(key), dict):
+                written[key] = {n: self._write(c, f"{where}/{key}/{n}") for n, c in named.items()}
+        for key in ("items", "additionalProperties"):
+            if key in schema:
+                written[key] = self._write(schema[key], f"{where}/{key}")
+        for key in ("anyOf", "oneOf", "allOf", "prefixItems"):
+            if key in schema:
+                several = [self._write(c, f"{where}/{key}/{i}") for i, c in enumerate(schema[key])]
+                written[key] = [self._refer(c) for c in several] if "Of" in key else several
+        if len(values := schema.get("enum", ())) > 1:
+            del written["enum"]
+            written.pop("type", None)  # the library has checked that the values have it
+            written["anyOf"] = [self._refer({"const": value}) for value in values]
+        types = schema.get("type", [])
+        types = types if isinstance(types, list) else [types]
+        if "integer" in types and schema.keys() & _RANGE:
+            written = self._integers(written, types, where)
+        return written
+
+    def _integers(self, schema: dict[str, Any], types: list[str], where: str) -> dict[str, Any]:
+        """Write the limits of an integer as ranges and values that xgrammar reads rightly."""
+        kept = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        if _children({k: v for k, v in schema.items() if k not in kept}):
+            raise _unknown(where, "limits of an integer beside parts of an array or object")
+        low = max(
+            -_ALL_NINES,
+            math.ceil(schema.get("minimum", -_ALL_NINES)),
+            math.floor(schema.get("exclusiveMinimum", -_ALL_NINES - 1)) + 1,
+        )
+        high = min(
+            _ALL_NINES,
+            math.floor(schema.get("maximum", _ALL_NINES)),
+            math.ceil(schema.get("exclusiveMaximum", _ALL_NINES + 1)) - 1,
+        )
+        ranges, listed = _split(low, high)
+        if len(listed) > _MOST_LISTED or not (ranges or listed):
+            raise _unknown(where, "limits of an integer with too many or no values between them")
+        any_of: list[dict[str, Any]] = [
+            {"type": "integer", "minimum": begin, "maximum": end} for begin, end in ranges
+        ]
+        any_of += [{"const": number} for number in listed]
+        if others := [kind for kind in types if kind != "integer"]:
+            rest = {k: v for k, v in schema.items() if k not in _RANGE | _ANNOTATIONS}
+            any_of.append(rest | {"type": others})
+        return {"anyOf": [self._refer(part) for part in any_of]} | kept
+
+    def _refer(self, schema: Any) -> Any:
+        name = f"{self._prefix}{len(self._definitions)}"
+        self._definitions[name] = schema
+        return {"$ref": f"#/$defs/{name}"}
+
+
+_ALL_NINES = 10**15 - 1
+"""The highest integer where a range has an open end: below 2^53, and easy for xgrammar."""
+
+_MOST_LISTED = 1000
+
+
+def _split(low: int, high: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Split a range of integers into ranges that xgrammar reads rightly, and single integers.
+
+    It does so from 0, 1 or a power of ten up to a number whose digits are all 9, and for the
+    negatives of such a range.
+    """
+    ranges: list[tuple[int, int]] = []
+    listed: list[int] = []
+    if low < 0:
+        negative, single = _split(max(-high, 1), -low)
+        ranges += [(-end, -begin) for begin, end in negative]
+        listed += [-number for number in single]
+        low = 0
+    if low <= high:
+        begin = 0 if low == 0 else 1 if low == 1 else 10 ** len(str(low - 1))
+        end = 10 ** (len(str(high + 1)) - 1) - 1
+        if begin > end:
+            return ranges, [*listed, *_listed(low, high)]
+        ranges.append((begin, end))
+        listed += [*_listed(low, begin - 1), *_listed(end + 1, high)]
+    return ranges, listed
+
+
+def _listed(low: int, high: int) -> range:
+    """Return some of these integers: more than may be listed if there are more."""
+    return range(low, min(high, low + _MOST_LISTED) + 1)
 
 
 def _is_plain(pattern: str) -> bool:

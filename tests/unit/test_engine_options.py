@@ -260,6 +260,27 @@ def test_requests_with_schemas_to_a_real_model(make_smollm2, kind, each):
     check_schemas(make_smollm2(kind), each, "Describe a place as JSON:", 400)
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": ["aacaa", "a", "cbbb", "abaac", "aba"]},
+        {"anyOf": [{"const": "a"}, {"const": "aba"}]},
+        {"type": "integer", "minimum": 139, "maximum": 224},
+        {"type": ["integer", "null"], "minimum": -4, "maximum": 120},
+    ],
+    ids=json.dumps,
+)
+def test_alternatives_that_begin_alike_stay_apart(engine, schema):
+    """xgrammar alone makes "ababa" of "a" and "aba", and allows 130 between 139 and 224."""
+    jobs = [
+        (PROMPT, Sampling(40, temperature=2.0, seed=i, json_schema=json.dumps(schema)))
+        for i in range(60)
+    ]
+    for one in run(engine, jobs):
+        assert one.finish_reason == "stop"
+        jsonschema.validate(json.loads(one.text), schema)
+
+
 def test_schema_with_stop_string_length_logprobs_and_stream(engine):
     schema = json.dumps({"enum": ["abcdef"]})
     jobs = [

@@ -130,6 +130,8 @@ ONLY_TRANSFORMERS = {
     "a long pattern": {"type": "string", "pattern": "^(?:a{99}){99}$"},
     "pattern with a range from the space": {"type": "string", "pattern": "^[ -~]+$"},
     "pattern with the negation of a class": {"type": "string", "pattern": r"^\S+$"},
+    "pattern with all but some characters": {"type": "string", "pattern": "^[^0-9]{2,3}$"},
+    "pattern with any character": {"type": "string", "pattern": "^.{1,3}$"},
     "alternatives outside a group": {"type": "string", "pattern": "^a|b$"},
     "an empty alternative": {"type": "string", "pattern": "^(|a)$"},
     "a limit of a number": {"type": "number", "exclusiveMinimum": 0},
