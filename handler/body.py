@@ -14,6 +14,7 @@ from handler.origin import check_origin
 
 _JSON_TYPE = re.compile(r"(application|text)/json|[a-z]+/[^ ,;]+\+json")
 _FORM = "application/x-www-form-urlencoded"
+_BYTES = "application/octet-stream"
 _GZIP = 47
 """zlib's code for: detect gzip or deflate from the first bytes."""
 
@@ -32,8 +33,8 @@ def read_json(parts: dict[str, Any], header: Header, limit: int) -> Any:
     """
     check_method(header, "POST")
     check_origin(header)
-    _check_type(header("content-type") or "")
     payload = parts.get("body")
+    _check_type(header("content-type") or "", payload)
     if payload is None:
         raise RequestError(415, _not_json("a form"))
     payload = payload.encode() if isinstance(payload, str) else bytes(payload)
@@ -41,7 +42,7 @@ def read_json(parts: dict[str, Any], header: Header, limit: int) -> Any:
         raise RequestError(413, f"the body has {len(payload)} bytes; at most {limit} are allowed")
     payload = _decompress(payload, header("content-encoding") or "", limit)
     if not payload.strip():
-        raise RequestError(400, 'the body is empty; POST {"instances": ["a prompt"]}')
+        raise RequestError(400, "the body is empty; send a JSON object")
     try:
         return from_json(payload, allow_inf_nan=False)
     except ValueError as error:
@@ -62,10 +63,15 @@ def check_method(header: Header, *allowed: str) -> None:
         raise RequestError(405, f"{method} is not supported here; use {' or '.join(allowed)}")
 
 
-def _check_type(given: str) -> None:
-    """Reject other types than JSON. A request without a type is read as JSON."""
+def _check_type(given: str, payload: Any) -> None:
+    """Reject other types than JSON. A request without a type is read as JSON.
+
+    So are bytes that begin like it: `gcloud ai endpoints raw-predict` calls all bodies bytes.
+    """
     kind = re.split("[;,]", given)[0].strip().lower()
     if not kind or _JSON_TYPE.fullmatch(kind):
+        return
+    if kind == _BYTES and isinstance(payload, bytes | bytearray) and payload.lstrip()[:1] == b"{":
         return
     if kind == _FORM:
         raise RequestError(415, _not_json("a form, whose encoding changes text"))

@@ -253,7 +253,7 @@ class CompletionsBody(_OpenAIBody):
             default="none",
         ),
     ] = None
-    echo: Annotated[bool | None, Doc("Begin each completion with its prompt.")] = False
+    echo: Annotated[bool | None, Doc("Begin with the prompt; not with `logprobs`.")] = False
 
     @model_validator(mode="before")
     @classmethod

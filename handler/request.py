@@ -316,6 +316,7 @@ class Message(Input):
     tool_calls: Annotated[list[ToolCall], Rule("a list of tool calls")] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
+    annotations: list[Any] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -1,5 +1,6 @@
 """Texts about a deployment that need no network, no credentials and no SDK."""
 
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -128,7 +129,7 @@ def token_use(settings: VertexSettings, app: str, host: str) -> str:
         app: the APP.
         host: the endpoint's host name.
     """
-    get = f"python -m deploy.vertex token {app} --print"
+    get = f"{sys.executable} -m deploy.vertex token {app} --print"
     endpoint = f"https://{host}/v1/{settings.endpoint_name(app)}"
     if settings.invoke_route_prefix:
         return (
@@ -138,9 +139,14 @@ def token_use(settings: VertexSettings, app: str, host: str) -> str:
             f"  model:    {app}"
         )
     streams = "\n  streamed: send it to :streamRawPredict" if settings.dedicated else ""
+    remedy = (
+        'set invoke_route_prefix: "/*" and deploy again'
+        if settings.dedicated
+        else 'run `make cleanup`, set dedicated: true and invoke_route_prefix: "/*", then deploy'
+    )
     return (
-        "This endpoint has no base_url for OpenAI clients; set invoke_route_prefix and deploy again"
-        ".\nOpenAI's chat in an instance works without it:\n"
+        f"This endpoint has no base_url for OpenAI clients; {remedy}.\n"
+        "OpenAI's chat in an instance works without it:\n"
         f'  curl {endpoint}:rawPredict -H "Authorization: Bearer $({get})" \\\n'
         "    -H 'Content-Type: application/json' -d '"
         '{"instances": [{"@requestFormat": "chatCompletions", "messages": '

@@ -55,7 +55,6 @@ def test_reads_a_body_without_a_type():
         "text/plain",
         "text/plain;charset=UTF-8",
         "text/html",
-        "application/octet-stream",
         "application/jsonp",
         "application/grpc",
         "multipart/form-data; boundary=x",
@@ -66,6 +65,14 @@ def test_reads_a_body_without_a_type():
 def test_rejects_other_types_and_names_them(content_type):
     message = error(415, content_type=content_type)
     assert content_type.split(";")[0] in message and "Content-Type: application/json" in message
+
+
+def test_reads_bytes_that_begin_as_json():
+    """`gcloud ai endpoints raw-predict` sends this type unless it is told another one."""
+    assert read(content_type="application/octet-stream") == VALUE
+    header = header_reader({"content-type": "application/octet-stream"})
+    with pytest.raises(RequestError, match="octet-stream"):
+        read_json({"body": b"\x89PNG"}, header, 1000)
 
 
 @pytest.mark.parametrize("parts", [{}, {'{"instances": ["1 1"]}': b""}, {"body": b"{}", "a": b""}])

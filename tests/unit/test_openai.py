@@ -168,7 +168,7 @@ def test_turns_for_the_template_have_arguments_as_objects():
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     messages = [
         *HI,
-        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "assistant", "content": None, "tool_calls": [call], "annotations": []},
         {"role": "tool", "tool_call_id": "1", "content": "2"},
     ]
     _, assistant, tool = chat(messages=messages).instances[0].prompt
