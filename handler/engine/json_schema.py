@@ -282,6 +282,16 @@ def _check_types(schema: dict[str, Any], keys: set[str], where: str) -> None:
             raise _unknown(where, f"a property name with an escaped character, {name!r},")
 
 
+def _type_of(value: Any) -> set[str]:
+    """Return the types of JSON schemas that a value has."""
+    if isinstance(value, bool):
+        return {"boolean"}
+    if isinstance(value, int | float):
+        return {"number", "integer"} if value == int(value) else {"number"}
+    names = {str: "string", list: "array", dict: "object"}
+    return {next((name for kind, name in names.items() if isinstance(value, kind)), "null")}
+
+
 class _Unions:
     """Rewrites the alternatives in a schema so that GenAI's xgrammar reads them rightly.
 
@@ -314,12 +324,13 @@ class _Unions:
             if key in schema:
                 several = [self._write(c, f"{where}/{key}/{i}") for i, c in enumerate(schema[key])]
                 written[key] = [self._refer(c) for c in several] if "Of" in key else several
-        if len(values := schema.get("enum", ())) > 1:
-            del written["enum"]
-            written.pop("type", None)  # the library has checked that the values have it
-            written["anyOf"] = [self._refer({"const": value}) for value in values]
         types = schema.get("type", [])
         types = types if isinstance(types, list) else [types]
+        if len(values := schema.get("enum", ())) > 1:
+            del written["enum"]
+            written.pop("type", None)  # it would stand beside anyOf
+            allowed = [value for value in values if not types or _type_of(value) & {*types}]
+            written["anyOf"] = [self._refer({"const": value}) for value in allowed]
         if "integer" in types and schema.keys() & _RANGE:
             written = self._integers(written, types, where)
         return written

@@ -234,3 +234,8 @@ def test_xgrammar_reads_no_white_space(tokenizer):
     assert len(tokens) == tokenizer.vocab_size
     assert not [token for token in tokens if any(byte in b" \t\r\n" for byte in token)]
     assert " " not in for_xgrammar('{"enum": ["New York"]}')
+
+
+def test_enum_keeps_only_the_values_of_its_type():
+    written = json.loads(for_xgrammar('{"type": ["integer", "null"], "enum": ["a", null, 1, true]}'))
+    assert [value["const"] for value in written["$defs"].values()] == [None, 1]
