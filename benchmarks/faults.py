@@ -39,7 +39,7 @@ class Victim:
 
     def frontend(self) -> psutil.Process:
         """Return TorchServe's Java process."""
-        return self._find("org.pytorch.serve.ModelServer")
+        return self._find("serving.Frontend")
 
     def worker(self) -> psutil.Process:
         """Return the process that runs the handler."""

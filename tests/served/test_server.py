@@ -17,8 +17,9 @@ from deploy.archive.build import build_archive
 from deploy.archive.pack import FORMATS
 from deploy.common.paths import MODEL_STORE, ROOT
 from deploy.common.waiting import wait_until
-from deploy.torchserve.launch import server_environment
+from deploy.torchserve.launch import cors_settings, server_environment
 from deploy.torchserve.server import Server, ServerError, port_holder
+from handler.metrics import FRONTEND_VARIABLE, PORT_VARIABLE
 from tests.bad_input import OK
 
 TORCH = {"engine": {"name": "transformers"}}
@@ -150,6 +151,7 @@ def test_command_stops_java_and_workers_within_10_s(stop: signal.Signals, tiny_l
     assert "archived" in command.stdout.readline()
     assert command.stdout.readline().startswith("starting")
     assert "make test APP=tiny-test PORT=7200" in command.stdout.readline()
+    assert "http://127.0.0.1:7200/v1" in command.stdout.readline()
     tree = psutil.Process(command.pid).children(recursive=True)
     assert {p.name() for p in tree} >= {"java"} and len(tree) >= 2
     began = time.monotonic()
@@ -210,7 +212,8 @@ def test_killed_starter_leaves_no_server(guard_too: bool, tiny_llama: Path, tmp_
 
 def test_processes_have_no_variable_outside_of_the_list(smollm2_server):
     """Nothing that could hold a credential of the user reaches Java or the worker."""
-    ours = {"HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "SERVING_STATE"}
+    ours = {"HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "SERVING_STATE", *cors_settings("")}
+    ours |= {PORT_VARIABLE, FRONTEND_VARIABLE}
     java = psutil.Process(smollm2_server.process.pid)
     processes = [java, *java.children(recursive=True)]
     assert len(processes) >= 2

@@ -237,5 +237,7 @@ def test_xgrammar_reads_no_white_space(tokenizer):
 
 
 def test_enum_keeps_only_the_values_of_its_type():
-    written = json.loads(for_xgrammar('{"type": ["integer", "null"], "enum": ["a", null, 1, true]}'))
+    written = json.loads(
+        for_xgrammar('{"type": ["integer", "null"], "enum": ["a", null, 1, true]}')
+    )
     assert [value["const"] for value in written["$defs"].values()] == [None, 1]
