@@ -181,7 +181,7 @@ def test_drain_has_a_time_limit(lean):
 
 
 def test_dead_frontend_ends_the_container(container):
-    (java,) = processes(container, "ModelServe[r]")
+    (java,) = processes(container, "serving.Fronten[d]")
     docker("exec", container, "sh", "-c", f"kill -9 {java}")
     wait_until(lambda: state(container, "Running") == "false", timeout=60)
     assert state(container, "ExitCode") == "1"
@@ -190,7 +190,7 @@ def test_dead_frontend_ends_the_container(container):
 
 
 def test_processes_of_torchserve_get_no_secret_of_the_container(container):
-    for pattern in ("ModelServe[r]", "model_service_worke[r]"):
+    for pattern in ("serving.Fronten[d]", "model_service_worke[r]"):
         (process,) = processes(container, pattern)
         environment = docker("exec", container, "cat", f"/proc/{process}/environ")
         assert "AIP_HTTP_PORT=7080" in environment and "a-secret" not in environment
@@ -207,7 +207,7 @@ def test_dead_worker_is_replaced_inside(container):
 
 def test_frozen_frontend_ends_the_container(container):
     """With the default patience; every client has an answer or a closed connection by then."""
-    (java,) = processes(container, "ModelServe[r]")
+    (java,) = processes(container, "serving.Fronten[d]")
     docker("exec", container, "sh", "-c", f"kill -STOP {java}")
     with ThreadPoolExecutor() as pool:
         request = pool.submit(httpx.post, URL, json=LONG, timeout=60)
