@@ -93,11 +93,17 @@ def test_error_on_the_api_page(smollm2_server):
     assert json.dumps(error, indent=2) in API
 
 
-def test_table_of_parameters():
-    from handler.request import SharedParameters
+def test_tables_of_parameters():
+    """Those that both APIs have are in the table of chat completions alone."""
+    from handler.request import Decoding, SharedParameters
 
-    rows = re.findall(r"^\| `(\w+)`", API.split("## Parameters")[1].split("\n## ")[0], re.MULTILINE)
-    assert rows == list(SharedParameters.model_fields)
+    def rows(heading: str) -> list[str]:
+        section = API.split(f"### {heading}\n")[1].split("\n### ")[0]
+        return re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+
+    shared = list(Decoding.model_fields)
+    assert {*shared} <= {*rows("Chat completions")}
+    assert shared + rows("Parameters") == list(SharedParameters.model_fields)
 
 
 def test_torchserve_runs_on_the_java_of_make_setup(tiny_llama: Path, tmp_path: Path):
