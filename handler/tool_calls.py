@@ -267,7 +267,10 @@ def _forced_schema(requested: RequestedTools) -> dict[str, Any]:
         if function["name"] == requested.name:
             return schema
         place = f"function{i}"
-        definitions[place] = _moved(schema, f"#/$defs/{place}")
+        for key in ("$defs", "definitions"):
+            for name, definition in schema.pop(key, {}).items():
+                definitions[f"{place}_{name}"] = _moved(definition, place)
+        definitions[place] = _moved(schema, place)
         calls.append(
             {
                 "type": "object",
@@ -284,14 +287,22 @@ def _forced_schema(requested: RequestedTools) -> dict[str, Any]:
     return {"type": "array", "minItems": 1, **limit, "items": items, "$defs": definitions}
 
 
-def _moved(schema: Any, to: str) -> Any:
-    """Return a part of a JSON schema whose root is now at another place."""
+def _moved(schema: Any, place: str) -> Any:
+    """Return a part of a JSON schema that is now below `#/$defs`.
+
+    Args:
+        schema: the part.
+        place: the name of its root there; the root's own definitions begin with it.
+    """
     if isinstance(schema, list):
-        return [_moved(item, to) for item in schema]
+        return [_moved(item, place) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {key: _moved(value, to) for key, value in schema.items()}
+    moved = {key: _moved(value, place) for key, value in schema.items()}
     reference = schema.get("$ref")
     if isinstance(reference, str) and reference.startswith("#"):
-        moved["$ref"] = to + reference[1:]
+        _, *parts = reference.split("/")
+        own = len(parts) > 1 and parts[0] in ("$defs", "definitions")
+        name = f"{place}_{parts[1]}" if own else place
+        moved["$ref"] = "/".join(["#/$defs", name, *(parts[2:] if own else parts)])
     return moved

@@ -47,7 +47,8 @@ def test_build_context_leaves_out_secrets(tmp_path: Path):
         docker("image", "rm", tag)
     sent = tmp_path / "sent"
     shutil.unpack_archive(tmp_path / "sent.tar", sent)
-    files = [path for path in sent.rglob("*") if path.is_file() and SECRET in path.read_text()]
+    secret = SECRET.encode()
+    files = [path for path in sent.rglob("*") if path.is_file() and secret in path.read_bytes()]
     assert not files, files
     for name in ("handler/engine/text.py", "handler/apps/defaults.yaml", "docker/locks/cpu.txt"):
         assert (sent / name).is_file(), name

@@ -213,7 +213,7 @@ def small(tiny_llama, tmp_path_factory):
     config = yaml.safe_load(path.read_text())
     config["app"]["metrics"] = {"vllm_names": True}
     path.write_text(yaml.safe_dump(config))
-    with Server(archive, port=7240) as server:
+    with Server(archive, port=7206) as server:
         yield server
 
 
