@@ -611,7 +611,7 @@ def test_settings_reach_openvino(tiny_llama, monkeypatch):
     """Each has a value that is not the default."""
     seen = {}
 
-    def stop_here(weights, scheduler, device, properties):
+    def stop_here(weights, tokenizer, scheduler, device, **properties):
         seen.update(scheduler=scheduler, properties=properties)
         raise InterruptedError
 
