@@ -268,6 +268,10 @@ def _check_types(schema: dict[str, Any], keys: set[str], where: str) -> None:
         raise _unknown(where, f'the "pattern" {schema["pattern"]}')
     if len(schema.get("prefixItems", ())) > schema.get("maxItems", math.inf):
         raise _unknown(where, 'more "prefixItems" than "maxItems"')
+    if schema.get("items") is False and schema.get("minItems", 0) > len(
+        schema.get("prefixItems", ())
+    ):
+        raise _unknown(where, 'more "minItems" than "prefixItems", without other items,')
     if missing := set(schema.get("required", [])) - set(schema.get("properties", {})):
         raise _unknown(where, f'"required" {sorted(missing)[0]} without the property')
 

@@ -142,6 +142,9 @@ ONLY_TRANSFORMERS = {
     "private use": {"const": "\ue000"},
     "an unused part that is no schema": {"$defs": {"a": 5, "b": {"type": "bogus"}}},
     "more places than items": {"type": "array", "prefixItems": [{}, {}], "maxItems": 1},
+    "an array that cannot be filled": objects(
+        a={"type": "array", "prefixItems": [{}], "items": False, "minItems": 2}
+    ),
     "nested": objects(a={"type": "array", "items": {"type": "integer", "multipleOf": 3}}),
 }
 
