@@ -52,7 +52,7 @@ class Shape(Protocol):
         ...
 
     def last_events(self, completions: Sequence[Completion]) -> list[dict[str, Any] | str]:
-        """Write what follows the last completion's end; a text is sent as it is."""
+        """Write what follows the last completion's end; a text is sent unchanged."""
         ...
 
     def error(self, error: RequestError) -> dict[str, Any]:

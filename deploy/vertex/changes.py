@@ -44,7 +44,7 @@ class Wanted:
     """The deployed model's `dedicated_resources`."""
     service_account: str
     inference_timeout: int
-    """Seconds; 0 for a shared endpoint, which has none of its own."""
+    """Seconds; 0 for a shared endpoint, where it cannot be set."""
     canary: int | None = None
     """Percent of the requests. None: all, and other deployed models are undeployed."""
     dedicated: bool = True

@@ -129,7 +129,7 @@ class ModelFolder:
 
     @cached_property
     def reader(self) -> LLTokenizer | None:
-        """The tokenizer for structured output, with end tokens of its own choice."""
+        """The tokenizer for structured output, with the end tokens that the library chooses."""
         return self.token_reader()
 
     @cached_property

@@ -412,7 +412,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 def test_apis_share_a_tick(worker):
-    """Each request is answered, and rejected, in the shape of its own API."""
+    """Each request is answered or rejected in the shape of the API that it uses."""
     worker.context.paths = dict.fromkeys(["text", "wrong", "route"], "v1/completions")
     worker.context.paths |= {"route": "v1/embeddings", "list": "v1/models"}
     answered = worker.tick(
