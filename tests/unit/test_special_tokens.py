@@ -343,6 +343,7 @@ def test_plain_prompt_may_hold_control_tokens(tmp_path):
     assert not isinstance(text, TemplatedPrompt)
 
 
+@pytest.mark.slow  # without weights it converts them, which imports torch
 def test_smollm2_reads_an_injected_system_message_as_text(smollm2: Path):
     folder = ModelFolder(smollm2)
     prompt = folder.chat_prompt(user(ATTACKS[0]))
