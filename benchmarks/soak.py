@@ -1,12 +1,15 @@
 """Half an hour of load with faults: 16 clients, mixed lengths, some leave, some send nonsense.
 
     python -m benchmarks.soak                              # 30 minutes, a fault each minute
+    python -m benchmarks.soak --minutes 60 --faults gentle
     python -m benchmarks.soak --minutes 3 --every 12       # every fault in three minutes
-    python -m benchmarks.soak --no-faults
+    python -m benchmarks.soak --faults none
 
 Every 10th client leaves: one a stream after its first text, the next a plain request. Every 100th
 request is not valid. `make serve` runs as on a platform: when it ends, it is started again.
-Faults that keep the processes come first, so that the memory's slope is that of one server.
+
+Faults that replace a process happen once each, at the end; with `--faults gentle` they do not.
+The memory's slope and the thirds are of the time before them, when all processes were the same.
 
 We aim at an answer for each request, at most 30 s until the server answers again after a fault, and
 memory that does not grow after the warm-up. An answer is a response; while a fault lasts, a closed
@@ -25,7 +28,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import cycle, groupby, islice
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import aiohttp
 import click
@@ -44,9 +47,6 @@ APP = "smollm2-135m"
 PORT = 7300
 CLIENTS = 16
 LENGTHS = (8, 16, 32, 64, 128, 256)
-WARM_UP_MINUTES = 6
-"""Until every block of the KV cache has been used once, also on a slow processor."""
-
 EVERY_MINUTES = 2
 LEAVE_EVERY, INVALID_EVERY = 10, 100
 ANSWER_SECONDS = 180
@@ -60,6 +60,10 @@ SETTLE_SECONDS = 5
 """After the server answers again: connections of before may still be found closed."""
 
 FAULTS = {fault.__name__.replace("_", "-"): fault for fault in (*GENTLE, *FATAL)}
+KINDS: dict[str, tuple[Fault, ...]] = {"all": (*GENTLE, *FATAL), "gentle": GENTLE, "none": ()}
+
+PARTS = ("worker", "frontend", "others")
+"""Of the server's memory. The others are `make serve` and the guard that ends Java with it."""
 
 EXPECTED = re.compile(
     r"valid (200|429)|invalid (400|429)|left plain|left stream 200|long prompt (200|429|504)"
@@ -104,16 +108,40 @@ class Platform:
 
 
 def plan(faults: Sequence[Fault], count: int) -> list[Fault]:
-    """Return `count` faults in turn, those that keep the processes first.
-
-    The others get a third of the places, or more if they need it to happen once each.
-    """
+    """Return `count` faults: those that keep the processes in turn, then the others once each."""
     gentle = [fault for fault in faults if fault in GENTLE]
     fatal = [fault for fault in faults if fault not in GENTLE]
     if not gentle or not fatal:
         return list(islice(cycle(faults), count))
-    last = min(count, max(len(fatal), count // 3))
-    return [*islice(cycle(gentle), count - last), *islice(cycle(fatal), last)]
+    return [*islice(cycle(gentle), max(0, count - len(fatal))), *fatal[:count]]
+
+
+class Sample(NamedTuple):
+    """The server's memory at a moment."""
+
+    minute: float
+    megabytes: tuple[float, ...]
+    """Of each of `PARTS`."""
+    processes: tuple[int, ...]
+    """Frontend and worker: another worker begins with other memory."""
+
+
+def sample(victim: Victim, minute: float) -> Sample:
+    """Read the server's memory (PSS).
+
+    Raises:
+        psutil.Error, LookupError: a process has ended.
+    """
+    frontend, worker = victim.frontend().pid, victim.worker().pid
+    own = psutil.Process(worker).memory_full_info().pss
+    java = psutil.Process(frontend).memory_full_info().pss
+    others = memory(victim.root()) - own - java
+    return Sample(minute, (own / 1e6, java / 1e6, others / 1e6), (frontend, worker))
+
+
+def slope(minutes: Sequence[float], megabytes: Sequence[float]) -> float | None:
+    """Return the slope of a straight line through the memory, in MB a minute."""
+    return float(np.polyfit(minutes, megabytes, 1)[0]) if len(minutes) > 1 else None
 
 
 def longest_gap(moments: list[float]) -> float:
@@ -147,8 +175,7 @@ class Soak:
         self.sent = 0
         self.disturbed = False
         self.outcomes: Counter[str] = Counter()
-        self.samples: list[tuple[float, float, tuple[int, ...]]] = []
-        """Minute, MB, and the processes: another worker begins with other memory."""
+        self.samples: list[Sample] = []
         self.times: list[tuple[float, float]] = []
         """Minute, and seconds a token."""
         self.happened: list[dict[str, Any]] = []
@@ -285,9 +312,7 @@ class Soak:
             if time.monotonic() >= due:
                 due = time.monotonic() + 10
                 with suppress(psutil.Error, LookupError):
-                    processes = (self.victim.frontend().pid, self.victim.worker().pid)
-                    megabytes = memory(self.victim.root()) / 1e6
-                    self.samples.append((self.minute(), megabytes, processes))
+                    self.samples.append(sample(self.victim, self.minute()))
                 progress.n = round(self.minute(), 1)
                 progress.refresh()
             await asyncio.sleep(0.2)
@@ -316,32 +341,42 @@ class Soak:
         return percentile([t for m, t in self.times if begin <= m < begin + minutes], 99)
 
     def measurements(self) -> dict[str, Any]:
-        """Sum up the run. The memory's slope is in MB a minute, after the warm-up."""
-        runs = [list(run) for _, run in groupby(self.samples, key=lambda sample: sample[2])]
+        """Sum up the run.
+
+        Memory and thirds are of the longest time with the same processes. The memory's slope, in MB
+        a minute, is that of its second half; the first half is the warm-up.
+        """
+        runs = [list(run) for _, run in groupby(self.samples, key=lambda found: found.processes)]
         longest = max(runs, key=len)
-        first, last = longest[0][0], longest[-1][0]
-        warm = first + min(WARM_UP_MINUTES, (last - first) / 3)
-        after = [(m, mb) for m, mb, _ in longest if m >= warm]
-        minute, held = np.array(after).T
-        slope = float(np.polyfit(minute, held, 1)[0]) if len(after) > 1 else None
-        minutes = self.samples[-1][0]
-        third = (minutes - warm) / 3
-        pieces = [warm + i * third for i in range(3)]
-        slices = [EVERY_MINUTES * i for i in range(int(minutes / EVERY_MINUTES))]
+        first, last = longest[0].minute, longest[-1].minute
+        after = [found for found in longest if found.minute >= (first + last) / 2]
+        minutes = [found.minute for found in after]
+        parts = dict(
+            zip(PARTS, zip(*(found.megabytes for found in after), strict=True), strict=True)
+        )
+        third = (last - first) / 3
+        slices = [EVERY_MINUTES * i for i in range(int(self.samples[-1].minute / EVERY_MINUTES))]
         times = [(m, p99) for m in slices if (p99 := self.p99(m, EVERY_MINUTES)) is not None]
         return {
-            "minutes": round(minutes, 1),
+            "minutes": round(self.samples[-1].minute, 1),
             "clients": CLIENTS,
             "cores_used": len(os.sched_getaffinity(0)),  # fewer under `taskset`
             "requests": dict(sorted(self.outcomes.items())),
             "faults": self.happened,
-            "memory_mb_after_warm_up": after[0][1],
-            "memory_mb_at_the_end": after[-1][1],
-            "memory_minutes": round(after[-1][0] - after[0][0], 1),
-            "memory_mb_a_minute": slope,
-            "p99_seconds_a_token_by_third": [self.p99(m, third) for m in pieces],
+            "memory_mb_after_warm_up": sum(after[0].megabytes),
+            "memory_mb_at_the_end": sum(after[-1].megabytes),
+            "memory_minutes": round(minutes[-1] - minutes[0], 1),
+            "memory_mb_a_minute": slope(minutes, [sum(found.megabytes) for found in after]),
+            "memory_mb_a_minute_by_part": {
+                part: slope(minutes, megabytes) for part, megabytes in parts.items()
+            },
+            "p99_seconds_a_token_by_third": [self.p99(first + i * third, third) for i in range(3)],
             "p99_seconds_a_token": times,
-            "memory_mb": [(round(m, 2), round(mb, 1)) for m, mb, _ in self.samples],
+            "memory_mb": [(round(m, 2), round(sum(mb), 1)) for m, mb, _ in self.samples],
+            "memory_mb_by_part": {
+                part: [(round(m, 2), round(mb[i], 1)) for m, mb, _ in self.samples]
+                for i, part in enumerate(PARTS)
+            },
         }
 
 
@@ -352,7 +387,10 @@ app = cli.app(__doc__)
 def main(
     minutes: float = 30,
     every: Annotated[float, typer.Option(help="Seconds between two faults.")] = 60,
-    faults: Annotated[bool, typer.Option(help="Let faults happen.")] = True,
+    faults: Annotated[
+        str,
+        typer.Option(click_type=click.Choice(list(KINDS)), help="gentle: all processes stay."),
+    ] = "all",
     fault: Annotated[
         list[str] | None,
         typer.Option(click_type=click.Choice(list(FAULTS)), help="Only this one; repeat it."),
@@ -363,7 +401,7 @@ def main(
     """Run, write results/soak.json, and fail after an unexpected outcome."""
     platform = Platform(port=port)
     try:
-        happens = [FAULTS[name] for name in fault or FAULTS] if faults else []
+        happens = [FAULTS[name] for name in fault] if fault else KINDS[faults]
         victim = Victim(platform.url, platform.pid)
         soak = Soak(victim, minutes, faults=happens, every=every, platform=platform)
         with tqdm(total=minutes, unit="min") as progress:
@@ -371,7 +409,8 @@ def main(
     finally:
         platform.stop()
     measured = soak.measurements()
-    print(json.dumps({k: v for k, v in measured.items() if k != "memory_mb"}, indent=2))
+    series = ("memory_mb", "memory_mb_by_part")
+    print(json.dumps({k: v for k, v in measured.items() if k not in series}, indent=2))
     print(write(output, measured, ["torchserve", "openvino", "openvino-genai"]).name)
     if unexpected := soak.unexpected():
         raise UserError(

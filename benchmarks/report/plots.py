@@ -151,11 +151,15 @@ def offload(record: dict) -> Figure:
 
 
 def soak(record: dict) -> Figure:
-    """Memory of the server and the slowest requests, over the half hour."""
+    """Memory of the server and the slowest requests, over the run."""
     measured = record["measurements"]
     made, (memory, times) = panels(2, width=7.2, height=2.6)
-    minutes, held = zip(*measured["memory_mb"], strict=True)
-    memory.plot(minutes, held, color=BLUE)
+    lines = {"server": measured["memory_mb"]} | measured.get("memory_mb_by_part", {})
+    for (name, line), color in zip(lines.items(), (BLUE, ORANGE, GREEN, RED), strict=False):
+        minutes, held = zip(*line, strict=True)
+        memory.plot(minutes, held, color=color, label=name)
+    if len(lines) > 1:
+        memory.legend(fontsize=8)
     memory.set(xlabel="minute", ylabel="MB", title="Memory of the server (PSS)")
     memory.set_ylim(bottom=0)
     minutes, slowest = zip(*measured["p99_seconds_a_token"], strict=True)

@@ -186,7 +186,7 @@ def offload(record: dict) -> str:
 
 
 def soak(record: dict) -> str:
-    """Half an hour of load, in one line a quantity; then what each fault did."""
+    """A long run under load, in one line a quantity; then what each fault did."""
     measured = record["measurements"]
     thirds = ", ".join(
         f"{1000 * s:.1f}" for s in measured["p99_seconds_a_token_by_third"] if s is not None
@@ -200,6 +200,10 @@ def soak(record: dict) -> str:
             f"{measured[q]:,.0f} MB" for q in ("memory_mb_after_warm_up", "memory_mb_at_the_end")
         ),
         "slope of the memory": f"{measured['memory_mb_a_minute']:+.2f} MB a minute",
+        **{
+            f"slope of the {part}": f"{slope:+.2f} MB a minute"
+            for part, slope in measured.get("memory_mb_a_minute_by_part", {}).items()
+        },
         "99th percentile by third, ms a token": thirds,
     }
     lines = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]

@@ -8,10 +8,10 @@ from threading import Thread
 import pytest
 from aiohttp import web
 
-from benchmarks.faults import FATAL, GENTLE
+from benchmarks.faults import FATAL, GENTLE, Victim
 from benchmarks.load import Outcome, Target, closed_loop, open_loop, prompts, report
 from benchmarks.report import labels, tables
-from benchmarks.soak import EXPECTED, longest_gap, plan
+from benchmarks.soak import EXPECTED, Sample, Soak, longest_gap, plan
 
 LENGTH = 5
 
@@ -236,14 +236,29 @@ def test_roof_is_the_lower_ceiling():
     assert (point["flops"], point["roof"], point["share_of_roof"]) == (50e9, 100e9, 0.5)
 
 
-@pytest.mark.parametrize(("count", "gentle"), [(30, 20), (13, 8), (3, 0)])
+@pytest.mark.parametrize(("count", "gentle"), [(60, 55), (13, 8), (3, 0), (0, 0)])
 def test_faults_that_replace_the_server_come_last(count: int, gentle: int):
-    """So that the memory's slope is that of one server."""
+    """So that the memory's slope is that of one server. Each happens once at most."""
     order = plan([*FATAL, *GENTLE], count)
     assert len(order) == count
     assert [fault in GENTLE for fault in order] == [True] * gentle + [False] * (count - gentle)
     if count >= len(FATAL) + len(GENTLE):
         assert set(order) == {*FATAL, *GENTLE}
+
+
+def test_soak_reports_the_time_before_the_processes_are_replaced():
+    """Memory in its second half, by part, and latency by third."""
+    soak = Soak(Victim("http://127.0.0.1:1/", lambda: 1), minutes=10)
+    soak.samples = [Sample(m, (100 + 10 * min(m, 5) + m, 50 - m, 9), (1, 2)) for m in range(10)]
+    soak.samples += [Sample(m, (5000, 50, 9), (1, 3)) for m in range(10, 15)]
+    soak.times = [(m, 0.1 if m < 3 else 0.2 if m < 6 else 0.3) for m in range(9)]
+    soak.times += [(m, 9.0) for m in range(10, 15)]
+    found = soak.measurements()
+    assert (found["memory_minutes"], found["memory_mb_after_warm_up"]) == (4, 209)
+    assert found["memory_mb_a_minute"] == pytest.approx(0)
+    slopes = found["memory_mb_a_minute_by_part"]
+    assert slopes == pytest.approx({"worker": 1, "frontend": -1, "others": 0}, abs=1e-9)
+    assert found["p99_seconds_a_token_by_third"] == pytest.approx([0.1, 0.2, 0.3])
 
 
 def test_soak_without_faults_plans_none():
