@@ -69,10 +69,11 @@ def java_command(
     spec = importlib.util.find_spec("ts")  # importing TorchServe's package would import torch
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError("torchserve is not installed")
-    home = Path(spec.origin).parent.parent
+    torchserve = Path(spec.origin).parent
     name = archive.removesuffix(".mar")
-    frontend = home / "ts" / "frontend"
+    frontend = torchserve / "frontend"
     classes = os.pathsep.join([str(Path(__file__).parent / "frontend.jar"), str(frontend / "*")])
+    home = _home(torchserve, temporary)
     command: list[str | Path] = [java, *_memory_options(), f"-Dmodel_server_home={home}"]
     # Unix sockets need netty's native library: beside the jar in the image (docker/slim.py).
     # Elsewhere netty extracts it there, and not to /tmp, which may be mounted with noexec.
@@ -84,6 +85,22 @@ def java_command(
     command += ["--python", sys.executable, "-f", config, "-ncs"]
     command += ["-s", store, "-m", f"{name}={archive}"]
     return [str(part) for part in command]
+
+
+def _home(torchserve: Path, temporary: Path) -> Path:
+    """Make the folder in which Java looks for files of TorchServe's package; return it.
+
+    Links lead to the package, and to our own program of a worker (`worker.py`).
+    """
+    home = temporary / "torchserve"
+    package = home / "ts"
+    package.mkdir(parents=True, exist_ok=True)
+    links = {name: torchserve / name for name in ("configs", "version.txt")}
+    links["model_service_worker.py"] = Path(__file__).absolute().with_name("worker.py")
+    for name, target in links.items():
+        (package / name).unlink(missing_ok=True)  # from an earlier start of the same container
+        (package / name).symlink_to(target)
+    return home
 
 
 def _memory_options() -> list[str]:

@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from benchmarks.faults import Victim
 from deploy.archive.build import build_archive
 from deploy.archive.pack import FORMATS
 from deploy.common.paths import MODEL_STORE, ROOT
@@ -208,6 +209,14 @@ def test_killed_starter_leaves_no_server(guard_too: bool, tiny_llama: Path, tmp_
         shutil.rmtree(temporary)
     else:
         wait_until(lambda: not Path(temporary).exists(), timeout=30)
+
+
+def test_worker_of_openvino_loads_no_torch(smollm2_server):
+    """So it is ready a second earlier."""
+    worker = Victim(smollm2_server.url, lambda: smollm2_server.process.pid).worker()
+    mapped = {Path(file.path).name for file in worker.memory_maps()}
+    assert any(name.startswith("libopenvino") for name in mapped)
+    assert not any(name.startswith("libtorch") for name in mapped)
 
 
 def test_processes_have_no_variable_outside_of_the_list(smollm2_server):
