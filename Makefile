@@ -34,14 +34,11 @@ export DO_NOT_TRACK ?= 1
 # chapters are several times as fast (LOG.md).
 lab chapters notebooks: export OMP_WAIT_POLICY = passive
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart check fast lint types unit model archive serve test quality bench bench-peers \
-        bench-large bench-startup bench-offload bench-soak bench-image bench-check lock clean lab notebooks \
-        chapters site links site-check build-dev build-pro run stop delete shell logs push image-report \
-        plan deploy test-vertex token undeploy cleanup standin rehearse
-
-help: ## Show the targets
-	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+.PHONY: help setup quickstart check fast lint types unit model archive serve test quality bench \
+        bench-serving bench-peers bench-large bench-startup bench-offload bench-soak bench-image \
+        bench-check lock clean lab notebooks chapters site links site-check build-dev build-pro run \
+        stop delete shell logs push image-report plan deploy test-vertex token undeploy cleanup \
+        standin rehearse
 
 setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 	@$(PYTHON) tools/setup_env.py
@@ -118,7 +115,10 @@ quality: setup ## Measure what quantization costs (8 minutes)
 bench-peers: setup ## Install vLLM and llama.cpp for make bench (3.8 GB, 12 minutes)
 	@$(PY) -m benchmarks.peers
 
-bench: setup ## Compare all installed systems (40 minutes with vLLM and llama.cpp)
+bench: setup ## Compare with vLLM and llama.cpp on every shape of traffic (40 minutes)
+	@$(PY) -m benchmarks.compare
+
+bench-serving: setup ## Compare ways to serve: both engines, the baseline, each peer (40 minutes)
 	@$(PY) -m benchmarks.serving
 
 bench-large: setup ## Measure the dolly-v2-3b shape: export, throughput, memory (15 minutes)

@@ -18,9 +18,9 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Annotated, Any
 
 import aiohttp
@@ -32,34 +32,57 @@ from deploy.torchserve.client import parse_event
 
 NEW_TOKENS = 128
 
-_WORDS = (
+_NAMES = (
     "river mountain copper lantern bridge orchard winter engine paper garden village doctor singer "
     "market harbor window forest teacher pepper violin castle blanket rocket island candle mirror"
 )
+WORDS = tuple(_NAMES.split())
+"""Each is one token after a space, for SmolLM2's tokenizer."""
 
 
 @dataclass(frozen=True)
 class Target:
     """Where to send requests. With a `model` the API is OpenAI's, else Vertex AI's.
 
-    `extra` goes into every body; `keep_alive` is off for servers that lose a connection's second
-    stream.
+    `url` takes prompts and `chat_url` takes chats, which only OpenAI's API does here. `extra` goes
+    into every body; `keep_alive` is off for servers that lose a connection's second stream.
     """
 
     url: str
     model: str = ""
     extra: tuple[tuple[str, object], ...] = ()
     keep_alive: bool = True
+    chat_url: str = ""
+
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt or the messages of a chat, and the length of its completion."""
+
+    content: str | Messages
+    new_tokens: int
+
+
+Client = Generator[Request, str, None]
+"""What one client sends. It receives each completion, so the next request can contain it."""
 
 
 @dataclass
 class Outcome:
-    """One request. Times are seconds since it was sent; `first_token` only of streams."""
+    """One request. Times are seconds since it was sent; `first_token` and `text` only of streams.
+
+    `prompt_tokens` is 0 if the server does not report it.
+    """
 
     seconds: float = 0.0
     first_token: float | None = None
     tokens: int = 0
     error: str = ""
+    prompt_tokens: int = 0
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,17 +98,19 @@ class Report:
     latency_p99: float | None
     first_token_p50: float | None
     first_token_p95: float | None
+    prompt_tokens: float
+    """Mean of the requests."""
 
 
 def prompts(seed: int) -> Callable[[], str]:
     """Make a source of distinct prompts of 30 to 60 tokens; each call of it returns one."""
-    draw, words = random.Random(seed), _WORDS.split()
+    draw = random.Random(seed)
     prompt_index = 0
 
     def next_prompt() -> str:
         nonlocal prompt_index
         prompt_index += 1
-        some = " ".join(draw.choice(words) for _ in range(draw.randint(20, 45)))
+        some = " ".join(draw.choice(WORDS) for _ in range(draw.randint(20, 45)))
         # The index comes first, so that no two prompts share a prefix a cache could use.
         return f"{seed}.{prompt_index}: write a story that uses these words: {some}."
 
@@ -107,6 +132,7 @@ def report(outcomes: list[Outcome], seconds: float) -> Report:
         latency_p99=percentile(latency, 99),
         first_token_p50=percentile(first, 50),
         first_token_p95=percentile(first, 95),
+        prompt_tokens=sum(o.prompt_tokens for o in good) / len(good) if good else 0.0,
     )
 
 
@@ -137,17 +163,37 @@ def closed_loop(
         warm_up: requests each client sends before, unmeasured; errors in them are not counted.
     """
 
+    def client(index: int, requests: int, phase: int) -> Client:
+        next_prompt = prompts((seed * 2 + phase) * 1000 + index)
+        for _ in range(requests):
+            yield Request(next_prompt(), new_tokens)
+
+    everyone = range(clients)
+    if warm_up:
+        run_clients(target, [client(i, warm_up, 0) for i in everyone], stream=stream)
+    return run_clients(target, [client(i, requests_each, 1) for i in everyone], stream=stream)
+
+
+def run_clients(target: Target, clients: Sequence[Client], *, stream: bool = True) -> Report:
+    """Let each client send its requests one after another, all clients at once."""
+
     async def run() -> Report:
         async with _session(target) as session:
-            send = _sender(session, target, new_tokens, stream)
+            send = _sender(session, target, stream)
 
-            async def client(client_index: int, requests: int, phase: int) -> list[Outcome]:
-                next_prompt = prompts((seed * 2 + phase) * 1000 + client_index)
-                return [await send(next_prompt()) for _ in range(requests)]
+            async def run_client(client: Client) -> list[Outcome]:
+                outcomes = []
+                request = next(client, None)
+                while request is not None:
+                    outcomes.append(await send(request))
+                    try:
+                        request = client.send(outcomes[-1].text)
+                    except StopIteration:
+                        request = None
+                return outcomes
 
-            await asyncio.gather(*(client(i, warm_up, 0) for i in range(clients)))
             began = time.perf_counter()
-            each = await asyncio.gather(*(client(i, requests_each, 1) for i in range(clients)))
+            each = await asyncio.gather(*map(run_client, clients))
             return report(list(chain(*each)), time.perf_counter() - began)
 
     return asyncio.run(run())
@@ -163,18 +209,30 @@ def open_loop(
     stream: bool = False,
 ) -> Report:
     """Send `requests` requests at random moments, `rate` a second on average (Poisson process)."""
+    draw, next_prompt = random.Random(seed), prompts(seed)
+    waits = [draw.expovariate(rate) for _ in range(requests)]
+    run_clients(target, [_only(Request(prompts(seed + 1)(), new_tokens))], stream=stream)
+    arrivals = ((due, Request(next_prompt(), new_tokens)) for due in accumulate(waits))
+    return run_arrivals(target, arrivals, stream=stream)
+
+
+def _only(request: Request) -> Client:
+    yield request
+
+
+def run_arrivals(
+    target: Target, arrivals: Iterable[tuple[float, Request]], *, stream: bool = True
+) -> Report:
+    """Send each request at its time, in seconds from now, without waiting for responses."""
 
     async def run() -> Report:
-        draw, next_prompt = random.Random(seed), prompts(seed)
         async with _session(target) as session:
-            send = _sender(session, target, new_tokens, stream)
-            await send(prompts(seed + 1)())
-            began = due = time.perf_counter()
+            send = _sender(session, target, stream)
+            began = time.perf_counter()
             tasks: list[asyncio.Task[Outcome]] = []
-            for _ in range(requests):
-                due += draw.expovariate(rate)
-                await asyncio.sleep(max(0.0, due - time.perf_counter()))
-                tasks.append(asyncio.create_task(send(next_prompt())))
+            for due, request in arrivals:
+                await asyncio.sleep(max(0.0, began + due - time.perf_counter()))
+                tasks.append(asyncio.create_task(send(request)))
             outcomes = await asyncio.gather(*tasks)
             return report(outcomes, time.perf_counter() - began)
 
@@ -189,17 +247,16 @@ def _session(target: Target) -> aiohttp.ClientSession:
 
 
 def _sender(
-    session: aiohttp.ClientSession, target: Target, new_tokens: int, stream: bool
-) -> Callable[[str], Coroutine[None, None, Outcome]]:
-    """Make a function that sends a prompt and returns the outcome, without raising."""
+    session: aiohttp.ClientSession, target: Target, stream: bool
+) -> Callable[[Request], Coroutine[None, None, Outcome]]:
+    """Make a function that sends a request and returns the outcome, without raising."""
 
-    async def send(prompt: str) -> Outcome:
+    async def send(request: Request) -> Outcome:
         outcome = Outcome()
+        url = target.url if isinstance(request.content, str) else target.chat_url
         began = time.perf_counter()
         try:
-            async with session.post(
-                target.url, json=_body(target, prompt, new_tokens, stream)
-            ) as r:
+            async with session.post(url, json=_body(target, request, stream)) as r:
                 if r.status != 200:
                     await r.read()
                     outcome.error = f"status {r.status}"
@@ -210,19 +267,21 @@ def _sender(
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError) as error:
             outcome.error = type(error).__name__
         outcome.seconds = time.perf_counter() - began
-        if not outcome.error and outcome.tokens != new_tokens:
-            outcome.error = f"{outcome.tokens} tokens instead of {new_tokens}"
+        if not outcome.error and outcome.tokens != request.new_tokens:
+            outcome.error = f"{outcome.tokens} tokens instead of {request.new_tokens}"
         return outcome
 
     return send
 
 
-def _body(target: Target, prompt: str, new_tokens: int, stream: bool) -> dict:
+def _body(target: Target, request: Request, stream: bool) -> dict:
+    content, new_tokens = request.content, request.new_tokens
     fixed = {"temperature": 0, "ignore_eos": True, "stream": stream}
     if not target.model:
         parameters = {"max_new_tokens": new_tokens, "return_full_text": False} | fixed
-        return {"instances": [prompt], "parameters": parameters} | dict(target.extra)
-    body = {"model": target.model, "prompt": prompt, "max_tokens": new_tokens} | fixed
+        return {"instances": [content], "parameters": parameters} | dict(target.extra)
+    kind = "prompt" if isinstance(content, str) else "messages"
+    body = {"model": target.model, kind: content, "max_tokens": new_tokens} | fixed
     options = {"stream_options": {"include_usage": True}} if stream else {}
     return body | options | dict(target.extra)
 
@@ -239,11 +298,14 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, began
         event = parse_event(line)
         if event is None:
             continue
-        text = event.get("text") or any(c.get("text") for c in event.get("choices") or [])
+        choice = next(iter(event.get("choices") or []), event)
+        text = choice.get("text") or choice.get("delta", {}).get("content") or ""
         if text and outcome.first_token is None:
             outcome.first_token = time.perf_counter() - began
-        if event.get("usage"):
-            outcome.tokens = event["usage"]["completion_tokens"]
+        outcome.text += text
+        if usage := event.get("usage"):
+            outcome.tokens = usage["completion_tokens"]
+            outcome.prompt_tokens = usage["prompt_tokens"]
         elif "completion_tokens" in event:
             outcome.tokens += event["completion_tokens"]
 

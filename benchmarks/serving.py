@@ -1,11 +1,12 @@
-"""The comparison: every system alone on the machine, through HTTP, in alternated rounds.
+"""Ways to serve one shape of traffic: every system alone on the machine, in alternated rounds.
 
     python -m benchmarks.serving                          # all, three rounds, 40 minutes
     python -m benchmarks.serving "ours int8" "direct int8" --rounds 1
 
-SmolLM2-135M-Instruct, greedy, 128 new tokens, distinct prompts of 30 to 60 tokens; closed loop at
-1, 8 and 32 clients, then streams at 1 and 8. A round starts each system, warms it up, measures and
-stops it. A system that is not installed is listed with the reason instead of measurements.
+`benchmarks.compare` compares the fastest systems on all shapes. SmolLM2-135M-Instruct, greedy, 128
+new tokens, distinct prompts of 30 to 60 tokens; closed loop at 1, 8 and 32 clients, then streams at
+1 and 8. A round starts each system, warms it up, measures and stops it. A system that is not
+installed is listed with the reason instead of measurements.
 """
 
 import sys

@@ -1,6 +1,7 @@
 """The systems that are compared, and how to start each, alone on the machine.
 
 All serve SmolLM2-135M-Instruct; the precision in which they hold it is part of the comparison.
+`SYSTEMS` are those of `benchmarks.serving`, `SHAPED` those of `benchmarks.compare`.
 """
 
 import os
@@ -33,6 +34,8 @@ Command = list[str | Path]
 StartServer = Callable[[], AbstractContextManager[tuple[Target, int]]]
 StartEngine = Callable[[], AbstractContextManager[tuple[Engine, int]]]
 """Start a system; provide where to send requests, and the id of its first process."""
+StartShaped = Callable[[int, int], AbstractContextManager[tuple[Target, int]]]
+"""The same for a number of sequences and a context of each."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class System:
     def missing(self) -> str | None:
         """Say why it cannot be measured here, if so."""
         if self.peer and not peers.installed(self.peer):
-            return f"{peers.version_of(self.peer)} is not installed (python -m benchmarks.peers)"
+            return f"{peers.version_of(self.peer)} is not installed (make bench-peers)"
         return None
 
 
@@ -72,7 +75,7 @@ def _direct(precision: str) -> StartEngine:
     return start
 
 
-def _ours(**engine: str | dict[str, str]) -> StartServer:
+def _ours(**engine: str | dict[str, object]) -> StartServer:
     """Serve our handler with TorchServe."""
 
     @contextmanager
@@ -99,7 +102,9 @@ def _baseline(name: str, **config: str | int) -> StartServer:
     return start
 
 
-def _vllm() -> StartServer:
+def _vllm(*, preload: bool = False) -> StartServer:
+    """Serve with vLLM's own server; `preload` puts in the libraries that its log asks for."""
+
     @contextmanager
     def start() -> Iterator[tuple[Target, int]]:
         module = "vllm.entrypoints.openai.api_server"
@@ -108,25 +113,42 @@ def _vllm() -> StartServer:
         command += ["--host", "127.0.0.1", "--port", str(PORT)]
         settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": _cores()}
         offline = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        if preload:
+            settings["LD_PRELOAD"] = ":".join(map(str, peers.vllm_libraries()))
         with _process("vllm", command, settings | offline) as pid:
-            yield Target(f"http://127.0.0.1:{PORT}/v1/completions", "m"), pid
+            yield _openai("m"), pid
 
     return start
 
 
-def _llama(quantization: str) -> StartServer:
+def _llama(quantization: str, options: Command) -> StartServer:
     @contextmanager
     def start() -> Iterator[tuple[Target, int]]:
         command: Command = [peers.llama_binary("llama-server")]
         command += ["-m", peers.gguf(quantization)]
         command += ["--host", "127.0.0.1", "--port", str(PORT), "--no-ui"]
-        command += ["--threads", str(os.cpu_count()), "--parallel", "32"]
-        command += ["--ctx-size", str(32 * 512), "--no-cache-prompt", "--cache-ram", "0"]
+        command += ["--threads", str(os.cpu_count()), *options]
         with _process("llama.cpp", command, {}) as pid:
-            url = f"http://127.0.0.1:{PORT}/v1/completions"
-            yield Target(url, "m", keep_alive=False), pid
+            yield _openai("m", keep_alive=False), pid
 
     return start
+
+
+def _slots(quantization: str, *options: str) -> StartShaped:
+    """Start llama-server with a slot for each client, each with the context of the clients'."""
+
+    def start(slots: int, context: int) -> AbstractContextManager[tuple[Target, int]]:
+        size = ["--parallel", str(slots), "--ctx-size", str(slots * context)]
+        return _llama(quantization, [*size, *options])()
+
+    return start
+
+
+def _openai(model: str, *, keep_alive: bool = True) -> Target:
+    """Address a server of OpenAI's API on PORT."""
+    base = f"http://127.0.0.1:{PORT}/v1"
+    url, chat_url = f"{base}/completions", f"{base}/chat/completions"
+    return Target(url, model, keep_alive=keep_alive, chat_url=chat_url)
 
 
 def _cores() -> str:
@@ -169,6 +191,9 @@ def _healthy() -> bool:
         return False
 
 
+LLAMA_32: Command = ["--parallel", "32", "--ctx-size", str(32 * 512)]
+LLAMA_32 += ["--no-cache-prompt", "--cache-ram", "0"]
+
 OURS_INT8 = _ours(name="openvino")
 DIRECT_INT8 = _direct("int8")
 
@@ -195,6 +220,92 @@ SYSTEMS = {
     "direct int8": System("the engine of `ours int8`, in-process", DIRECT_INT8, streams=False),
     "direct int4": System("the engine of `ours int4`, in-process", _direct("int4"), streams=False),
     "vllm": System("vLLM on the CPU, bfloat16", _vllm(), peer="vllm"),
-    "llama.cpp Q8_0": System("llama-server, Q8_0", _llama("Q8_0"), peer="llama.cpp"),
-    "llama.cpp Q4_0": System("llama-server, Q4_0", _llama("Q4_0"), peer="llama.cpp"),
+    "llama.cpp Q8_0": System(
+        "llama-server, Q8_0, 32 slots", _llama("Q8_0", LLAMA_32), peer="llama.cpp"
+    ),
+    "llama.cpp Q4_0": System(
+        "llama-server, Q4_0, 32 slots", _llama("Q4_0", LLAMA_32), peer="llama.cpp"
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """One column of the comparison by shape. All are reached through OpenAI's API.
+
+    `start` takes how many sequences the server should hold at once and the context of each.
+    `by_slots`: whether it has to start anew for another number; the others start once.
+    """
+
+    what: str
+    start: StartShaped
+    peer: str = ""
+    by_slots: bool = False
+
+    def missing(self) -> str | None:
+        """Say why it cannot be measured here, if so."""
+        if self.peer and not peers.installed(self.peer):
+            return f"{peers.version_of(self.peer)} is not installed (make bench-peers)"
+        return None
+
+
+def _ours_shaped(**engine: str | dict[str, object]) -> StartShaped:
+    @contextmanager
+    def start(slots: int, context: int) -> Iterator[tuple[Target, int]]:
+        with _ours(name="openvino", **engine)() as (_, pid):
+            yield _openai(APP), pid
+
+    return start
+
+
+def _once(start_server: StartServer) -> StartShaped:
+    """Start a server that needs no number of sequences."""
+    return lambda slots, context: start_server()
+
+
+SHAPED = {
+    "ours int8": Shaped("our handler, engine openvino, int8, as shipped", _ours_shaped()),
+    "vllm": Shaped(
+        "vLLM on the CPU, bfloat16, its defaults (prefix caching on), preloaded: "
+        + (", ".join(path.name for path in peers.vllm_libraries()) or "nothing"),
+        _once(_vllm(preload=True)),
+        peer="vllm",
+    ),
+    "llama.cpp Q8_0": Shaped(
+        "llama-server, Q8_0, as many slots as clients, its defaults (prompt cache on)",
+        _slots("Q8_0"),
+        peer="llama.cpp",
+        by_slots=True,
+    ),
+}
+"""The columns of the comparison by shape: each system with the settings that were best for it."""
+
+VARIANTS = {
+    "ours int8, no prefix cache": Shaped(
+        "our handler without prefix caching",
+        _ours_shaped(openvino={"prefix_caching": False}),
+    ),
+    "vllm, nothing preloaded": Shaped(
+        "vLLM as it is installed",
+        _once(_vllm()),
+        peer="vllm",
+    ),
+    "llama.cpp Q8_0, unified KV": Shaped(
+        "llama-server, as many slots as clients, one cache for all of them",
+        _slots("Q8_0", "--kv-unified"),
+        peer="llama.cpp",
+        by_slots=True,
+    ),
+    "llama.cpp Q8_0, its slots": Shaped(
+        "llama-server with its own number of slots",
+        _once(_llama("Q8_0", ["--ctx-size", "8192"])),
+        peer="llama.cpp",
+    ),
+    "llama.cpp Q8_0, no prompt cache": Shaped(
+        "llama-server, as many slots as clients, without its prompt cache",
+        _slots("Q8_0", "--no-cache-prompt", "--cache-ram", "0"),
+        peer="llama.cpp",
+        by_slots=True,
+    ),
+}
+"""Other settings of the same systems, measured to choose those of SHAPED (LOG.md)."""

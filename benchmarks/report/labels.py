@@ -15,6 +15,8 @@ SYSTEMS = {
     "baseline": "baseline handler",
 }
 """Name of a system in results/serving.json -> its name for readers."""
+SHAPED = {name: SYSTEMS[name] for name in ("ours int8", "vllm", "llama.cpp Q8_0")}
+"""The systems of results/shapes.json."""
 
 
 def singular(name: str) -> str:

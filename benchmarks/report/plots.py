@@ -14,7 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.record import RESULTS, read
-from benchmarks.report.labels import SYSTEMS, spaced
+from benchmarks.report import shapes as by_shape
+from benchmarks.report.labels import SHAPED, SYSTEMS, singular, spaced
 from deploy.common import cli
 
 BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -328,12 +329,57 @@ def _doubling(axes: Axes, values: tuple[int, ...]) -> None:
     axes.yaxis.set_major_formatter("{x:g} x")
 
 
+def shapes(record: dict) -> Figure:
+    """Throughput of `ours int8` divided by each peer's, and time to first token, by shape.
+
+    Each ratio is the median of those within a round, each bar their spread.
+    """
+    loads = list(record["measurements"]["loads"])
+    rows = {load: row for row, load in enumerate(loads)}
+    made, (rate, first) = panels(2, width=7.6, height=1.3 + 0.27 * len(loads))
+    for other, offset in ((by_shape.VLLM, -0.12), (by_shape.LLAMA, 0.12)):
+        color, line = LOOKS[other]
+        for load, row in rows.items():
+            if values := by_shape.ratios(record, other, load, by_shape.RATE):
+                middle = statistics.median(values)
+                spread = [[middle - min(values)], [max(values) - middle]]
+                rate.errorbar(
+                    middle, row + offset, xerr=spread, fmt=line[0], color=color, capsize=2
+                )
+    for system in SHAPED:
+        color, line = LOOKS[system]
+        points = [
+            (1000 * found["median"], rows[load])
+            for load in loads
+            if (found := by_shape.measured(record, system, load, by_shape.FIRST_TOKEN))
+        ]
+        if points:
+            first.plot(*zip(*points, strict=True), line[0], color=color, label=SHAPED[system])
+    rate.axvline(1, color=GREY)
+    rate.set_xscale("log", base=2)
+    rate.xaxis.set_major_formatter("{x:g} x")
+    rate.set(xlabel="of this handler, relative to each peer")
+    rate.set_title("Tokens per second: right of 1, we are faster", fontsize=9)
+    first.set(xscale="log", xlabel="ms, median")
+    first.xaxis.set_major_formatter("{x:,g}")
+    first.set_title("Time to first token: left is better", fontsize=9)
+    for axes in (rate, first):
+        axes.set_ylim(len(loads) - 0.5, -0.5)
+        axes.grid(axis="x")
+        axes.grid(axis="y", visible=False)
+    rate.set_yticks(range(len(loads)), [singular(load) for load in loads])
+    first.set_yticks(range(len(loads)), [])
+    made.legend(*first.get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=8)
+    return made
+
+
 FIGURES: dict[str, Callable[[dict], Figure]] = {
     "serving": serving,
     "offload": offload,
     "soak": soak,
     "latency": latency,
     "roofline": roofline,
+    "shapes": shapes,
 }
 SOURCES = {"latency": "serving"}
 """Figures whose result file has another name."""

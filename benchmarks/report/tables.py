@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Callable
 
 from benchmarks.record import read
+from benchmarks.report import shapes
 from benchmarks.report.labels import SYSTEMS, singular, spaced
 
 
@@ -264,8 +265,14 @@ TABLES = {
     "soak": soak,
     "startup": startup,
     "aims": aims,
+    "shapes": shapes.throughput,
+    "shapes-first-token": shapes.first_token,
+    "shapes-described": shapes.described,
+    "shapes-missed": shapes.missed,
 }
-SOURCES = {"aims": "serving"}
+SOURCES = {"aims": "serving"} | dict.fromkeys(
+    ("shapes-first-token", "shapes-described", "shapes-missed"), "shapes"
+)
 """Tables whose result file has another name."""
 
 

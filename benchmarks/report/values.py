@@ -1,7 +1,8 @@
 """Single numbers for sentences, computed from result files; `docs.generate` puts them in.
 
 A value is the number alone: its unit stands in the sentence. `experiments.X` is the value of X in
-`results/experiments.json`, which holds measurements that no program here repeats.
+`results/experiments.json`, which holds measurements that no program here repeats. `shapes.X` is
+computed by `benchmarks.report.shapes` from `results/shapes.json`.
 """
 
 import statistics
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmarks.record import read
+from benchmarks.report import shapes
 from deploy.common.paths import UserError
 
 SPEED = "tokens_per_second"
@@ -27,6 +29,8 @@ def value(name: str) -> str:
         experiments = read("experiments")["measurements"]
         if (key := name.removeprefix("experiments.")) in experiments:
             return str(experiments[key]["value"])
+    if name.startswith("shapes."):
+        return shapes.value(read("shapes"), name.removeprefix("shapes."))
     if name not in VALUES:
         raise UserError(
             f"there is no value {name!r} in benchmarks/report/values.py or, as `experiments.`, "
