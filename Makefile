@@ -40,6 +40,10 @@ lab chapters notebooks: export OMP_WAIT_POLICY = passive
         stop delete shell logs push image-report plan deploy test-vertex token undeploy cleanup \
         standin rehearse
 
+help: ## Show the targets
+	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
 setup: ## Install everything into .venv (TORCH=cuda for a GPU)
 	@$(PYTHON) tools/setup_env.py
 
