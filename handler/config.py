@@ -87,6 +87,17 @@ class TransformersConfig(_Strict):
     max_prefill_tokens: Annotated[int, Field(ge=1)]
 
 
+class VLLMConfig(_Strict):
+    """Settings of the `vllm` engine; `apps/defaults.yaml` says what each is for."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    gpu_memory: Annotated[float, Field(gt=0, lt=1)]
+    cache_gb: Annotated[int, Field(ge=1)]
+    prefix_caching: bool
+    max_num_batched_tokens: Annotated[int, Field(ge=1)]
+    enforce_eager: bool | None
+
+
 class EngineConfig(_Strict):
     """How the model is loaded and how many sequences it serves at once.
 
@@ -95,7 +106,7 @@ class EngineConfig(_Strict):
     `engine_config` makes one from a few settings.
     """
 
-    name: Literal["auto", "openvino", "transformers"]
+    name: Literal["auto", "openvino", "transformers", "vllm"]
     chosen: str = ""
     threads: Annotated[int, Field(ge=1)] | None = None
     max_context: Annotated[int, Field(ge=2)] | None = None
@@ -106,6 +117,7 @@ class EngineConfig(_Strict):
     self_check: bool
     openvino: OpenVINOConfig
     transformers: TransformersConfig
+    vllm: VLLMConfig
 
 
 _SECTIONS = {
@@ -320,7 +332,7 @@ def check_engine(settings: dict[str, Any], where: str) -> None:
         if section in settings and name in _SECTIONS and name != section:
             raise ConfigError(
                 f"{where}: app.engine.{section}: has no effect with name: {name}; remove this "
-                "section, or use name: auto, which allows the sections of both engines"
+                "section, or use name: auto, which allows the sections of all engines"
             )
 
 

@@ -35,6 +35,13 @@ DOLLY = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+VLLM = {
+    "LLAMA": LLAMA | {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "MISTRAL": MISTRAL | {"num_attention_heads": 2, "num_key_value_heads": 1},
+    "GPT2": GPT2 | {"n_head": 2},
+    "DOLLY": DOLLY | {"num_attention_heads": 3},
+}
+"""The same with heads of 32 values: vLLM's kernels for a CPU have none of 16 or 24."""
 DOLLY_SPECIAL = ["### End", "### Instruction:", "### Response:\n"]
 
 

@@ -44,7 +44,7 @@ _NO_LENGTH = 1_000_000
 TICK_SECONDS = 15
 """What a tick may take with a small model; usually it takes a tenth of a second."""
 
-TICK_SECONDS_PER_GB = {"openvino": 20, "transformers": 40}
+TICK_SECONDS_PER_GB = {"openvino": 20, "transformers": 40, "vllm": 40}
 """The longest part of a tick is prefill. On two slow cores, at 50 GFLOP/s, openvino's 128 tokens
 take 5 s for each GB of int8 weights. With transformers, the 2,048 tokens of dolly-v2-3b take 20 s
 for each GB of float32 weights and 40 s for 16-bit weights. Reading layers from a slow disk takes
@@ -145,7 +145,7 @@ def prepare(
             print(f"{error}; using the transformers engine instead", flush=True)
             settings = settings.model_copy(update={"name": "transformers", "chosen": str(error)})
             config["app"]["engine"].update(name="transformers", chosen=str(error))
-    if settings.name == "transformers":
+    if settings.name != "openvino":
         place(with_tokenizer(weight_files(weights), tokenizer), target / WEIGHTS)
     try:
         ModelFolder(target / WEIGHTS).end_tokens(settings.stop_tokens)

@@ -11,6 +11,7 @@ import builtins
 import secrets
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
@@ -222,6 +223,15 @@ def create_engine(weights: Path, config: "EngineConfig") -> Engine:
         from handler.engine.transformers_engine import TransformersEngine
 
         return TransformersEngine(weights, config)
+    if config.name == "vllm":
+        if find_spec("vllm") is None:
+            raise ValueError(
+                "app.engine.name: vllm is not installed in this environment; install it with make "
+                "setup ENGINE=vllm, or use openvino or transformers"
+            )
+        from handler.engine.vllm_engine import VLLMEngine
+
+        return VLLMEngine(weights, config)
     raise ValueError(
-        f"app.engine.name: {config.name!r} is not an engine; use openvino or transformers"
+        f"app.engine.name: {config.name!r} is not an engine; use openvino, transformers or vllm"
     )

@@ -1,6 +1,7 @@
 """JSON schemas that completions must fulfill: checked before anything runs, and as masks of tokens.
 
-The library llguidance checks a schema for both engines, and computes the masks of `transformers`.
+The library llguidance checks a schema for all engines. It computes the masks of `transformers`, and
+inside vLLM those of `vllm`.
 GenAI has xgrammar inside for `openvino`. It ignores keywords that it does not know, and an error in
 it ends the pipeline, so `for_xgrammar` lets only schemas through that it is known to fulfill.
 """
@@ -78,6 +79,11 @@ class Grammar:
     def add(self, token: int) -> None:
         """Add the token that was chosen."""
         self._matcher.consume_token(token)
+
+    @property
+    def accepting(self) -> bool:
+        """Whether the completion fulfills the schema, so that it may end here."""
+        return self._matcher.is_accepting() and not self._matcher.is_error()
 
     @property
     def complete(self) -> bool:
@@ -187,6 +193,11 @@ _COUNTS = re.compile(r"(?<!\\)\{(?:\d+,)?(\d+)")
 _MOST = 128
 """Characters that lengths and counts in patterns may add up to. Each takes xgrammar about 10 ms of
 a core for 49,000 tokens, in which no other sequence advances; GenAI remembers the result."""
+
+
+def for_guidance(schema: str) -> str:
+    """Return a checked schema for vLLM, whose library takes our options from the schema itself."""
+    return json.dumps(_read(schema) | {"x-guidance": {"whitespace_flexible": True} | _OPTIONS})
 
 
 def for_xgrammar(schema: str) -> str:

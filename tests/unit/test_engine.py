@@ -1,4 +1,4 @@
-"""Both engines on tiny models of several architectures, without a server."""
+"""All engines on tiny models of several architectures, without a server."""
 
 import functools
 import json
@@ -6,7 +6,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import openvino_genai as genai
 import psutil
 import pytest
 import torch
@@ -15,10 +14,11 @@ from hypothesis import strategies as st
 
 from deploy.archive.export import export
 from handler.config import engine_config, load_app
-from handler.engine import PromptError, Sampling, create_engine, openvino_engine
+from handler.engine import PromptError, Sampling, create_engine
 from handler.engine.sampling import Sampler
 from handler.request import parse_body
 from tests import tiny
+from tests.engines import ENGINES, load_engine, need, tiny_weights
 
 pytestmark = pytest.mark.slow
 
@@ -48,16 +48,10 @@ def make_engine(tmp_path_factory):
     cache = tmp_path_factory.mktemp("export")
 
     @functools.cache
-    def weights(name: str):
-        return tiny.random_model(tmp_path_factory.mktemp("m") / name, getattr(tiny, name))
-
-    @functools.cache
     def make(kind: str, name: str):
-        config = engine_config(name=kind, max_batch=8, openvino={"precision": "fp16"})
-        folder = weights(name)
-        engine = create_engine(
-            export(folder, config, cache) if kind == "openvino" else folder, config
-        )
+        need(kind)
+        weights = tiny_weights(kind, name, tmp_path_factory.mktemp("m") / name)
+        engine = load_engine(kind, weights, cache, max_batch=8)
         engine.end_tokens = set()  # random weights must not end a text by chance
         return engine
 
@@ -66,9 +60,10 @@ def make_engine(tmp_path_factory):
 
 TRANSFORMERS = [("transformers", name) for name in ("LLAMA", "GPT2", "DOLLY", "MISTRAL")]
 OPENVINO = [("openvino", name) for name in ("LLAMA", "GPT2", "DOLLY")]
+VLLM = [("vllm", name) for name in ("LLAMA", "GPT2", "DOLLY", "MISTRAL")]
 
 
-@pytest.fixture(params=[*TRANSFORMERS, *OPENVINO], ids="-".join)
+@pytest.fixture(params=[*TRANSFORMERS, *OPENVINO, *VLLM], ids="-".join)
 def engine(request, make_engine):
     """Each engine on each architecture."""
     return make_engine(*request.param)
@@ -156,7 +151,7 @@ EXTREMES = {
 """Values that `request.Parameters` allows, its bounds first."""
 
 
-@pytest.mark.parametrize("kind", ["transformers", "openvino"])
+@pytest.mark.parametrize("kind", ENGINES)
 @settings(max_examples=60, deadline=None)
 @given(values=st.fixed_dictionaries(EXTREMES))
 def test_every_allowed_sampling_value_gives_a_completion(make_engine, kind, values):
@@ -277,6 +272,9 @@ def test_rejects_empty_and_too_long_prompts(engine):
 )
 def small_cache_engine(request, tiny_llama, tmp_path_factory):
     """An engine whose KV cache is 5 blocks of 32 tokens; the model's context is 256."""
+    need("openvino")
+    from handler.engine import openvino_engine
+
     scheduler = openvino_engine._scheduler
 
     def small(*arguments):
@@ -296,6 +294,7 @@ def small_cache_engine(request, tiny_llama, tmp_path_factory):
 
 def test_model_without_an_end_token_generates_up_to_the_limit(tmp_path: Path):
     """Without stop tokens, OpenVINO GenAI uses the token -1, and every request fails."""
+    need("openvino")
     weights = tiny.random_model(tmp_path / "no-end", tiny.LLAMA)
     for name, field in (("config.json", "eos_token_id"), ("tokenizer_config.json", "eos_token")):
         content = json.loads((weights / name).read_text()) | {field: None}
@@ -421,20 +420,20 @@ def test_new_sequences_do_not_starve_running_ones(engine):
     assert "running" in finished
 
 
-@pytest.fixture(scope="module", params=["transformers", "openvino"])
+@pytest.fixture(scope="module", params=ENGINES)
 def small_steps(request, tmp_path_factory):
     """An engine whose forward pass has 16 prompt tokens, so that 200 are many steps."""
-    weights = tiny.random_model(tmp_path_factory.mktemp("m") / "small-steps", tiny.LLAMA)
-    settings = {"precision": "fp16", "max_num_batched_tokens": 16, "prefix_caching": True}
-    config = engine_config(
-        name=request.param,
+    kind = request.param
+    need(kind)
+    engine = load_engine(
+        kind,
+        tiny_weights(kind, "LLAMA", tmp_path_factory.mktemp("m") / "small-steps"),
+        tmp_path_factory.mktemp("export"),
         max_batch=8,
-        openvino=settings,
+        openvino={"max_num_batched_tokens": 16, "prefix_caching": True},
         transformers={"max_prefill_tokens": 16},
+        vllm={"max_num_batched_tokens": 16},
     )
-    if request.param == "openvino":
-        weights = export(weights, config, tmp_path_factory.mktemp("export"))
-    engine = create_engine(weights, config)
     engine.end_tokens = set()
     return engine
 
@@ -518,9 +517,11 @@ def test_clients_that_left_in_their_prefill_delay_nobody(small_steps):
 
 def run_uncached(engine, prompt: str, sampling: Sampling) -> list[str]:
     """Run a prompt in an engine of the same weights that has no prefix cache."""
-    name = "openvino" if type(engine).__name__ == "OpenVINOEngine" else "transformers"
-    config = engine_config(name=name, openvino={"precision": "fp16", "prefix_caching": False})
-    other = create_engine(engine.folder._path, config)
+    kinds = {"OpenVINOEngine": "openvino", "VLLMEngine": "vllm"}
+    kind = kinds.get(type(engine).__name__, "transformers")
+    sections = {"openvino": {"precision": "fp16"}, "vllm": {"dtype": "float32"}}
+    section = {kind: sections[kind] | {"prefix_caching": False}} if kind in sections else {}
+    other = create_engine(engine.folder._path, engine_config(name=kind, **section))
     other.end_tokens = set()
     return run(other, [prompt], sampling)[0]
 
@@ -604,11 +605,13 @@ def test_smollm2_in_a_batch_and_alone(smollm2: Path):
 @pytest.fixture(scope="module")
 def quantized(smollm2: Path) -> Path:
     """SmolLM2 as the archive of a CPU holds it."""
+    need("openvino")
     return export(smollm2, engine_config(name="openvino"))
 
 
 def test_settings_reach_openvino(tiny_llama, monkeypatch):
     """Each has a value that is not the default."""
+    genai = need("openvino")
     seen = {}
 
     def stop_here(weights, tokenizer, scheduler, device, **properties):
@@ -647,6 +650,7 @@ def test_threads_reach_torch(tiny_llama):
 
 def test_rejects_cache_larger_than_the_memory(tiny_llama):
     """Rejected where the model is loaded, since an archive may be made on a smaller machine."""
+    need("openvino")
     memory = psutil.virtual_memory().total + psutil.swap_memory().total
     too_much = memory // 2**30 + 1
     message = rf"app\.engine\.openvino\.cache_gb: {too_much} does not fit .*: .*\(the KV cache\)"
@@ -680,6 +684,7 @@ def test_batch_is_exact_without_dynamic_quantization(quantized: Path):
 
 def test_prompt_lookup_keeps_the_text(tiny_llama: Path, tmp_path: Path):
     """Greedy texts that repeat themselves are the same; sampled ones have the right length."""
+    need("openvino")
     exact = {"precision": "fp16", "dynamic_quantization": 0}
     config = engine_config(name="openvino", openvino=exact)
     folder = export(tiny_llama, config, tmp_path)

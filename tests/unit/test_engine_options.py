@@ -1,4 +1,4 @@
-"""Penalties, log-probabilities, JSON schemas and load of both engines, without a server."""
+"""Penalties, log-probabilities, JSON schemas and load of all engines, without a server."""
 
 import functools
 import json
@@ -7,30 +7,21 @@ from pathlib import Path
 
 import jsonschema
 import numpy as np
-import openvino
-import openvino_genai as genai
 import pytest
 import torch
 
-from deploy.archive.export import export
-from handler.config import engine_config
-from handler.engine import Engine, ParameterError, Progress, Sampling, create_engine
+from handler.engine import Engine, ParameterError, Progress, Sampling
 from handler.engine.folder import ModelFolder
-from tests import tiny
+from tests.engines import ENGINES, load_engine, need, tiny_weights
 
 pytestmark = pytest.mark.slow
 
-ENGINES = ["transformers", "openvino"]
 EXACT = {"dynamic_quantization": 0}
 PROMPT = "The quick brown fox"
 
 
-def load(kind: str, weights: Path, cache: Path | None = None, **openvino_settings) -> Engine:
-    settings = EXACT | openvino_settings
-    config = engine_config(name=kind, openvino=settings, self_check=False)
-    if kind == "openvino":
-        weights = export(weights, config, cache) if cache else export(weights, config)
-    return create_engine(weights, config)
+def load(kind: str, weights: Path, cache: Path | None = None) -> Engine:
+    return load_engine(kind, weights, cache, openvino=EXACT, self_check=False)
 
 
 def run(engine: Engine, jobs: list[tuple[str, Sampling]], stream: bool = False) -> list[Progress]:
@@ -50,19 +41,22 @@ def run(engine: Engine, jobs: list[tuple[str, Sampling]], stream: bool = False) 
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return tiny.random_model(tmp_path_factory.mktemp("m") / "LLAMA", tiny.LLAMA)
+def make_weights(tmp_path_factory):
+    """Tiny weights that an engine can serve."""
+    return functools.cache(
+        lambda kind: tiny_weights(kind, "LLAMA", tmp_path_factory.mktemp("m") / "LLAMA")
+    )
 
 
 @pytest.fixture(scope="module")
-def make_engine(weights, tmp_path_factory):
+def make_engine(make_weights, tmp_path_factory):
     cache = tmp_path_factory.mktemp("export")
-    return functools.cache(lambda kind: load(kind, weights, cache, precision="fp16"))
+    return functools.cache(lambda kind: load(kind, make_weights(kind), cache))
 
 
 @pytest.fixture(scope="module")
 def make_smollm2(smollm2):
-    return functools.cache(lambda kind: load(kind, smollm2, precision="fp16"))
+    return functools.cache(lambda kind: load(kind, smollm2))
 
 
 @pytest.fixture(params=ENGINES)
@@ -92,8 +86,9 @@ def penalized(weights: Path, ids: list[int], tokens: int, sampling: Sampling) ->
 
 
 @pytest.mark.parametrize(("presence", "frequency"), [(0.5, 0), (0, 0.3), (-0.4, 0.2), (0, -2)])
-def test_penalties_follow_openais_definition(make_engine, weights, presence, frequency):
-    engine = make_engine("transformers")
+@pytest.mark.parametrize("kind", ["transformers", "vllm"])
+def test_penalties_follow_openais_definition(make_engine, make_weights, kind, presence, frequency):
+    engine, weights = make_engine(kind), make_weights(kind)
     sampling = Sampling(30, presence_penalty=presence, frequency_penalty=frequency, ignore_eos=True)
     expected = penalized(weights, engine.folder.encode(PROMPT), 30, sampling)
     assert run(engine, [(PROMPT, sampling), ("x", Sampling(5))])[0].token_ids == expected
@@ -108,8 +103,12 @@ def test_openvino_rejects_penalties_that_genai_computes_wrongly(make_engine, nam
     assert not engine.unfinished
 
 
-def test_genai_still_raises_negative_logits_with_a_penalty(make_engine, weights):
+def test_genai_still_raises_negative_logits_with_a_penalty(make_engine, make_weights):
     """When this fails, GenAI is fixed, and the openvino engine can have the penalties."""
+    genai = need("openvino")
+    import openvino
+
+    weights = make_weights("openvino")
     engine = make_engine("openvino")
     ids = engine.folder.encode(PROMPT)
     config = genai.GenerationConfig()
@@ -157,8 +156,9 @@ def test_bytes_of_a_part_of_a_character_are_reported(smollm2):
     assert b"".join(entry.bytes for entry in entries) == "🦩".encode()
 
 
-def test_likeliest_tokens_are_sorted_and_hold_the_greedy_one(make_smollm2):
-    (one,) = run(make_smollm2("transformers"), [(CAPITAL, Sampling(5, logprobs=3))], stream=True)
+@pytest.mark.parametrize("kind", ["transformers", "vllm"])
+def test_likeliest_tokens_are_sorted_and_hold_the_greedy_one(make_smollm2, kind):
+    (one,) = run(make_smollm2(kind), [(CAPITAL, Sampling(5, logprobs=3))], stream=True)
     for entry in one.logprobs:
         assert len(entry.top) == 3
         assert entry.top[0][:3] == entry[:3]
@@ -254,7 +254,7 @@ def test_40_requests_with_schemas_beside_40_without(engine):
     check_schemas(engine, 10, PROMPT, 200)
 
 
-@pytest.mark.parametrize(("kind", "each"), [("openvino", 10), ("transformers", 1)])
+@pytest.mark.parametrize(("kind", "each"), [("openvino", 10), ("transformers", 1), ("vllm", 1)])
 def test_requests_with_schemas_to_a_real_model(make_smollm2, kind, each):
     """With `transformers`, 40 of them take minutes in 32 bits."""
     check_schemas(make_smollm2(kind), each, "Describe a place as JSON:", 400)
@@ -315,10 +315,10 @@ def test_bad_schema_is_rejected_before_anything_runs(engine):
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_model_whose_tokens_are_unknown_is_served_without_schemas(
-    kind, weights, tmp_path, monkeypatch
+    kind, make_weights, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(ModelFolder, "token_reader", lambda *_: None)
-    engine = load(kind, weights, tmp_path, precision="fp16")
+    engine = load(kind, make_weights(kind), tmp_path)
     (one,) = run(engine, [(PROMPT, Sampling(5, logprobs=0, ignore_eos=True))])
     assert len(one.logprobs) == 5
     assert one.logprobs[0].bytes is None

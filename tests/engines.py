@@ -1,0 +1,45 @@
+"""Engines on tiny models, for tests that run with each engine that is installed here."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.archive.export import export
+from handler.config import engine_config
+from handler.engine import Engine, create_engine
+from tests import tiny
+
+LIBRARIES = {"transformers": "transformers", "openvino": "openvino_genai", "vllm": "vllm"}
+ENGINES = list(LIBRARIES)
+
+
+def need(kind: str) -> Any:
+    """Return an engine's library; skip the test if this environment does not have it."""
+    reason = f"the engine {kind} is not installed in this environment"
+    return pytest.importorskip(LIBRARIES[kind], reason=reason)
+
+
+def tiny_weights(kind: str, name: str, folder: Path) -> Path:
+    """Write a tiny model that an engine can serve."""
+    architecture = tiny.VLLM[name] if kind == "vllm" else getattr(tiny, name)
+    return tiny.random_model(folder, architecture)
+
+
+def load_engine(kind: str, weights: Path, cache: Path | None = None, **settings: Any) -> Engine:
+    """Load an engine that computes in the precision of tests: exact, if it can be.
+
+    Args:
+        kind: the engine.
+        weights: a folder in Hugging Face layout.
+        cache: where exports go, if not to the usual place.
+        settings: fields of `app.engine`.
+    """
+    need(kind)
+    sections = {"openvino": {"precision": "fp16"}, "vllm": {"dtype": "float32"}}
+    for section, fields in sections.items():
+        settings[section] = fields | settings.get(section, {})
+    config = engine_config(name=kind, **settings)
+    if kind == "openvino":
+        weights = export(weights, config, cache) if cache else export(weights, config)
+    return create_engine(weights, config)
