@@ -12,12 +12,13 @@ from tests import tiny
 
 LIBRARIES = {"transformers": "transformers", "openvino": "openvino_genai", "vllm": "vllm"}
 ENGINES = list(LIBRARIES)
+NO_VLLM = "vLLM is not installed: make setup ENGINE=vllm"
 
 
 def need(kind: str) -> Any:
     """Return an engine's library; skip the test if this environment does not have it."""
-    reason = f"the engine {kind} is not installed in this environment"
-    return pytest.importorskip(LIBRARIES[kind], reason=reason)
+    other = f"the engine {kind} is not installed in this environment"
+    return pytest.importorskip(LIBRARIES[kind], reason=NO_VLLM if kind == "vllm" else other)
 
 
 def tiny_weights(kind: str, name: str, folder: Path) -> Path:
