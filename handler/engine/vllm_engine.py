@@ -79,7 +79,7 @@ class _Request:
     parameters: SamplingParams
     grammar: Grammar | None
     request_id: str = ""
-    """vLLM's own; empty before it has the sequence."""
+    """A number, with which vLLM reports on the sequence; empty before it has it."""
 
 
 class VLLMEngine:
@@ -107,9 +107,10 @@ class VLLMEngine:
         """Of all sequences that wait or run."""
         self._running: dict[Hashable, Sequence] = {}
         self._keys: dict[str, Hashable] = {}
-        """Of the running sequences, by vLLM's request id."""
+        """Of the running sequences, by request id."""
         self._ended: list[Sequence] = []
         """Ended before vLLM had them; not reported yet."""
+        self._submitted = 0
         self._cached_prompt_tokens = 0
         self._alive = True
         self._precision = str(settings.model_config.dtype).removeprefix("torch.")
@@ -240,9 +241,10 @@ class VLLMEngine:
         sequence.start()
         request = self._requests[sequence.key]
         prompt = tokens_input(sequence.token_ids)
+        self._submitted += 1
+        request.request_id = str(self._submitted)
         try:
-            # vLLM adds letters to the id, so one key may be used again at once.
-            request.request_id = self._engine.add_request("request", prompt, request.parameters)
+            self._engine.add_request(request.request_id, prompt, request.parameters)
         except Exception:  # only this sequence is lost
             logger.exception("vLLM rejected a sequence")
             sequence.end("error")
@@ -255,7 +257,7 @@ class VLLMEngine:
         """Let vLLM drop a sequence."""
         request_id = self._requests[key].request_id
         if self._keys.pop(request_id, None) is not None:
-            self._engine.abort_request([request_id], internal=True)
+            self._engine.abort_request([request_id])
 
     def _read(self, output: RequestOutput) -> None:
         """Read the new tokens of a sequence."""
