@@ -424,8 +424,9 @@ def _generation(
 def properties(config: EngineConfig) -> dict[str, str | int]:
     """Return OpenVINO's settings for the model."""
     chosen: dict[str, str | int] = {
-        # On processors with bfloat16 OpenVINO computes in it by default. That is not faster here,
-        # and SmolLM2 then answers wrongly what the capital of France is; see LOG.md.
+        # On processors with bfloat16 OpenVINO computes in it by default. An early export answered
+        # wrongly with it. Today's does not, and long prompts are faster, but only SmolLM2 was
+        # checked; see LOG.md.
         "INFERENCE_PRECISION_HINT": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": config.openvino.dynamic_quantization,
     }
