@@ -25,7 +25,7 @@ from benchmarks.systems import SHAPED, VARIANTS, Shaped
 from deploy.common import cli
 from deploy.common.paths import UserError
 
-ROUND_MINUTES = {"ours int8": 3, "vllm": 4.5, "llama.cpp Q8_0": 4.5}
+ROUND_MINUTES = {"ours int8": 2.5, "vllm": 3.5, "llama.cpp Q8_0": 5.0}
 """What a round of all loads takes on two cores, for the estimate."""
 
 ALL = SHAPED | VARIANTS

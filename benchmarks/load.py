@@ -55,6 +55,12 @@ class Target:
     chat_url: str = ""
 
 
+def openai_target(base_url: str, model: str, *, keep_alive: bool = True) -> Target:
+    """Address both routes of OpenAI's API below a base URL that ends with `/v1`."""
+    url, chat_url = f"{base_url}/completions", f"{base_url}/chat/completions"
+    return Target(url, model, keep_alive=keep_alive, chat_url=chat_url)
+
+
 Messages = list[dict[str, str]]
 
 
@@ -305,7 +311,7 @@ async def _read_stream(response: aiohttp.ClientResponse, outcome: Outcome, began
         outcome.text += text
         if usage := event.get("usage"):
             outcome.tokens = usage["completion_tokens"]
-            outcome.prompt_tokens = usage["prompt_tokens"]
+            outcome.prompt_tokens = usage.get("prompt_tokens", 0)
         elif "completion_tokens" in event:
             outcome.tokens += event["completion_tokens"]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks import peers
-from benchmarks.load import Target
+from benchmarks.load import Target, openai_target
 from deploy.archive.build import build_archive, model_config
 from deploy.archive.export import export
 from deploy.archive.pack import pack
@@ -28,6 +28,7 @@ from handler.engine import Engine, create_engine
 
 APP = "smollm2-135m"
 PORT = 7300
+BASE_URL = f"http://127.0.0.1:{PORT}/v1"
 STORE = BUILD / "bench"
 
 Command = list[str | Path]
@@ -116,7 +117,7 @@ def _vllm(*, preload: bool = False) -> StartServer:
         if preload:
             settings["LD_PRELOAD"] = ":".join(map(str, peers.vllm_libraries()))
         with _process("vllm", command, settings | offline) as pid:
-            yield _openai("m"), pid
+            yield openai_target(BASE_URL, "m"), pid
 
     return start
 
@@ -129,7 +130,7 @@ def _llama(quantization: str, options: Command) -> StartServer:
         command += ["--host", "127.0.0.1", "--port", str(PORT), "--no-ui"]
         command += ["--threads", str(os.cpu_count()), *options]
         with _process("llama.cpp", command, {}) as pid:
-            yield _openai("m", keep_alive=False), pid
+            yield openai_target(BASE_URL, "m", keep_alive=False), pid
 
     return start
 
@@ -142,13 +143,6 @@ def _slots(quantization: str, *options: str) -> StartShaped:
         return _llama(quantization, [*size, *options])()
 
     return start
-
-
-def _openai(model: str, *, keep_alive: bool = True) -> Target:
-    """Address a server of OpenAI's API on PORT."""
-    base = f"http://127.0.0.1:{PORT}/v1"
-    url, chat_url = f"{base}/completions", f"{base}/chat/completions"
-    return Target(url, model, keep_alive=keep_alive, chat_url=chat_url)
 
 
 def _cores() -> str:
@@ -253,7 +247,7 @@ def _ours_shaped(**engine: str | dict[str, object]) -> StartShaped:
     @contextmanager
     def start(slots: int, context: int) -> Iterator[tuple[Target, int]]:
         with _ours(name="openvino", **engine)() as (_, pid):
-            yield _openai(APP), pid
+            yield openai_target(BASE_URL, APP), pid
 
     return start
 

@@ -5,8 +5,9 @@ import asyncio
 import pytest
 from tqdm import tqdm
 
+from benchmarks import shapes
 from benchmarks.faults import Victim, reset_connections
-from benchmarks.load import Target, closed_loop, open_loop
+from benchmarks.load import Target, closed_loop, open_loop, openai_target, run_clients
 from benchmarks.soak import Soak
 
 pytestmark = pytest.mark.served
@@ -26,6 +27,23 @@ def test_closed_loop_measures_throughput(smollm2_server, stream: bool):
 def test_open_loop_sends_every_request(smollm2_server):
     made = open_loop(Target(smollm2_server.url), rate=50, requests=10, **COMMON)
     assert made.errors == {} and made.requests == 10
+
+
+def test_prompts_and_conversations_reach_the_server_with_their_tokens(smollm2_server):
+    """The counts are the server's; a chat's second request contains its own completion."""
+    target = openai_target(smollm2_server.openai_url, smollm2_server.name)
+    draw = shapes._draw("served")
+    made = run_clients(target, [shapes.prompts(draw, 36, 2, 6) for _ in range(2)])
+    assert made.errors == {} and made.prompt_tokens == 36
+    first, both = (
+        run_clients(target, [shapes.conversation(shapes._draw("chat"), "Be brief.", turns, 6)])
+        for turns in (1, 2)
+    )
+    assert first.errors == both.errors == {} and both.requests == 2
+    second = 2 * both.prompt_tokens - first.prompt_tokens
+    question = shapes.QUESTION_WORDS + shapes._NUMBER
+    assert second > first.prompt_tokens + question, "the completion is in the history"
+    assert made.first_token_p50 is not None and both.first_token_p50 is not None
 
 
 def test_rejected_requests_are_counted(smollm2_server):
