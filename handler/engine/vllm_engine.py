@@ -27,7 +27,15 @@ import torch
 from llguidance import LLTokenizer
 
 from handler.config import EngineConfig
-from handler.engine import EngineLoad, Messages, ParameterError, Progress, Sampling, Tools
+from handler.engine import (
+    EngineLoad,
+    FinishReason,
+    Messages,
+    ParameterError,
+    Progress,
+    Sampling,
+    Tools,
+)
 from handler.engine.folder import ModelFolder
 from handler.engine.json_schema import Grammar, for_guidance, read_schema
 from handler.engine.loading import load_model
@@ -333,7 +341,7 @@ class VLLMEngine:
         return f"{passed} ({note})" if note else passed
 
 
-_REASONS = {"stop": "stop", "length": "length"}
+_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 
 def _parameters(sampling: Sampling, sequence: Sequence) -> SamplingParams:
