@@ -23,6 +23,7 @@ from handler.config import EngineConfig, OpenVINOConfig
 from handler.engine import EngineLoad, Messages, ParameterError, Progress, Sampling, Tools
 from handler.engine.folder import ModelFolder
 from handler.engine.json_schema import for_xgrammar, read_schema, tokens_for_xgrammar
+from handler.engine.partial_blocks import PartialBlocks
 from handler.engine.positions import context
 from handler.engine.self_check import RECORD, Record, check_record
 from handler.engine.sequence import Sequence, new_sequence
@@ -71,6 +72,13 @@ class _Running:
         return not self.sequence.completion_tokens and not self.sequence.finish_reason
 
     @property
+    def may_share(self) -> bool:
+        """Whether the last block of its prompt is not its own yet. It is after the second token."""
+        return (
+            len(self.sequence.token_ids) < self.sequence.prompt_tokens + 2 and not self.part_is_done
+        )
+
+    @property
     def is_part(self) -> bool:
         """Whether the request has only a part of the prompt."""
         return self.end < self.sequence.prompt_tokens
@@ -117,6 +125,8 @@ class OpenVINOEngine:
         self._submitted = 0
         self._alive = True
         self.cache_tokens = self._warm_up()
+        # A block can end up to 32 texts before another takes it, so each token may be an end.
+        self._partial_blocks = PartialBlocks(_BLOCK_TOKENS, self.cache_tokens)
         _check_memory(settings)
         wanted, cut = context(self.folder.config, config.max_context)
         self.max_context = min(wanted, self.cache_tokens - self._lookup)
@@ -187,7 +197,7 @@ class OpenVINOEngine:
         self._generations.pop(key, None)
         self._ended = [sequence for sequence in self._ended if sequence.key != key]
         if key in self._running:
-            self._stop(self._running.pop(key))
+            self._stop(self._remove(key))
 
     def alive(self) -> bool:
         return self._alive
@@ -217,19 +227,38 @@ class OpenVINOEngine:
         """Add waiting sequences to the pipeline, until their prompts fill its next step."""
         for long in [running for running in self._running.values() if running.part_is_done]:
             self._let_shorter_in(long.sequence)
-            self._add(long.sequence, long.generation, begin=long.end)
+            if self._is_ready(long.sequence, begin=long.end):
+                self._add(long.sequence, long.generation, begin=long.end)
         while self._prefill_tokens() < self._step_tokens:
-            sequence = self._waiting.take(self._room(), idle=not self._running)
+            idle = not self._running and not self._dropped
+            sequence = self._waiting.take(self._room(), idle=idle, ready=self._is_ready)
             if not sequence:
                 return
             self._add(sequence, self._generations.pop(sequence.key))
+
+    def _is_ready(self, sequence: Sequence, begin: int = 0) -> bool:
+        """Return whether the next part of its prompt can be prefilled beside what is prefilled now.
+
+        See `handler.engine.partial_blocks`.
+        """
+        if not self._prefix_caching:
+            return True
+        tokens = sequence.token_ids[: self._part_end(sequence, begin)]
+        others = [*self._dropped, *(r for r in self._running.values() if r.may_share)]
+        texts = [_in_cache(r.sequence) for r in self._running.values() if not r.in_prefill]
+        return not any(
+            self._partial_blocks.clash(tokens, other.sequence.token_ids[: other.end], texts)
+            for other in others
+        )
 
     def _let_shorter_in(self, long: Sequence) -> None:
         """Let short prompts, as many as fill a step, go before the next part of a long one."""
         longest = min(long.prompt_tokens // SHARE, self._step_tokens)
         added = 0
         while added < self._step_tokens:
-            short = self._waiting.take(self._room(), idle=False, longest=longest)
+            short = self._waiting.take(
+                self._room(), idle=False, longest=longest, ready=self._is_ready
+            )
             if not short:
                 return
             self._add(short, self._generations.pop(short.key))
@@ -266,7 +295,8 @@ class OpenVINOEngine:
 
     def _room(self) -> int:
         """Return the tokens that the cache can hold beside the longest text of what runs."""
-        return self.cache_tokens - sum(r.sequence.room for r in self._running.values())
+        held = sum(r.sequence.room for r in self._running.values())
+        return self.cache_tokens - held - sum(r.end + 1 for r in self._dropped)
 
     def _add(self, sequence: Sequence, generation: genai.GenerationConfig, begin: int = 0) -> None:
         """Add a sequence to the pipeline, behind all others, or the next part of its prompt."""
@@ -285,6 +315,8 @@ class OpenVINOEngine:
             self._ended.append(sequence)
             return
         self._running[sequence.key] = _Running(sequence, generation, handle, begin, end)
+        if self._prefix_caching:
+            self._partial_blocks.add(sequence.token_ids[:end])
 
     def _read(self) -> None:
         """Read the new tokens of every sequence from the pipeline."""
@@ -321,9 +353,17 @@ class OpenVINOEngine:
         for progress in out:
             if progress.finish_reason:
                 self._generations.pop(progress.key, None)
-                self._running.pop(progress.key, None)
+                if progress.key in self._running:
+                    self._remove(progress.key)
         self._ended = []
         return out
+
+    def _remove(self, key: Hashable) -> _Running:
+        """Take out a sequence that has ended. Its text stays in the prefix cache."""
+        running = self._running.pop(key)
+        if self._prefix_caching and running.sequence.completion_tokens:
+            self._partial_blocks.add(_in_cache(running.sequence))
+        return running
 
     def _self_check(self, record: Path) -> str:
         """Repeat the check that was recorded after the export; return the result for the log."""
@@ -367,6 +407,11 @@ class OpenVINOEngine:
             self._pipeline.step()
             percent = max(percent, self._pipeline.get_metrics().cache_usage)
         return round(100 / percent) * _BLOCK_TOKENS
+
+
+def _in_cache(sequence: Sequence) -> list[int]:
+    """Return the tokens of a sequence that generates whose keys and values are in the cache."""
+    return sequence.token_ids[:-1]
 
 
 def _check(sampling: Sampling) -> None:

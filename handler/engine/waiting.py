@@ -15,7 +15,7 @@ short prompts would keep it waiting until its deadline.
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from handler.engine.sequence import Sequence
 
@@ -59,14 +59,22 @@ class Waiting:
         sequences, self._sequences, self._passed = self._sequences, [], 0
         return sequences
 
-    def take(self, room: float, *, idle: bool, longest: float = math.inf) -> Sequence | None:
-        """Take out the sequence that is next; None if none fits.
+    def take(
+        self,
+        room: float,
+        *,
+        idle: bool,
+        longest: float = math.inf,
+        ready: Callable[[Sequence], bool] = lambda _: True,
+    ) -> Sequence | None:
+        """Take out the sequence that is next; None if none fits, or if the next is not ready.
 
         Args:
             room: tokens that the cache can still hold.
             idle: nothing runs, so the oldest may take all the room that it needs.
             longest: take no longer prompt than this. If the engine has a reason to limit the
                 length, the next is the shortest, and the turns do not change.
+            ready: says whether a sequence may start now. If not, it stays the next one.
         """
         if not self._sequences:
             return None
@@ -75,7 +83,7 @@ class Waiting:
         overdue = lacks_room and self._passed >= oldest.room * SHARE
         admitted = idle or (overdue and oldest.room <= room)
         if lacks_room and admitted and oldest.prompt_tokens <= longest:
-            return self.remove(oldest.key)
+            return self.remove(oldest.key) if ready(oldest) else None
         if overdue:
             return None
         allowed = min(room, oldest.room) if lacks_room else room
@@ -89,6 +97,8 @@ class Waiting:
             chosen = min(fitting, key=lambda s: s.prompt_tokens)
         else:
             chosen = fitting[0]
+        if not ready(chosen):
+            return None
         if not limited:
             self._shortest_next = not self._shortest_next
         if lacks_room:
