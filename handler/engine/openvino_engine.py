@@ -245,11 +245,17 @@ class OpenVINOEngine:
             return True
         tokens = sequence.token_ids[: self._part_end(sequence, begin)]
         others = [*self._dropped, *(r for r in self._running.values() if r.may_share)]
-        texts = [_in_cache(r.sequence) for r in self._running.values() if not r.in_prefill]
+        texts = self._texts()
         return not any(
             self._partial_blocks.clash(tokens, other.sequence.token_ids[: other.end], texts)
             for other in others
         )
+
+    def _texts(self) -> list[list[int]]:
+        """Return what the cache has of the sequences that generate."""
+        return [
+            _in_cache(r.sequence) for r in self._running.values() if r.sequence.completion_tokens
+        ]
 
     def _let_shorter_in(self, long: Sequence) -> None:
         """Let short prompts, as many as fill a step, go before the next part of a long one."""
@@ -316,6 +322,9 @@ class OpenVINOEngine:
             return
         self._running[sequence.key] = _Running(sequence, generation, handle, begin, end)
         if self._prefix_caching:
+            for text in self._texts():  # it keeps the block of a text that is being generated
+                if sequence.token_ids[: len(text)] == text:
+                    self._partial_blocks.add(text)
             self._partial_blocks.add(sequence.token_ids[:end])
 
     def _read(self) -> None:
