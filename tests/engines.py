@@ -12,6 +12,9 @@ from tests import tiny
 
 LIBRARIES = {"transformers": "transformers", "openvino": "openvino_genai", "vllm": "vllm"}
 ENGINES = list(LIBRARIES)
+_kept: list[Engine] = []
+"""vLLM's engines. One that is collected ends what all engines of the process share."""
+
 NO_VLLM = "vLLM is not installed: make setup ENGINE=vllm"
 
 
@@ -43,4 +46,7 @@ def load_engine(kind: str, weights: Path, cache: Path | None = None, **settings:
     config = engine_config(name=kind, **settings)
     if kind == "openvino":
         weights = export(weights, config, cache) if cache else export(weights, config)
-    return create_engine(weights, config)
+    engine = create_engine(weights, config)
+    if kind == "vllm":
+        _kept.append(engine)
+    return engine
