@@ -111,7 +111,7 @@ class OpenVINOEngine:
             weights, self._vocabulary(), _scheduler(config, model), "CPU", **options
         )
         self._step_tokens = settings.max_num_batched_tokens
-        self._prefix_caching = settings.prefix_caching
+        self._prefix_caching = _caches_prefixes(settings)
         self._waiting = Waiting()
         self._generations: dict[Hashable, genai.GenerationConfig] = {}
         """Of the waiting sequences."""
@@ -494,6 +494,15 @@ def _speculation(config: OpenVINOConfig) -> dict[str, bool]:
     return {"prompt_lookup": True} if config.prompt_lookup else {}
 
 
+def _caches_prefixes(settings: OpenVINOConfig) -> bool:
+    """Return whether the pipeline has a prefix cache: not together with prompt lookup.
+
+    GenAI 2026.4.1 keeps the hash of a block that was filled with guessed tokens when they turn out
+    wrong. A later prompt with these tokens would get the block, whose keys and values are others.
+    """
+    return settings.prefix_caching and not settings.prompt_lookup
+
+
 def _check_memory(settings: OpenVINOConfig, **sizes: int) -> None:
     """Make sure that the KV cache fits into memory when it is full.
 
@@ -516,5 +525,5 @@ def _scheduler(config: EngineConfig, model: int = 0) -> genai.SchedulerConfig:
     scheduler.max_num_seqs = config.max_batch
     scheduler.max_num_batched_tokens = settings.max_num_batched_tokens
     scheduler.dynamic_split_fuse = True  # a long prompt is prefilled in pieces, beside decoding
-    scheduler.enable_prefix_caching = settings.prefix_caching
+    scheduler.enable_prefix_caching = _caches_prefixes(settings)
     return scheduler

@@ -158,6 +158,22 @@ def test_texts_after_stop_strings_seeds_and_schemas(caching: Engine, reference: 
         assert run_all(caching, requests) == wanted
 
 
+def test_wrong_guesses_of_prompt_lookup_stay_out_of_the_cache(weights: Path, reference: Engine):
+    """GenAI's cache keeps the hash of a block with guessed tokens, so it is off with lookup."""
+    engine, rng, tried = make(weights, prompt_lookup=4), random.Random(1), 0
+    while tried < 20:
+        prompt = "".join(rng.choices([chr(code) for code in range(33, 127)], k=30))
+        first, second = map(
+            reference.folder.decode, ([t] for t in run(reference, [prompt], Sampling(2))[0][0])
+        )
+        if first not in prompt[:-1] or prompt[prompt.index(first) + 1] == second:
+            continue
+        tried += 1
+        assert run(engine, [prompt]) == run(reference, [prompt])
+        guessed = prompt + first + prompt[prompt.index(first) + 1] + "xy"
+        assert run(engine, [guessed]) == run(reference, [guessed])
+
+
 def test_sequences_that_end_at_the_end_of_the_context(caching: Engine, reference: Engine):
     limit = caching.max_context
     prompts = [letters(limit - rest, 6) for rest in (1, 2, 31, 32, 33)]
