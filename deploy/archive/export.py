@@ -13,18 +13,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
-from deploy.archive.support import unsupported
+from deploy.archive.support import unsupported, unsupported_by_vllm
 from deploy.common.locks import one_at_a_time
 from deploy.common.paths import BUILD, ROOT, UserError, link_or_copy, shown
 from deploy.weights.folder import TEXT_FILES, choose_files, weight_files
 from handler.config import EngineConfig
+from tools.setup_env import vllm_python
 
 EXPORTS = BUILD / "export"
 EXPORTED = "openvino_model.xml"
@@ -35,7 +36,7 @@ _EXPORT_MEMORY = 2.4
 NAMED = "the configuration names it"
 """The reason for an engine that was not chosen but named."""
 
-OTHER_ENGINE = "serve it with the other engine: ENGINE=transformers"
+OTHER_ENGINE = "serve it with another engine: ENGINE=transformers"
 
 _NAME = 40
 """Letters of a model's name in the names of our folders. A letter has up to four bytes, and a file
@@ -50,29 +51,60 @@ _TRACE = Path(__file__).with_name("trace.py")
 _COMPRESS = Path(__file__).with_name("compress.py")
 
 
-def choose_engine(config: EngineConfig, weights: Path, cache: Path = EXPORTS) -> tuple[str, str]:
+def has_gpu() -> bool:
+    """Whether torch can use a GPU of this machine."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def has_vllm() -> bool:
+    """Whether the engine vllm is installed with CUDA."""
+    return vllm_python("cuda") is not None
+
+
+def choose_engine(
+    config: EngineConfig,
+    weights: Path,
+    cache: Path = EXPORTS,
+    *,
+    gpu: Callable[[], bool] = has_gpu,
+    vllm: Callable[[], bool] = has_vllm,
+) -> tuple[str, str]:
     """Return the engine for `name: auto`, and the reason.
 
-    `openvino` on a CPU if it is installed, serves the model correctly, and the export fits into
-    memory; `transformers` on a GPU, with `max_memory`, and in all other cases.
+    On a GPU `vllm` if it is installed and knows the model. `openvino` on a CPU if it is installed,
+    serves the model correctly, and the export fits into memory. `transformers` with `max_memory`,
+    and in all other cases.
+
+    Args:
+        config: the engine's settings.
+        weights: the model's folder.
+        cache: where exports are.
+        gpu: whether the machine that will serve has a GPU.
+        vllm: whether the machine that will serve has vLLM with CUDA.
 
     Raises:
-        UserError: the configuration names `openvino`, which does not serve this model correctly.
+        UserError: the configuration names an engine that does not serve this model.
     """
     if config.name != "auto":
         if config.name == "openvino" and (why := unsupported(weights, config.max_context)):
             raise UserError(f"{shown(weights)}: {why}; {OTHER_ENGINE}")
+        if config.name == "vllm" and (why := unsupported_by_vllm(weights)):
+            raise UserError(f"{shown(weights)}: {why}; {OTHER_ENGINE}")
         return config.name, NAMED
     if config.transformers.max_memory:
         return "transformers", "max_memory needs it"
+    if gpu():
+        if not vllm():
+            return "transformers", "there is a GPU, and vLLM is not installed"
+        if why := unsupported_by_vllm(weights):
+            return "transformers", why
+        return "vllm", "there is a GPU"
     if importlib.util.find_spec("openvino_genai") is None:
         return "transformers", "OpenVINO is not installed"
     if why := unsupported(weights, config.max_context):
         return "transformers", why
-    import torch
-
-    if torch.cuda.is_available():
-        return "transformers", "there is a GPU"
     needed = _EXPORT_MEMORY * sum(path.stat().st_size for path in weight_files(weights))
     free = psutil.virtual_memory().available
     if needed > free and not _exported_file(weights, config, cache).is_file():

@@ -1,9 +1,12 @@
-"""Which models the `openvino` engine serves correctly, by config.json alone.
+"""Which models the engines `openvino` and `vllm` serve, by config.json alone.
 
 OpenVINO GenAI replaces a model's attention with its paged attention, and can lose what it does not
 recognize, without any error. So the engine serves only the model types that `tests/families`
 compares with transformers. After an update of the libraries, those tests also show which entries
 can change. The tables hold for optimum-intel 2.2, openvino-genai 2026.4 and transformers 5.5.
+
+vLLM rejects a model that it does not know, so for it the table is its own list of architectures, as
+model types. A test compares it with vLLM 0.32.0 where that is installed.
 """
 
 from pathlib import Path
@@ -33,6 +36,33 @@ LEFT_OUT = {
     ),
 }
 """Types that optimum-intel exports, and why they are not served."""
+
+VLLM = frozenset(
+    {
+        *("afmoe", "apertus", "arcee", "bloom", "code_llama", "cohere", "cohere2", "cwm"),
+        *("dbrx", "deepseek_v2", "deepseek_v3", "ernie4_5", "ernie4_5_moe", "exaone4"),
+        *("exaone_moe", "falcon", "falcon_h1", "falcon_mamba", "flex_olmo", "gemma", "gemma2"),
+        *("gemma3_text", "gemma3n_text", "gemma4_text", "glm", "glm4", "glm4_moe"),
+        *("glm4_moe_lite", "glm_moe_dsa", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox"),
+        *("gpt_oss", "gptj", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared"),
+        *("hunyuan_v1_dense", "hunyuan_v1_moe", "jais2", "jamba", "lfm2", "lfm2_moe", "llama"),
+        *("llama4", "llama4_text", "longcat_flash", "mamba", "mamba2", "minimax_m2"),
+        *("ministral3", "mistral", "mixtral", "nemotron", "nemotron_h", "olmo", "olmo2"),
+        *("olmo3", "olmo_hybrid", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3"),
+        *("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe"),
+        *("qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma"),
+        *("zamba2"),
+    }
+)
+"""Types whose architecture vLLM lists for generating text."""
+
+
+def unsupported_by_vllm(weights: Path) -> str | None:
+    """Return why the `vllm` engine cannot serve a model; None if it can, as far as we know."""
+    kind = read_object(weights / "config.json").get("model_type")
+    if kind in VLLM:
+        return None
+    return f"the vllm engine does not serve model_type {kind}: vLLM does not list it"
 
 
 def unsupported(weights: Path, max_context: int | None) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from deploy.archive.build import prepare
 from deploy.archive.export import EXPORTED
 from deploy.common.paths import BUILD, ROOT, link_or_copy
+from handler.config import app_yaml
 from tools.setup_env import pip_sources
 
 CONTEXT = BUILD / "image"
@@ -23,8 +24,10 @@ def prepare_context(app: str, weights: Path, target: str | None = None) -> str:
         target: a target of the Dockerfile. None chooses the smallest that has the app's engine.
     """
     shutil.rmtree(CONTEXT / "prepared", ignore_errors=True)
-    engine = {"name": "transformers"} if target == "gpu" else None
-    prepared = prepare(app, weights, CONTEXT / "prepared" / app, engine=engine)
+    gpu = target == "gpu"
+    named = app_yaml(app, local=True)["app"]["engine"]["name"]
+    engine = {"name": "auto"} if gpu and named == "openvino" else None  # that image lacks it
+    prepared = prepare(app, weights, CONTEXT / "prepared" / app, engine=engine, gpu_image=gpu)
     collect_wheels(CONTEXT / "wheels")
     if target is None:
         target = "cpu-lean" if (prepared / "weights" / EXPORTED).is_file() else "cpu"

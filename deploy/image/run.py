@@ -25,6 +25,11 @@ HARDENED = [
 ]
 
 
+def hardened(*, gpu: bool) -> list[str]:
+    """Return `HARDENED`; for the image `gpu`, with a /tmp from which it loads compiled kernels."""
+    return [f"{o}:exec" if gpu and o == "/tmp" else o for o in HARDENED]  # noqa: S108
+
+
 def log_options(program: str) -> list[str]:
     """Return options that keep a container's log from filling the disk: 20 MB at most.
 
@@ -70,10 +75,11 @@ def run_container(
     program, name, image = container_runtime(), container_name(app), image_name(app, tag)
     labels = labels_of(inspect_image(app, tag))
     runtime_output(program, "rm", "--force", name)
-    options = [*HARDENED, *log_options(program), "--stop-timeout", str(STOP_SECONDS)]
+    gpu = labels.get(TARGET_LABEL) == "gpu"
+    options = [*hardened(gpu=gpu), *log_options(program), "--stop-timeout", str(STOP_SECONDS)]
     options += ["--publish", f"127.0.0.1:{port}:{(environment or {}).get('AIP_HTTP_PORT', PORT)}"]
     options += ["--memory", memory] if memory else []
-    options += ["--gpus", "all"] if labels.get(TARGET_LABEL) == "gpu" else []
+    options += ["--gpus", "all"] if gpu else []
     if labels.get(WEIGHTS_LABEL) == "none" and store:
         archive = archive_path(app, DIRECTORY, store)
         if not archive.exists():

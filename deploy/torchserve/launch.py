@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -35,7 +36,7 @@ _PASSED = re.compile(
     r"|PYTHON\w+|VIRTUAL_ENV|CONDA_PREFIX"
     # Threads and devices of the engines.
     r"|(OMP|GOMP|KMP|MKL|OPENBLAS|ONEDNN|DNNL|OV|OPENVINO|CUDA|NVIDIA|NCCL|TORCH|PYTORCH)_\w+"
-    r"|(TRITON|TORCHINDUCTOR|TOKENIZERS)_\w+"
+    r"|(TRITON|TORCHINDUCTOR|TOKENIZERS|VLLM|FLASHINFER)_\w+"
 )
 _SECRET = re.compile(
     r"TOKEN(?!IZER)|SECRET|PASSW|CREDENTIAL|APIKEY|(^|_)(KEYS?|AUTH|PASS|PAT)(_|$)", re.IGNORECASE
@@ -50,6 +51,7 @@ def java_command(
     store: Path,
     archive: str,
     temporary: Path,
+    python: Path | str = sys.executable,
     log: Path | None = None,
 ) -> list[str]:
     """Return Java and its arguments.
@@ -64,6 +66,7 @@ def java_command(
         store: the model store.
         archive: the archive's name in the store; without `.mar` it is the model's name.
         temporary: an empty folder for Java's temporary files.
+        python: the interpreter of the workers.
         log: a file for the log, which rotates. None is stdout.
     """
     spec = importlib.util.find_spec("ts")  # importing TorchServe's package would import torch
@@ -82,7 +85,7 @@ def java_command(
     if log:
         command += ["-Dserving.appender=FILE", f"-Dserving.log={log}"]
     command += ["-cp", classes, "serving.Frontend"]
-    command += ["--python", sys.executable, "-f", config, "-ncs"]
+    command += ["--python", python, "-f", config, "-ncs"]
     command += ["-s", store, "-m", f"{name}={archive}"]
     return [str(part) for part in command]
 
@@ -136,19 +139,47 @@ def max_request_size(archive: Path) -> int:
     Raises:
         ValueError: its model-config.yaml cannot be read.
     """
+    settings = app_settings(archive)
+    try:
+        limit = int(settings.get("limits", {}).get("max_body_bytes", FOREIGN_LIMIT))
+    except (AttributeError, ValueError, TypeError) as error:
+        raise ValueError(f"{archive}: {_CONFIG} cannot be read: {error!r}") from error
+    return limit + OVER_LIMIT
+
+
+def engine_name(archive: Path) -> str:
+    """Return the engine of an archive of our handler; "" for another handler.
+
+    Raises:
+        ValueError: its model-config.yaml cannot be read.
+    """
+    engine = app_settings(archive).get("engine")
+    return str(engine.get("name", "")) if isinstance(engine, dict) else ""
+
+
+def app_settings(archive: Path) -> dict[str, Any]:
+    """Return what stands under `app` in an archive's model-config.yaml.
+
+    Args:
+        archive: a folder, or a `.mar` file.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
     try:
         if archive.is_dir():
             text = (archive / _CONFIG).read_bytes()
         else:
             with zipfile.ZipFile(archive) as mar:
                 text = mar.read(_CONFIG)
-        app = yaml.safe_load(text).get("app", {})
-        limit = int(app.get("limits", {}).get("max_body_bytes", FOREIGN_LIMIT))
+        found = yaml.safe_load(text).get("app", {})
     except (OSError, KeyError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"{archive}: {_CONFIG} cannot be read: {error!r}") from error
     except (yaml.YAMLError, zipfile.BadZipFile) as error:
         raise ValueError(f"{archive}: {_CONFIG} cannot be read: {error}") from error
-    return limit + OVER_LIMIT
+    if not isinstance(found, dict):
+        raise ValueError(f"{archive}: {_CONFIG} cannot be read: app is no mapping")
+    return found
 
 
 def server_environment(variables: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from deploy.common.environments import worker_python
 from deploy.common.paths import BUILD, ROOT, UserError, shown
 from deploy.common.process_guard import BoundProcess, dismiss_guard, start_guard
 from deploy.common.waiting import wait_until
@@ -26,6 +27,7 @@ from deploy.torchserve.java import find_java
 from deploy.torchserve.launch import (
     CORS_ORIGIN,
     cors_settings,
+    engine_name,
     java_command,
     max_request_size,
     read_properties,
@@ -288,8 +290,21 @@ class Server:
             store=self.archive.parent.resolve(),
             archive=self.archive.name,
             temporary=temporary,
+            python=self.worker_python(),
             log=self.log.absolute(),
         )
+
+    def worker_python(self) -> Path:
+        """Return the interpreter of the workers, which depends on the archive's engine.
+
+        Raises:
+            ServerError: the archive cannot be read.
+            UserError: its engine is not installed.
+        """
+        try:
+            return worker_python(engine_name(self.archive))
+        except ValueError as error:
+            raise ServerError(str(error)) from error
 
     def _properties(self) -> dict[str, str]:
         """The container's config.properties, with this server's addresses."""

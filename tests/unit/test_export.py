@@ -16,9 +16,16 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from deploy.archive import build
-from deploy.archive.build import build_archive
+from deploy.archive.build import build_archive, model_config
 from deploy.archive.compress import compress
-from deploy.archive.export import EXPORTED, ExportError, choose_engine, export
+from deploy.archive.export import (
+    EXPORTED,
+    ExportError,
+    choose_engine,
+    export,
+    has_gpu,
+    has_vllm,
+)
 from deploy.archive.trace import trace
 from deploy.common.paths import UserError
 from handler.config import engine_config
@@ -27,6 +34,7 @@ from handler.engine.positions import context
 from handler.engine.self_check import SelfCheckError
 from tests import tiny
 from tests.families.models import write_family
+from tools.setup_env import vllm_python
 
 pytestmark = pytest.mark.slow
 
@@ -45,10 +53,46 @@ def test_choice_of_the_engine(monkeypatch: pytest.MonkeyPatch, tiny_llama: Path,
         "transformers",
         "max_memory needs it",
     )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose() == ("transformers", "there is a GPU")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     assert choose() == ("transformers", "OpenVINO is not installed")
+
+
+def test_choice_of_the_engine_on_a_gpu(tiny_llama: Path, tmp_path: Path):
+    def choose(weights: Path = tiny_llama, *, vllm: bool = True, **settings) -> tuple[str, str]:
+        return choose_engine(
+            engine_config(**settings), weights, tmp_path, gpu=lambda: True, vllm=lambda: vllm
+        )
+
+    assert choose() == ("vllm", "there is a GPU")
+    assert choose(vllm=False) == ("transformers", "there is a GPU, and vLLM is not installed")
+    assert choose(name="openvino")[0] == "openvino", "the configuration names it"
+    assert choose(transformers={"max_memory": {"cpu": "2GiB"}})[0] == "transformers"
+    unknown = broken_copy(tiny_llama, tmp_path)
+    assert choose(unknown) == (
+        "transformers",
+        "the vllm engine does not serve model_type nonsense: vLLM does not list it",
+    )
+    named = engine_config().model_copy(update={"name": "vllm"})
+    with pytest.raises(UserError, match=r"type nonsense: vLLM does not list it; .*=transformers"):
+        choose_engine(named, unknown, tmp_path)
+
+
+def test_vllm_is_not_chosen_without_a_gpu(tiny_llama: Path, tmp_path: Path):
+    name, _ = choose_engine(
+        engine_config(), tiny_llama, tmp_path, gpu=lambda: False, vllm=lambda: True
+    )
+    assert name == "openvino"
+
+
+def test_detection_is_that_of_the_machine():
+    assert has_gpu() == torch.cuda.is_available()
+    assert has_vllm() == (vllm_python("cuda") is not None)
+
+
+def test_image_for_gpus_has_vllm_on_any_machine(tiny_llama: Path):
+    """The machine that builds the image needs neither a GPU nor vLLM."""
+    _, settings = model_config("tiny", tiny_llama, gpu_image=True)
+    assert (settings.name, settings.chosen) == ("vllm", "there is a GPU")
 
 
 def test_chooses_transformers_if_the_export_does_not_fit_into_memory(

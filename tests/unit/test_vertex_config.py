@@ -377,3 +377,19 @@ def test_plan_names_the_quota_of_an_accelerator():
     gpu = {"accelerator_type": "NVIDIA_H100_80GB", "accelerator_count": 8}
     text = plan(load_settings(machine_type="a3-highgpu-8g", **gpu), "gpt2")
     assert "custom_model_serving_nvidia_h100_gpus in" in text
+
+
+def test_example_for_an_l4_is_accepted(tmp_path):
+    """The comment in vertex.yaml, put in place of the lines above it as it says."""
+    lines = CONFIG.read_text().splitlines()
+    at = lines.index("# machine_type: g2-standard-8")
+    end = lines.index("", at)
+    example = yaml.safe_load("\n".join(line.removeprefix("# ") for line in lines[at:end]))
+    settings = load_settings(file_with(tmp_path, **example))
+    assert settings.targets == {"target_requests_waiting": 8}
+    window = settings.startup_probe_failures * settings.startup_probe_period
+    assert window >= settings.deployment_timeout > load_settings().deployment_timeout
+    text = plan(settings, APP)
+    assert "1 to 2 x g2-standard-8 with 1 x NVIDIA_L4" in text
+    quota = "aiplatform.googleapis.com/custom_model_serving_nvidia_l4_gpus"
+    assert quota in text and any(quota in line for line in lines[:at])
