@@ -56,7 +56,7 @@ def quickstart(
     with server:
         print(f"ready after {time.monotonic() - began:.1f} s; POST {server.url}", flush=True)
         response = predict(server.url, SAMPLE_REQUEST)
-        server.stop(grace=0)  # nothing is in flight, and Java takes two seconds for a clean exit
+        server.stop(grace=0)  # nothing is in flight; a clean exit of Java takes a second more
     print(json.dumps(SAMPLE_REQUEST))
     print(json.dumps(response, indent=2, ensure_ascii=False))
 
