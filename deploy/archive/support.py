@@ -51,7 +51,7 @@ VLLM = frozenset(
         *("olmo3", "olmo_hybrid", "olmoe", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3"),
         *("qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_moe"),
         *("qwen3_next", "seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma"),
-        *("zamba2"),
+        "zamba2",
     }
 )
 """Types whose architecture vLLM lists for generating text."""
