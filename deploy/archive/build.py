@@ -223,8 +223,10 @@ def model_config(
     chosen = app.engine
     if chosen.max_context is None and positions(read_object(weights / "config.json")) is None:
         chosen = chosen.model_copy(update={"max_context": _usual_context(weights, where)})
-    there = {"gpu": lambda: True, "vllm": lambda: True} if gpu_image else {}
-    engine_name, why = choose_engine(chosen, weights, **there)
+    if gpu_image:
+        engine_name, why = choose_engine(chosen, weights, gpu=lambda: True, vllm=lambda: True)
+    else:
+        engine_name, why = choose_engine(chosen, weights)
     chosen = chosen.model_copy(update={"name": engine_name, "chosen": why})
     settings.update(name=chosen.name, chosen=why)
     if chosen.max_context:
