@@ -258,7 +258,7 @@ def test_app_with_weights_in_a_local_folder(model_folder: Path, tmp_path: Path, 
     ("arguments", "message"),
     [
         (["a b"], "APP=a b: use letters, digits and . _ - only"),
-        (["a", "--engine", "vllm"], "'vllm' is not one of 'openvino', 'transformers'"),
+        (["a", "--engine", "tgi"], "'tgi' is not one of 'openvino', 'transformers', 'vllm'"),
         (["a", "--format", "rar"], "'rar' is not one of 'no-archive', 'zip-store', 'default'"),
         (["a", "--port", "7080"], "No such option '--port'"),
     ],
