@@ -63,9 +63,10 @@ class OpenVINOConfig(_Strict):
 
     precision: Literal["int8", "int4", "fp16"]
     group_size: int = 64
-    cache_gb: Annotated[int, Field(ge=1)]
+    cache_gb: Annotated[int | float, Field(gt=0)]
     prefix_caching: bool
     max_num_batched_tokens: Annotated[int, Field(ge=1)]
+    inference_precision: Literal["f32", "bf16"]
     prompt_lookup: Annotated[int, Field(ge=0, le=20)]
     dynamic_quantization: Annotated[int, Field(ge=0)]
 
@@ -92,7 +93,7 @@ class VLLMConfig(_Strict):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     gpu_memory: Annotated[float, Field(gt=0, lt=1)]
-    cache_gb: Annotated[int, Field(ge=1)]
+    cache_gb: Annotated[int | float, Field(gt=0)]
     prefix_caching: bool
     max_num_batched_tokens: Annotated[int, Field(ge=1)]
     enforce_eager: bool | None

@@ -1,11 +1,14 @@
 """Engines on tiny models, for tests that run with each engine that is installed here."""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deploy.archive.export import export
+from deploy.common.paths import ROOT
 from handler.config import engine_config
 from handler.engine import Engine, create_engine
 from tests import tiny
@@ -26,8 +29,13 @@ def need(kind: str) -> Any:
 
 def tiny_weights(kind: str, name: str, folder: Path) -> Path:
     """Write a tiny model that an engine can serve."""
-    architecture = tiny.VLLM[name] if kind == "vllm" else getattr(tiny, name)
-    return tiny.random_model(folder, architecture)
+    if kind != "vllm":
+        return tiny.random_model(folder, getattr(tiny, name))
+    # In another process, because vLLM changes classes of transformers when it loads a model.
+    program = "import sys, pathlib; from tests import tiny; "
+    program += "tiny.random_model(pathlib.Path(sys.argv[1]), tiny.VLLM[sys.argv[2]])"
+    subprocess.run([sys.executable, "-c", program, folder, name], cwd=ROOT, check=True)
+    return folder
 
 
 def load_engine(kind: str, weights: Path, cache: Path | None = None, **settings: Any) -> Engine:

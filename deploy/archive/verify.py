@@ -111,7 +111,7 @@ def _check(weights: Path, traced: Path, folder: Path, config: EngineConfig) -> R
     precision = config.openvino.precision
     size = sum(path.stat().st_size for path in weight_files(weights))
     decode, found, note = _complete(folder, config, size)
-    settings = {"precision": "fp16", "dynamic_quantization": 0}
+    settings = {"precision": "fp16", "dynamic_quantization": 0, "inference_precision": "f32"}
     openvino = config.openvino.model_copy(update=settings)
     with temporary_folder() as graph:
         place([p for p in folder.iterdir() if p.name not in _GRAPH], graph)

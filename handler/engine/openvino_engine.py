@@ -108,7 +108,7 @@ class OpenVINOEngine:
         self.end_tokens = self.folder.end_tokens(config.stop_tokens)
         model = sum(path.stat().st_size for path in weights.glob("*.bin"))
         self._pipeline = genai.ContinuousBatchingPipeline(
-            weights, self._vocabulary(), _scheduler(config, model), "CPU", **options
+            weights, self._vocabulary(), _scheduler(config, weights, model), "CPU", **options
         )
         self._step_tokens = settings.max_num_batched_tokens
         self._prefix_caching = _caches_prefixes(settings)
@@ -478,10 +478,9 @@ def _generation(
 def properties(config: EngineConfig) -> dict[str, str | int]:
     """Return OpenVINO's settings for the model."""
     chosen: dict[str, str | int] = {
-        # On processors with bfloat16 OpenVINO computes in it by default. An early export answered
-        # wrongly with it. Today's does not, and long prompts are faster, but only SmolLM2 was
-        # checked; see LOG.md.
-        "INFERENCE_PRECISION_HINT": "f32",
+        # On processors with bfloat16 OpenVINO would choose it. An early export then answered
+        # wrongly; today's does not, but only SmolLM2 was checked. See LOG.md.
+        "INFERENCE_PRECISION_HINT": config.openvino.inference_precision,
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": config.openvino.dynamic_quantization,
     }
     if config.threads:
@@ -512,18 +511,33 @@ def _check_memory(settings: OpenVINOConfig, **sizes: int) -> None:
             reserved the cache but not used it.
     """
     parts = {f"the {name}": size for name, size in sizes.items()}
-    parts["the KV cache"] = settings.cache_gb * GIB
+    parts["the KV cache"] = int(settings.cache_gb * GIB)
     setting = f"app.engine.openvino.cache_gb: {settings.cache_gb}"
     check_memory(setting, parts, reserved=not sizes)
 
 
-def _scheduler(config: EngineConfig, model: int = 0) -> genai.SchedulerConfig:
+def _scheduler(config: EngineConfig, weights: Path, model: int = 0) -> genai.SchedulerConfig:
     settings = config.openvino
     _check_memory(settings, model=model)
     scheduler = genai.SchedulerConfig()
-    scheduler.cache_size = settings.cache_gb
+    if settings.cache_gb == int(settings.cache_gb):
+        scheduler.cache_size = int(settings.cache_gb)
+    else:
+        size = _token_bytes(weights) * _BLOCK_TOKENS
+        scheduler.num_kv_blocks = max(int(settings.cache_gb * GIB / size), 1)
     scheduler.max_num_seqs = config.max_batch
     scheduler.max_num_batched_tokens = settings.max_num_batched_tokens
     scheduler.dynamic_split_fuse = True  # a long prompt is prefilled in pieces, beside decoding
     scheduler.enable_prefix_caching = _caches_prefixes(settings)
     return scheduler
+
+
+def _token_bytes(weights: Path) -> int:
+    """Return the bytes that keys and values of one token take.
+
+    The exported model has a variable [sequences, heads, tokens, width] for the keys and one for the
+    values of each layer. The pipeline holds them in 16 bits.
+    """
+    model = openvino.Core().read_model(weights / "openvino_model.xml")
+    shapes = [variable.get_info().data_shape for variable in model.get_variables()]
+    return sum(2 * shape[1].get_length() * shape[3].get_length() for shape in shapes)

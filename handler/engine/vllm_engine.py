@@ -12,13 +12,12 @@ three quarters of a step, so short prompts are prefilled beside it.
 Not here: adapters (LoRA), several GPUs, draft models.
 """
 
-import gc
 import logging
 import math
 import os
 import time
 from collections.abc import Hashable, Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,14 +32,14 @@ from handler.engine import (
     Messages,
     ParameterError,
     Progress,
+    PromptError,
     Sampling,
     Tools,
 )
 from handler.engine.folder import ModelFolder
 from handler.engine.json_schema import Grammar, for_guidance, read_schema
-from handler.engine.loading import load_model
 from handler.engine.positions import context
-from handler.engine.reference import score
+from handler.engine.reference import gaps_elsewhere
 from handler.engine.self_check import SERVE_ANYWAY, SelfCheckError, compare, complete, prompts
 from handler.engine.sequence import Sequence, new_sequence
 from handler.engine.waiting import SHARE, Waiting
@@ -128,8 +127,9 @@ class VLLMEngine:
             + f", batch {config.max_batch}, KV cache for {self.cache_tokens} tokens, "
             f"context {self.max_context}{cut}"
         )
+        self._warm_up()
         if config.self_check:
-            self.description += f", {self._self_check(weights, config)}"
+            self.description += f", {self._self_check(weights)}"
 
     def submit(self, key: Hashable, prompt: str, sampling: Sampling, *, stream: bool) -> int:
         if (sampling.logprobs or 0) > _MOST_LOGPROBS:
@@ -308,7 +308,19 @@ class VLLMEngine:
         self._ended = []
         return out
 
-    def _self_check(self, weights: Path, config: EngineConfig) -> str:
+    def _warm_up(self) -> None:
+        """Run one short request with a schema, if the tokenizer allows them.
+
+        The first one builds two tables of the vocabulary, ours and vLLM's, which takes seconds.
+        """
+        if self._reader:
+            sampling = Sampling(max_new_tokens=1, json_schema="{}")
+            with suppress(PromptError, ParameterError):  # of tokenizers without such tokens
+                self.submit("warm-up", "{", sampling, stream=False)
+            while self.unfinished:
+                self.advance(1)
+
+    def _self_check(self, weights: Path) -> str:
         """Compare with the choices of the model in transformers; return the result for the log.
 
         Raises:
@@ -318,25 +330,29 @@ class VLLMEngine:
         if size > _REFERENCE_BYTES:
             return f"no self-check, because the weights have more than {_REFERENCE_BYTES / 1e9} GB"
         begin = time.monotonic()
-        exact = config.transformers.model_copy(update={"dtype": "float32", "device_map": None})
+        texts, note = prompts(
+            *(self.folder.encode, self.folder.config, self.max_context, size // 2),
+            self._vocabulary,
+        )
+        found = [
+            completion
+            for together in (True, False)
+            for completion in complete(self, texts, self.folder.encode, together=together)
+        ]
         try:
-            model = load_model(weights, exact.model_copy(update={"max_memory": None}))
+            # vLLM changes classes of transformers, so this process cannot load the model again.
+            gaps = gaps_elsewhere(weights, [(each.prompt, each.generated) for each in found])
         except MemoryLimitError:
             return "no self-check, because the model does not fit into memory a second time"
-        texts, note = prompts(
-            *(self.folder.encode, self.folder.config, self.max_context),
-            *(model.num_parameters(), self._vocabulary),
-        )
+        except RuntimeError as error:
+            raise SelfCheckError(
+                f"the self-check could not run ({error}); {SERVE_ANYWAY}"
+            ) from error
         try:
-            for together in (True, False):
-                for completion in complete(self, texts, self.folder.encode, together=together):
-                    gaps = score(model, completion.prompt, completion.generated).gaps
-                    compare(completion, gaps, self._precision, self.folder.decode)
+            for completion, each in zip(found, gaps, strict=True):
+                compare(completion, each, self._precision, self.folder.decode)
         except SelfCheckError as error:
             raise SelfCheckError(f"{error}; {SERVE_ANYWAY}") from error
-        finally:
-            del model
-            gc.collect()
         passed = f"self-check passed in {time.monotonic() - begin:.1f} s"
         return f"{passed} ({note})" if note else passed
 
@@ -380,7 +396,7 @@ def _start(weights: Path, config: EngineConfig, max_context: int) -> LLMEngine:
     step_tokens = max(settings.max_num_batched_tokens, config.max_batch)
     if on_cpu:
         parts = {"the model": sum(path.stat().st_size for path in weights.iterdir())}
-        parts["the KV cache"] = settings.cache_gb * GIB
+        parts["the KV cache"] = int(settings.cache_gb * GIB)
         check_memory(f"app.engine.vllm.cache_gb: {settings.cache_gb}", parts)
     eager = on_cpu if settings.enforce_eager is None else settings.enforce_eager
     chosen = EngineArgs(
@@ -393,7 +409,7 @@ def _start(weights: Path, config: EngineConfig, max_context: int) -> LLMEngine:
         enable_prefix_caching=settings.prefix_caching,
         enforce_eager=eager,
         gpu_memory_utilization=settings.gpu_memory,
-        kv_cache_memory_bytes=settings.cache_gb * GIB if on_cpu else None,
+        kv_cache_memory_bytes=int(settings.cache_gb * GIB) if on_cpu else None,
         max_logprobs=_MOST_LOGPROBS,
         structured_outputs_config={"backend": "guidance"},  # the library that checks schemas
         generation_config="vllm",  # the model's defaults are not ours

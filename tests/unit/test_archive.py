@@ -154,6 +154,7 @@ SETTINGS = [
     ("openvino", "prefix_caching", False),
     ("openvino", "prompt_lookup", 4),
     ("openvino", "max_num_batched_tokens", 64),
+    ("openvino", "inference_precision", "bf16"),
     ("openvino", "dynamic_quantization", 0),
 ]
 """Every setting that belongs to one engine, with a value that is not the default."""

@@ -127,6 +127,8 @@ def test_top_k_1_is_greedy(engine):
 @pytest.mark.parametrize("narrow", [{"temperature": 1e-5}, {"temperature": 1.5, "top_p": 1e-6}])
 def test_low_temperature_and_low_top_p_are_greedy(engine, narrow):
     greedy = run(engine, [PROMPTS[0]])[0]
+    if narrow.get("temperature") == 1e-5 and "VLLM" in type(engine).__name__:
+        pytest.skip("vLLM raises temperatures below 0.01, the least that the API allows, to it")
     assert run(engine, [PROMPTS[0]], Sampling(seed=3, **narrow))[0] == greedy
     assert run(engine, [PROMPTS[0]], Sampling(seed=3, temperature=1.5))[0] != greedy
 
@@ -135,7 +137,7 @@ def test_temperature_changes_the_text(engine):
     """One seed, so that only the temperature differs."""
     texts = [
         run(engine, [PROMPTS[0]], Sampling(seed=3, temperature=t, max_new_tokens=60))[0][0]
-        for t in (0.02, 1.0, 100.0)
+        for t in (0.02, 0.2, 2.0)  # the API allows 2.0 at most
     ]
     assert len(set(texts)) == 3
 
@@ -620,7 +622,7 @@ def test_settings_reach_openvino(tiny_llama, monkeypatch):
 
     monkeypatch.setattr(genai, "ContinuousBatchingPipeline", stop_here)
     own = {"cache_gb": 3, "max_num_batched_tokens": 77, "prefix_caching": False}
-    own |= {"dynamic_quantization": 32, "prompt_lookup": 4}
+    own |= {"dynamic_quantization": 32, "prompt_lookup": 4, "inference_precision": "bf16"}
     config = engine_config(name="openvino", threads=5, max_batch=9, openvino=own)
     with pytest.raises(InterruptedError):
         create_engine(tiny_llama, config)
@@ -631,11 +633,19 @@ def test_settings_reach_openvino(tiny_llama, monkeypatch):
     assert scheduler.max_num_seqs == 9
     assert scheduler.dynamic_split_fuse is True
     assert seen["properties"] == {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 32,
         "INFERENCE_NUM_THREADS": 5,
         "prompt_lookup": True,
     }
+
+
+def test_cache_can_be_a_fraction_of_a_gigabyte(tmp_path_factory):
+    weights = tiny_weights("openvino", "LLAMA", tmp_path_factory.mktemp("fraction") / "LLAMA")
+    engine = load_engine("openvino", weights, openvino={"cache_gb": 0.01})
+    # Keys and values of 2 layers with 2 heads of 16 numbers, in 16 bits.
+    wanted = 0.01 * 2**30 / (2 * 2 * 2 * 16 * 2)
+    assert 0.9 * wanted < engine.cache_tokens <= wanted
 
 
 def test_threads_reach_torch(tiny_llama):

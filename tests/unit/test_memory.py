@@ -144,12 +144,13 @@ def test_cache_is_checked_against_ulimit():
     """In a separate process, whose limit is real."""
     code = """
 import resource
+from pathlib import Path
 from handler.config import engine_config
 from handler.engine.openvino_engine import _scheduler
 resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))
 for size in (1, 4, 22):
     try:
-        _scheduler(engine_config(openvino={"cache_gb": size}))
+        _scheduler(engine_config(openvino={"cache_gb": size}), Path("not read"))
         print(size, "fits")
     except ValueError as error:
         print(error)
