@@ -46,7 +46,7 @@ def test_unsupported_models_use_transformers_or_are_refused(
 ):
     folder = folder_of(tmp_path, config)
     assert re.search(reason, unsupported(folder, None) or "served")
-    chosen, why = choose_engine(engine_config(), folder, tmp_path)
+    chosen, why = choose_engine(engine_config(), folder, tmp_path, gpu=lambda: False)
     assert chosen == "transformers" and re.search(reason, why)
     with pytest.raises(UserError, match=f"{reason}.*ENGINE=transformers$"):
         choose_engine(engine_config(name="openvino"), folder, tmp_path)
