@@ -93,7 +93,10 @@ def main(environment: Path) -> None:
     for name, more in ENGINES.items():
         if (packages / name).is_dir():
             modules += more.split()
-    code = "import importlib\n" + "\n".join(f"importlib.import_module({m!r})" for m in modules)
+    # worker.py, which the image's build puts beside this file, imports TorchServe without torch.
+    code = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    code += "import worker\nworker.import_torchserve()\nimport importlib\n"
+    code += "\n".join(f"importlib.import_module({m!r})" for m in modules)
     subprocess.run([environment / "bin" / "python", "-c", code], check=True)
 
 

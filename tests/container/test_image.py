@@ -86,14 +86,14 @@ def test_labels_and_user(kind, request):
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_locks_of_the_image_agree_with_the_projects_lock(image):
-    """gpu has CUDA's packages beside it; everything that both name is the same version."""
+    """Two have CUDA's packages beside it; everything that both name is the same version."""
     blocks = locked_blocks((IMAGE_LOCKS / f"{image}.txt").read_text())
     for name, block in blocks.items():
         assert "--hash=sha256:" in block
         if name in LOCKED and name != "torch":
             assert block.split()[0] == LOCKED[name].split()[0]
         else:
-            assert image == "gpu", name
+            assert image in ("gpu", "torch-cuda"), name
     torch = (IMAGE_LOCKS / "torch.txt").read_text()
     assert torch in LOCKED["torch"] and "+cpu" in torch
 
