@@ -66,12 +66,8 @@ def test_bytecode_of_imported_modules_only(full):
 
 def test_lean_image_has_no_torch(lean):
     packages = inside(lean, "ls /opt/venv/lib/python3.11/site-packages").split()
-    assert "openvino" in packages and "transformers" not in packages
-    assert (
-        inside(lean, "ls /opt/venv/lib/python3.11/site-packages/torch").split()[0] == "__init__.py"
-    )
-    code = "import torch; print(hasattr(torch, 'Tensor'), hasattr(torch, 'zeros'))"
-    assert inside(lean, f'python -c "{code}"') == "True False"
+    assert "openvino" in packages
+    assert not {"torch", "transformers"} & set(packages)
 
 
 @pytest.mark.parametrize("kind", ["lean", "full", "bare"])
