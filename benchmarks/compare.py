@@ -18,7 +18,7 @@ import typer
 from tqdm import tqdm
 
 from benchmarks import peers
-from benchmarks.load import Report
+from benchmarks.load import Report, checked
 from benchmarks.record import memory, summary, write
 from benchmarks.shapes import LOADS, Load, warm_up
 from benchmarks.systems import SHAPED, VARIANTS, Shaped
@@ -51,13 +51,6 @@ def measure(system: Shaped, loads: list[Load], seed: int) -> Iterator[tuple[Load
             checked(warm_up(target, seed, min(slots, 8)), "the warm-up")
             for load in group:
                 yield load, checked(load.send(target, seed), load.name), memory(pid) / 1e6
-
-
-def checked(report: Report, what: str) -> Report:
-    """Return a report if no request failed."""
-    if report.errors:
-        raise UserError(f"{what}: requests failed: {report.errors}; nothing was kept")
-    return report
 
 
 def quantities(report: Report) -> dict[str, float]:

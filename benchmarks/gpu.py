@@ -18,26 +18,23 @@ measured the engine `transformers` alone, without a server.
 """
 
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import click
-import httpx
 import torch
 import typer
 
-from benchmarks.load import Report, Target, closed_loop
+from benchmarks.load import Target, checked, closed_loop
 from benchmarks.record import Summary, summary, write
+from benchmarks.systems import STORE, other_server
 from deploy.archive.build import build_archive
 from deploy.common import cli
-from deploy.common.paths import BUILD, UserError
-from deploy.common.waiting import wait_until
+from deploy.common.paths import UserError
 from deploy.torchserve.launch import server_environment
 from deploy.torchserve.server import Server
 from deploy.weights.fetch import get_weights
@@ -59,7 +56,6 @@ MEMORY = 0.3
 """The part of the GPU's memory that each of the two vLLMs takes, so that both fit."""
 
 PORT = 7300
-STORE = BUILD / "bench"
 STORES = {"transformers": STORE / "gpu-transformers", "vllm": STORE / "gpu-vllm"}
 """Archives of one model have one name."""
 
@@ -81,7 +77,7 @@ def ours(engine: str, model: str, port: int) -> AbstractContextManager[Target]:
 
 
 def theirs(model: str, port: int, device: str) -> AbstractContextManager[Target]:
-    """Serve vLLM's OpenAI server, with its own defaults for everything that is not named here."""
+    """Start vLLM's OpenAI server with its defaults for all settings that are not given here."""
 
     @contextmanager
     def start() -> Iterator[Target]:
@@ -95,46 +91,10 @@ def theirs(model: str, port: int, device: str) -> AbstractContextManager[Target]
             command += ["--gpu-memory-utilization", str(MEMORY)]
         variables = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         variables |= {"VLLM_CPU_KVCACHE_SPACE": "1"} if device == "cpu" else {}
-        with _process(command, variables, f"http://127.0.0.1:{port}/health"):
+        with other_server("gpu-vllm", command, server_environment(os.environ) | variables, port):
             yield Target(f"http://127.0.0.1:{port}/v1/completions", "m")
 
     return start()
-
-
-@contextmanager
-def _process(command: list[str | Path], variables: dict[str, str], health: str) -> Iterator[None]:
-    """Run a server in its own process group until the block ends."""
-    STORE.mkdir(parents=True, exist_ok=True)
-    log = STORE / "gpu-vllm-server.log"
-
-    def healthy() -> bool:
-        with suppress(httpx.HTTPError):
-            return httpx.get(health, timeout=5).status_code == 200
-        return False
-
-    with log.open("wb") as stream:
-        process = subprocess.Popen(
-            command,
-            env=server_environment(os.environ) | variables,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        with suppress(TimeoutError):
-            wait_until(lambda: healthy() or process.poll() is not None, timeout=300, interval=0.5)
-        if not healthy():
-            end = log.read_text(errors="replace")[-2000:]
-            raise UserError(f"vLLM's server did not start:\n{end}")
-        yield
-    finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(20)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 Start = Callable[[str, int, str], AbstractContextManager[Target]]
@@ -171,17 +131,6 @@ def measure(target: Target, clients: int, seed: int, device: str) -> dict[str, f
     if report.first_token_p50 is not None:
         measured[f"first_token_seconds {clients}"] = report.first_token_p50
     return measured
-
-
-def checked(report: Report) -> Report:
-    """Return a report without errors.
-
-    Raises:
-        UserError: requests failed.
-    """
-    if report.errors:
-        raise UserError(f"requests failed: {report.errors}; measurements with errors are not kept")
-    return report
 
 
 Values = dict[str, dict[str, list[float]]]

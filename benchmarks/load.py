@@ -28,6 +28,7 @@ import numpy as np
 import typer
 
 from deploy.common import cli
+from deploy.common.paths import UserError
 from deploy.torchserve.client import parse_event
 
 NEW_TOKENS = 128
@@ -140,6 +141,17 @@ def report(outcomes: list[Outcome], seconds: float) -> Report:
         first_token_p95=percentile(first, 95),
         prompt_tokens=sum(o.prompt_tokens for o in good) / len(good) if good else 0.0,
     )
+
+
+def checked(result: Report, what: str = "the load") -> Report:
+    """Return a report if no request failed.
+
+    Raises:
+        UserError: requests failed; the message counts the errors.
+    """
+    if result.errors:
+        raise UserError(f"{what}: requests failed: {result.errors}; nothing was kept")
+    return result
 
 
 def percentile(values: list[float], percent: int) -> float | None:

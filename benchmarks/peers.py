@@ -94,7 +94,7 @@ def fetch_tcmalloc() -> None:
 def build_settings() -> dict[str, str]:
     """Environment variables that bound the compilation of llama.cpp.
 
-    Without the first, its package starts a compiler for every file at once and ignores
+    Without the first, its package starts one compiler per file, all at once, and ignores
     CMAKE_BUILD_PARALLEL_LEVEL. The second leaves out tests and examples, a quarter of the files.
     """
     return {

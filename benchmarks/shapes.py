@@ -40,7 +40,7 @@ BURST_COUNT = 12
 
 
 def text(draw: random.Random, tokens: int) -> str:
-    """Make a prompt of so many tokens of SmolLM2's tokenizer, distinct from its first tokens on."""
+    """Make a prompt with this number of SmolLM2's tokens, distinct from the first tokens on."""
     number = f"{draw.randrange(10**_NUMBER):0{_NUMBER}d}"
     return " ".join([number, *draw.choices(WORDS, k=tokens - _NUMBER)])
 

@@ -116,7 +116,7 @@ def _vllm(*, preload: bool = False) -> StartServer:
         offline = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
         if preload:
             settings["LD_PRELOAD"] = ":".join(map(str, peers.vllm_libraries()))
-        with _process("vllm", command, settings | offline) as pid:
+        with other_server("vllm", command, os.environ | settings | offline) as pid:
             yield openai_target(BASE_URL, "m"), pid
 
     return start
@@ -129,7 +129,7 @@ def _llama(quantization: str, options: Command) -> StartServer:
         command += ["-m", peers.gguf(quantization)]
         command += ["--host", "127.0.0.1", "--port", str(PORT), "--no-ui"]
         command += ["--threads", str(os.cpu_count()), *options]
-        with _process("llama.cpp", command, {}) as pid:
+        with other_server("llama.cpp", command, dict(os.environ)) as pid:
             yield openai_target(BASE_URL, "m", keep_alive=False), pid
 
     return start
@@ -150,14 +150,35 @@ def _cores() -> str:
 
 
 @contextmanager
-def _process(name: str, command: Command, environment: dict[str, str]) -> Iterator[int]:
-    """Run a server of another project from its first healthy response to the end of the block."""
+def other_server(
+    name: str, command: Command, environment: dict[str, str], port: int = PORT
+) -> Iterator[int]:
+    """Run a server of another project from its first healthy response to the end of the block.
+
+    Args:
+        name: of its log.
+        command: what starts it.
+        environment: the whole environment of the process.
+        port: where it answers `/health`.
+
+    Yields:
+        The id of the process.
+
+    Raises:
+        UserError: it did not start; the message has the end of its log.
+    """
     STORE.mkdir(parents=True, exist_ok=True)
     log = STORE / f"{name}.log"
+
+    def healthy() -> bool:
+        with suppress(httpx.HTTPError):
+            return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200
+        return False
+
     with log.open("wb") as stream:
         process = subprocess.Popen(
             command,
-            env=os.environ | environment,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
@@ -165,8 +186,8 @@ def _process(name: str, command: Command, environment: dict[str, str]) -> Iterat
         )
     try:
         with suppress(TimeoutError):
-            wait_until(lambda: _healthy() or process.poll() is not None, timeout=300, interval=0.2)
-        if not _healthy():
+            wait_until(lambda: healthy() or process.poll() is not None, timeout=300, interval=0.2)
+        if not healthy():
             raise UserError(f"{name} did not start:\n{log.read_text(errors='replace')[-2000:]}")
         yield process.pid
     finally:
@@ -176,13 +197,6 @@ def _process(name: str, command: Command, environment: dict[str, str]) -> Iterat
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _healthy() -> bool:
-    try:
-        return httpx.get(f"http://127.0.0.1:{PORT}/health", timeout=5).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 LLAMA_32: Command = ["--parallel", "32", "--ctx-size", str(32 * 512)]
@@ -280,7 +294,7 @@ VARIANTS = {
         _ours_shaped(openvino={"prefix_caching": False}),
     ),
     "vllm, nothing preloaded": Shaped(
-        "vLLM as it is installed",
+        "vLLM without preloaded libraries",
         _once(_vllm()),
         peer="vllm",
     ),

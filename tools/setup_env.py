@@ -45,7 +45,7 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 def main(arguments: Sequence[str] = ()) -> int:
     """Set up; return the exit status."""
     parser = argparse.ArgumentParser(prog="tools/setup_env.py")
-    parser.add_argument("--engine", default="", help="vllm has an environment of its own")
+    parser.add_argument("--engine", default="", help="vllm: into a separate environment")
     engine = parser.parse_args(arguments).engine
     flavour = os.environ.get("TORCH", "cpu")
     if why := _cannot(engine, flavour):

@@ -255,7 +255,7 @@ def test_every_table_of_the_comparison_is_made_from_its_file():
 def test_llama_cpp_is_compiled_with_as_many_jobs_as_cores(
     own: str | None, used: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    """Its package reads LLAMA_CPP_BUILD_JOBS; without it, there is a compiler for every file."""
+    """Its package reads LLAMA_CPP_BUILD_JOBS; without it, one compiler per file starts."""
     environments = []
 
     def install_peer(*_: object, **options: object) -> None:

@@ -77,7 +77,7 @@ def test_sequence_that_vllm_rejects_fails_alone(engine, monkeypatch):
 
 
 def test_completion_that_vllm_ends_within_its_schema_fails(engine, monkeypatch):
-    """The masks have limits of their own. Beyond them, vLLM allows the end token alone."""
+    """vLLM's masks have their own limits. Beyond them, it allows only the end token."""
     schema = json.dumps({"enum": ["a" * 60]})
     sampling = Sampling(max_new_tokens=80, json_schema=schema)
     assert run(engine, ["Hello"], sampling) == ([f'"{"a" * 60}"'], ["stop"])
